@@ -1,0 +1,159 @@
+"""A file tree as a list of entries: what packages and overlay folders are turned into before an image is written."""
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from vmtasks.errors import ImageError
+
+MODE_FOLDER = 0o755
+MODE_PLAIN = 0o644
+MODE_PROGRAM = 0o755
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One path of a tree.
+
+    `path` is relative, with `/` between its parts. A file's bytes are `data`, or those of the file that `data` names.
+    `target` is what a link holds. Everything belongs to root, nothing has a time.
+    """
+
+    path: str
+    kind: Literal["dir", "file", "link"]
+    mode: int = MODE_PLAIN
+    data: bytes | Path | Literal[""] = ""
+    target: str = ""
+
+    def read(self) -> bytes:
+        """The file's bytes; nothing for a folder or a link."""
+        return self.data.read_bytes() if isinstance(self.data, Path) else self.data or b""
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        return self.data.stat().st_size if isinstance(self.data, Path) else len(self.data)
+
+
+def clean(path: str) -> str:
+    """`path` without `./`, doubled or outer slashes; ImageError when it leaves its tree."""
+    parts = [part for part in path.split("/") if part not in ("", ".")]
+    if ".." in parts:
+        raise ImageError(f"{path!r} leads out of its tree")
+    return "/".join(parts)
+
+
+def merge(*layers: Iterable[Entry]) -> list[Entry]:
+    """The layers laid over each other, later ones on top, sorted, with every parent folder present.
+
+    A folder over a folder keeps the upper mode. A folder over a link to a folder leaves the link, as dpkg does.
+    ImageError when a file stands where a folder is needed.
+    """
+    found: dict[str, Entry] = {}
+    for layer in layers:
+        for entry in layer:
+            if not entry.path:
+                continue
+            below = found.get(entry.path)
+            if entry.kind == "dir" and below is not None and below.kind == "link":
+                continue
+            found[entry.path] = entry
+    for path in list(found):
+        for parent in parents(path):
+            holder = found.setdefault(parent, Entry(parent, "dir", MODE_FOLDER))
+            if holder.kind != "dir":
+                raise ImageError(f"{path} needs {parent} to be a folder, and it is a {holder.kind}")
+    return sort(found.values())
+
+
+def parents(path: str) -> Iterator[str]:
+    """The folders that hold `path`, the outermost first."""
+    parts = path.split("/")[:-1]
+    for count in range(1, len(parts) + 1):
+        yield "/".join(parts[:count])
+
+
+def sort(entries: Iterable[Entry]) -> list[Entry]:
+    """By path, part by part: a folder comes before what it holds."""
+    return sorted(entries, key=lambda entry: entry.path.split("/"))
+
+
+def matcher(glob: str) -> re.Pattern[str]:
+    """`*` and `?` stay within one part of a path, `**` does not; a glob also takes what lies below what it matches."""
+    words = re.split(r"(\*\*|\*|\?)", clean(glob))
+    special = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
+    return re.compile("".join(special.get(word, re.escape(word)) for word in words) + "(/.*)?", re.DOTALL)
+
+
+def drop(entries: Iterable[Entry], globs: Sequence[str]) -> list[Entry]:
+    """Leave out what the globs match; `!GLOB` takes it back in; the last match decides.
+
+    Folders that hold nothing any more and were matched go too; a folder with something kept below it stays.
+    """
+    rules = [(not glob.startswith("!"), matcher(glob.removeprefix("!"))) for glob in globs]
+
+    def gone(path: str) -> bool:
+        return next((verdict for verdict, rule in reversed(rules) if rule.fullmatch(path)), False)
+
+    whole = list(entries)
+    kept = [entry for entry in whole if not gone(entry.path)]
+    needed = {parent for entry in kept for parent in parents(entry.path)}
+    return kept + [entry for entry in whole if entry.kind == "dir" and gone(entry.path) and entry.path in needed]
+
+
+def select(entries: Iterable[Entry], glob: str) -> list[Entry]:
+    """The files and links whose path matches `glob` itself; ImageError when there are none."""
+    rule = matcher(glob)
+    found = [entry for entry in entries if entry.kind != "dir" and rule.fullmatch(entry.path)]
+    if not found:
+        raise ImageError(f"nothing in the tree matches {glob!r}")
+    return found
+
+
+def links(target: str, folder: str, names: Iterable[str]) -> list[Entry]:
+    """Symbolic links to `target`, one for each name in `folder`."""
+    return [Entry(clean(f"{folder}/{name}"), "link", 0o777, target=target) for name in names]
+
+
+def overlay(folder: Path) -> list[Entry]:
+    """A folder of the host as entries.
+
+    Modes do not depend on umask, checkout or package installer: a file that can be executed, or begins with `#!`, is
+    0755 and any other 0644. ImageError for a missing folder and for what is neither file, folder nor link.
+    """
+    if not folder.is_dir():
+        raise ImageError(f"{folder} is not a folder")
+    return sort(_overlay(folder, folder))
+
+
+def _overlay(folder: Path, root: Path) -> Iterator[Entry]:
+    for found in os.scandir(folder):
+        host = Path(found.path)
+        path = host.relative_to(root).as_posix()
+        if found.is_symlink():
+            yield Entry(path, "link", 0o777, target=str(host.readlink()))
+        elif found.is_dir():
+            yield Entry(path, "dir", MODE_FOLDER)
+            yield from _overlay(host, root)
+        elif found.is_file():
+            with host.open("rb") as stream:
+                runs = stream.read(2) == b"#!" or bool(found.stat().st_mode & 0o100)
+            yield Entry(path, "file", MODE_PROGRAM if runs else MODE_PLAIN, host)
+        else:
+            raise ImageError(f"{host} is neither a file, a folder nor a link")
+
+
+def chmod(entries: Iterable[Entry], modes: dict[str, str]) -> list[Entry]:
+    """Set modes by path (octal text); `path/` is a folder, made when absent. ImageError for a path that is not there."""
+    found = {entry.path: entry for entry in entries}
+    for name, mode in sorted(modes.items()):
+        path = clean(name)
+        if name.endswith("/"):
+            found.setdefault(path, Entry(path, "dir", MODE_FOLDER))
+        if path not in found:
+            raise ImageError(f"there is no {name} whose mode could be set")
+        found[path] = replace(found[path], mode=int(mode, 8))
+    return merge(found.values())
