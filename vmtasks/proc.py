@@ -1,12 +1,16 @@
 """The one door to other processes: list argv, stdin closed, explicit deadline, always reaped."""
 
+import ctypes
 import logging
 import os
+import selectors
 import shlex
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +95,44 @@ def run(
     return result
 
 
+def attach(argv: Sequence[str | Path]) -> int:
+    """Run a program on our own terminal and streams, to its end; returns its status. No deadline: a person is there."""
+    words = [str(word) for word in argv]
+    words[0] = find(words[0])
+    log.debug("attach %s", quote(words))
+    return shell_status(subprocess.run(words, check=False).returncode)
+
+
+def stream(argv: Sequence[str | Path], sink: Callable[[bytes], None], *, timeout_s: float) -> int:
+    """Run a helper and hand what it writes to `sink` as it comes, both streams in one.
+
+    Returns its status, or TIMED_OUT after `timeout_s`, when it has been ended.
+    """
+    deadline = time.monotonic() + timeout_s
+    with spawn(argv, pipe=True, merge=True) as child, selectors.DefaultSelector() as ready:
+        if child.stdout is None:
+            raise AssertionError("spawn was asked for a pipe")
+        ready.register(child.stdout, selectors.EVENT_READ)
+        while (left := deadline - time.monotonic()) > 0:
+            if ready.select(left):
+                data = os.read(child.stdout.fileno(), 65536)
+                if not data:
+                    break
+                sink(data)
+        try:
+            return shell_status(child.wait(max(0.0, deadline - time.monotonic())))
+        except subprocess.TimeoutExpired:
+            return TIMED_OUT
+
+
 @contextmanager
 def spawn(
     argv: Sequence[str | Path],
     *,
     cwd: Path | None = None,
+    die_with_us: bool = False,
     env: Mapping[str, str] | None = None,
+    merge: bool = False,
     output: IO[bytes] | None = None,
     pass_fds: Sequence[int] = (),
     pipe: bool = False,
@@ -104,8 +140,9 @@ def spawn(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a helper and see to it that it is gone when the block ends.
 
-    Output goes to `output` (both streams), to pipes with `pipe`, and otherwise nowhere. The child is the leader of its
-    own process group, so Ctrl-C reaches it only through us. On the way out: SIGTERM, 2 s, SIGKILL, reaped.
+    Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`), and otherwise nowhere. The child
+    leads its own process group, so Ctrl-C reaches it only through us. On the way out: SIGTERM, 2 s, SIGKILL, reaped.
+    With `die_with_us` the kernel ends it when we are killed and cannot (Linux only).
     """
     words = [str(word) for word in argv]
     words[0] = find(words[0])
@@ -116,9 +153,10 @@ def spawn(
         env={**os.environ, **(env or {})},
         stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
         stdout=sink,
-        stderr=subprocess.STDOUT if output is not None else sink,
+        stderr=subprocess.STDOUT if output is not None or merge else sink,
         pass_fds=tuple(pass_fds),
         process_group=0,
+        preexec_fn=_end_with_parent() if die_with_us else None,  # noqa: PLW1509 - one system call, nothing allocated
     )
     try:
         yield child
@@ -138,3 +176,43 @@ def end(child: subprocess.Popen[bytes], grace_s: float = 2.0) -> int:
         except subprocess.TimeoutExpired:
             child.send_signal(signal.SIGKILL)
     return shell_status(child.wait())
+
+
+def started(pid: int) -> str:
+    """When a process started, in a form that only serves to compare; empty when there is no such process.
+
+    A pid names a process only together with this: pids are used again. Source: proc(5), field 22 of stat; ps elsewhere.
+    """
+    if sys.platform == "linux":
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return ""
+        fields = stat.rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
+    return run(["ps", "-o", "lstart=", "-p", str(pid)], timeout_s=10, check=False).stdout.strip()
+
+
+def command_line(pid: int) -> str:
+    """The argv of a process, joined by spaces; empty when it is gone or not ours to read."""
+    if sys.platform == "linux":
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            return ""
+    return run(["ps", "-o", "args=", "-p", str(pid)], timeout_s=10, check=False).stdout.strip()
+
+
+def _end_with_parent() -> Callable[[], None] | None:
+    """What a child does before exec so that SIGKILL reaches it when its parent dies. See prctl(2), PR_SET_PDEATHSIG."""
+    if sys.platform != "linux":
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(1, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:  # it died between fork and prctl
+            os._exit(1)
+
+    return ask

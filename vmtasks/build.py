@@ -1,0 +1,426 @@
+"""Carry out one build step of the plan: fetch, render, compose the phase ISO, boot the phase, publish the image.
+
+Each step leaves a small record in the guest's state folder; the next step depends on that record, never on an image.
+A finished phase is published in the store at once, so that no kill, and no loss of doit's database, costs it.
+"""
+
+import hashlib
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+
+from vmtasks import atomic, plan, proc, progress
+from vmtasks.config import Config
+from vmtasks.errors import ImageError, PhaseError, StateError, VmTasksError
+from vmtasks.machine import vm
+from vmtasks.machine.accel import Accel, probe
+from vmtasks.machine.argv import Spec, command
+from vmtasks.media import disk, installer, template
+from vmtasks.media.iso import write_iso
+from vmtasks.media.tree import Entry
+from vmtasks.model import PhaseTable
+from vmtasks.phase import Limits, Phase
+from vmtasks.store import ImageRecord, MediaRecord, Store, file_fault, read_record, write_record
+
+LOCK_S = 4 * 3600.0
+PROGRAM, PLAIN = 0o555, 0o444
+
+
+class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a build step leaves for the next one: which image, and which bytes of it."""
+
+    digest: str
+    sha256: str
+
+
+class Builder:
+    """The build steps of one guest, with the places where their results are."""
+
+    def __init__(self, config: Config) -> None:
+        """Nothing is touched until a step is called."""
+        self.config = config
+        self.state = config.guest_state
+        self.store = Store(config.store_dir)
+
+    # -- places
+
+    @property
+    def installer_record(self) -> Path:
+        """Target of `fetch`."""
+        return self.state / "installer.toml"
+
+    @property
+    def clean_record(self) -> Path:
+        """Target of `snapshot`: the image that machines start from."""
+        return self.state / "clean.toml"
+
+    @property
+    def key(self) -> Path:
+        """The user's private key; its public half is beside it with `.pub`."""
+        return self.store.root / "keys" / "id_ed25519"
+
+    def folder(self, number: int) -> Path:
+        """Rendered files of phase `number` (from 1)."""
+        return self.state / f"phase-{number}"
+
+    def iso(self, number: int) -> Path:
+        """ISO of phase `number`."""
+        return self.state / f"phase-{number}.iso"
+
+    def record(self, number: int) -> Path:
+        """Record of phase `number`; that of number 0 is the installer's."""
+        return self.state / f"phase-{number}.toml" if number else self.installer_record
+
+    def log(self, number: int) -> Path:
+        """Console of the last boot of phase `number`."""
+        return self.state / "logs" / f"{self.phase(number).name}.console.log"
+
+    def phase(self, number: int) -> PhaseTable:
+        """Phase `number` as guest.toml has it."""
+        return self.config.guest.phases[number - 1]
+
+    @cached_property
+    def accel(self) -> Accel:
+        """The accelerator that works here; probed once for each boot of the host."""
+        return probe(self.store.root / "accel.json", want=self.config.accel)
+
+    # -- steps
+
+    def make_key(self) -> None:
+        """Make the user's key pair when it is first needed."""
+        if self.key.is_file() and self.key.with_suffix(".pub").is_file():
+            return
+        with self.store.lock("key", timeout_s=60):
+            if self.key.is_file():
+                return
+            self.key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            beside = self.key.with_name("new")
+            for old in (beside, beside.with_suffix(".pub")):
+                old.unlink(missing_ok=True)
+            proc.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "vmtasks", "-f", beside], timeout_s=60)
+            beside.with_suffix(".pub").rename(self.key.with_suffix(".pub"))
+            beside.rename(self.key)
+
+    def fetch(self) -> None:
+        """Have the installer in the store and say in its record which file it is."""
+        recipe = installer.recipe_digest(self.config)
+        record = self._media(recipe)
+        if record is None:
+            with self.store.lock(f"media-{recipe[:32]}", timeout_s=LOCK_S, waiting=self._waiting("the installer")):
+                record = self._media(recipe)
+                if record is None:
+                    with progress.step(
+                        "fetch: the installer", expected_s=self._history.expected_s(f"fetch {recipe[:12]}")
+                    ) as step:
+                        record = installer.make(self.config, self.store, recipe, step.now)
+                    write_record(self.store.root / "media" / f"{recipe}.toml", record)
+                    self._history.record(f"fetch {recipe[:12]}", step.elapsed_s)
+        write_record(self.installer_record, record)
+
+    def render(self, number: int) -> None:
+        """Write the phase's files; those that are as they were are left alone, and so is what depends on them."""
+        self.make_key()
+        phase, config = self.phase(number), self.config
+        values = {
+            "disk_serial": config.guest.machine.disk_serial,
+            "guest": config.guest.name,
+            "hostname": config.guest.name,
+            "public_key": self.key.with_suffix(".pub").read_text().strip(),
+            "ssh_user": config.guest.ssh.user,
+            "vars": dict(config.vars),
+            "version": config.version,
+        }
+        folder = self.folder(number)
+        texts = {
+            "lib.sh": (template.shipped("lib.sh"), PLAIN),
+            "pfi.conf": ("pfi_script=run.sh\n", PLAIN),
+            "phase.sh": (template.render(config.template(phase), values), PLAIN),
+            "poweroff": (config.guest.poweroff + "\n", PLAIN),
+            "run.sh": (template.shipped("run.sh"), PROGRAM),
+        }
+        for name, (text, mode) in texts.items():
+            atomic.write_if_changed(folder / name, text, mode)
+        for path in folder.iterdir():
+            if path.name not in texts:
+                path.unlink()
+
+    def phase_iso(self, number: int) -> None:
+        """Put the phase's files, its packages and its token on an ISO."""
+        sources = self._sources(number)
+        token = plan.token(self._iso_files(sources))
+        entries = [Entry(path, "file", mode, source) for path, (mode, source) in sources.items()]
+        entries.append(Entry("token", "file", PLAIN, f"{token}\n".encode()))
+        if any(e.path.startswith("packages/") for e in entries):
+            entries.append(Entry("packages", "dir", 0o555))
+        write_iso(self.iso(number), entries, label=f"PHASE{number}")
+
+    def build(self, number: int) -> None:
+        """Have the image of phase `number` in the store and say in its record which it is.
+
+        Boots a guest only if the store holds no intact image for the digest. PhaseError when the guest fails.
+        """
+        digest = self.digest(number)
+        record, why = self.store.find(digest)
+        if record is None:
+            with self.store.lock(
+                f"image-{digest}", timeout_s=LOCK_S, waiting=self._waiting(self._title(number))
+            ) as lock:
+                record, why = self.store.find(digest)
+                if record is None:
+                    if why != "not built yet":
+                        progress.say(f"{self._title(number)}: {why}; building it again")
+                    self.store.drop(digest)
+                    record = self._boot(number, digest, lock)
+        write_record(self.record(number), PhaseRecord(digest=record.digest, sha256=record.sha256))
+
+    def snapshot(self) -> None:
+        """Name the last phase's image `clean`."""
+        last = self._phase_record(len(self.config.guest.phases))
+        write_record(self.clean_record, last)
+
+    # -- what the steps look at
+
+    def digest(self, number: int) -> str:
+        """Digest of the image of phase `number`, from the record before it and the files on its ISO."""
+        hardware, phase = self.config.guest.machine, self.phase(number)
+        talk = self.config.guest.dialogue.get(phase.dialogue, [])
+        facts = plan.facts(hardware, phase, talk, self.config.disk_size)
+        before = self._installer().sha256 if number == 1 else self._phase_record(number - 1).digest
+        return plan.phase_digest(before, self._iso_files(self._sources(number)), facts)
+
+    def why_stale(self, number: int) -> str:
+        """Why the record of phase `number` (0: the installer) cannot be believed; empty when it can. Reads no image."""
+        if number == 0:
+            media = read_record(self.installer_record, MediaRecord)
+            if media is None:
+                return "there is no record of the installer"
+            return file_fault(self.store.download(media.sha256), media.size, media.mtime_ns)
+        return self.image_fault(self.record(number))
+
+    def image_fault(self, record: Path) -> str:
+        """Why the image that `record` names cannot be believed; empty when it can."""
+        named = read_record(record, PhaseRecord)
+        if named is None:
+            return f"there is no record {record.name}"
+        image, why = self.store.find(named.digest)
+        if image is None:
+            return why
+        return "" if image.sha256 == named.sha256 else "the image was built anew"
+
+    def _sources(self, number: int) -> dict[str, tuple[int, Path]]:
+        """Path on the phase ISO -> (mode, where its bytes are), without the token."""
+        folder = self.folder(number)
+        found = {path.name: (path.stat().st_mode & 0o777, path) for path in sorted(folder.iterdir())}
+        for item in self._installer().local_packages.get(self.phase(number).name, []):
+            sha256, _, name = item.partition(" ")
+            found[f"packages/{name}"] = (PLAIN, self.store.download(sha256))
+        return found
+
+    @staticmethod
+    def _iso_files(sources: dict[str, tuple[int, Path]]) -> list[plan.IsoFile]:
+        return [
+            plan.IsoFile(path, mode, hashlib.sha256(source.read_bytes()).hexdigest())
+            for path, (mode, source) in sources.items()
+        ]
+
+    def _installer(self) -> MediaRecord:
+        record = read_record(self.installer_record, MediaRecord)
+        if record is None:
+            raise StateError(f"there is no usable record {self.installer_record}", hint="doit fetch")
+        return record
+
+    def _phase_record(self, number: int) -> PhaseRecord:
+        record = read_record(self.record(number), PhaseRecord)
+        if record is None:
+            raise StateError(f"there is no usable record {self.record(number)}", hint=f"doit phase:{number}")
+        return record
+
+    def _media(self, recipe: str) -> MediaRecord | None:
+        record = read_record(self.store.root / "media" / f"{recipe}.toml", MediaRecord)
+        if record is None:
+            return None
+        wanted = [(record.sha256, record.size, record.mtime_ns)]
+        for items in record.local_packages.values():
+            for item in items:
+                if not self.store.download(item.partition(" ")[0]).is_file():
+                    return None
+        fault = next((f for f in (file_fault(self.store.download(s), n, m) for s, n, m in wanted) if f), "")
+        if fault:
+            progress.say(f"fetch: {fault}; fetching it again")
+        return None if fault else record
+
+    # -- booting
+
+    @cached_property
+    def _history(self) -> progress.History:
+        return progress.History(self.store.root / "history.json")
+
+    def _title(self, number: int) -> str:
+        return f"phase {self.phase(number).name} of {self.config.label}"
+
+    def _waiting(self, what: str) -> progress.Say:
+        return lambda holder: progress.say(f"{what}: {holder} is making it; waiting")
+
+    def _boot(self, number: int, digest: str, lock: int) -> ImageRecord:
+        """Boot the phase on a new partial image; publish the image, or keep it for a look and raise."""
+        partial = self.store.partial(digest)
+        partial.unlink(missing_ok=True)
+        if number == 1:
+            disk.create(partial, self.config.disk_size)
+        else:
+            disk.overlay(partial, self.store.image(self._phase_record(number - 1).digest), relative=True)
+        key = f"phase {self._title(number)}"
+        try:
+            with progress.step(self._title(number), expected_s=self._history.expected_s(key)) as step:
+                host_keys = self._run(number, partial, lock, step)
+                disk.check(partial)
+        except VmTasksError as error:
+            self._keep(number, digest, error)
+            raise
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+        self._history.record(key, step.elapsed_s)
+        return self._publish(number, digest, host_keys, step.elapsed_s)
+
+    def _run(self, number: int, partial: Path, lock: int, step: progress.Step) -> list[str]:
+        """One boot: returns the host keys that the guest reported."""
+        phase, log = self.phase(number), self.log(number)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        firmware = log.with_name(f"{phase.name}.firmware.log")
+        for old in (log, firmware):
+            if old.exists():
+                old.replace(old.with_name(old.name + ".1"))
+        limits = Limits(
+            phase.timeout_s * self.accel.factor, phase.silence_timeout_s * self.accel.factor, self.accel.factor
+        )
+        with vm.temporary_sockets() as sockets:
+            spec = self.spec(number, partial, sockets, log, firmware)
+            self._note_boot(number, spec)
+            step.now(f"boot ({self.accel.name})")
+            with vm.boot(spec, log.with_name(f"{phase.name}.qemu.log"), pass_fds=[lock]) as booted:
+                run = Phase(
+                    title=self._title(number),
+                    token=plan.token(self._iso_files(self._sources(number))),
+                    booted=booted,
+                    limits=limits,
+                    dialogue=self.config.guest.dialogue.get(phase.dialogue, []),
+                    failures=self.config.guest.failures,
+                    firmware_log=firmware,
+                    on_step=step.now,
+                )
+                try:
+                    return run.run()
+                except PhaseError:
+                    with suppress(VmTasksError):
+                        booted.control.screenshot(log.with_suffix(".png"))
+                    raise
+
+    def spec(self, number: int, partial: Path, sockets: Path, log: Path, firmware: Path) -> Spec:
+        """The machine that phase `number` boots on."""
+        phase, hardware = self.phase(number), self.config.guest.machine
+        isos = {"installer": self.store.download(self._installer().sha256), "phase": self.iso(number)}
+        return Spec(
+            name=f"{self.config.label}-{phase.name}",
+            accel=self.accel.name,
+            cpu=hardware.cpu.get(self.accel.name, self.accel.cpu),
+            machine_type=hardware.type,
+            memory=self.config.memory,
+            cpus=self.config.cpus,
+            disk=partial,
+            disk_bus=hardware.disk_bus,
+            disk_serial=hardware.disk_serial,
+            cds=tuple(isos[cd] for cd in phase.cds),
+            cd_bus=hardware.cd_bus,
+            boot=phase.boot,
+            nic=hardware.nic,
+            rng=hardware.rng,
+            console_socket=sockets / "console",
+            console_log=log,
+            qmp_socket=sockets / "qmp",
+            firmware_log=firmware,
+            throwaway=True,
+        )
+
+    def _note_boot(self, number: int, spec: Spec) -> None:
+        """Append to the journal of boots, which nothing ever shortens: what was really booted, and how."""
+        with (self.state / "logs" / "boots.log").open("a") as journal:
+            when = time.strftime("%Y-%m-%dT%H:%M:%S")
+            journal.write(f"{when} {self.phase(number).name} {self.digest(number)} {proc.quote(command(spec))}\n")
+
+    def _publish(self, number: int, digest: str, host_keys: Sequence[str], took_s: float) -> ImageRecord:
+        below = self.store.record(self._phase_record(number - 1).digest) if number > 1 else None
+        virtual = int(disk.info(self.store.partial(digest))["virtual-size"])
+        keys = list(host_keys) or (below.host_keys if below else [])
+
+        return self.store.publish(
+            digest,
+            lambda stat, sha256: ImageRecord(
+                digest=digest,
+                guest=self.config.guest.name,
+                version=self.config.version,
+                name=self.phase(number).name,
+                size=stat.st_size,
+                mtime_ns=stat.st_mtime_ns,
+                sha256=sha256,
+                virtual_size=virtual,
+                backing=below.digest if below else "",
+                backing_sha256=below.sha256 if below else "",
+                ssh_user=self.config.guest.ssh.user,
+                host_keys=keys,
+                created=round(time.time(), 3),
+                duration_s=round(took_s, 1),
+                accel=self.accel.name,
+            ),
+        )
+
+    def _keep(self, number: int, digest: str, error: VmTasksError) -> None:
+        """Keep the failed disk with a script that boots it, and tell the error about both."""
+        error.log = self.log(number) if self.log(number).exists() else error.log
+        partial = self.store.partial(digest)
+        if not partial.exists():
+            return
+        try:
+            kept = self.store.keep_failed(digest)
+            if number > 1:
+                disk.reback(kept, self.store.image(self._phase_record(number - 1).digest))
+            look = self.state / f"look-{number}"
+            with vm.temporary_sockets() as sockets:
+                spec = self.spec(number, kept, sockets, self.log(number), self.log(number))
+            atomic.write(look, look_script(spec), 0o755)
+        except (OSError, VmTasksError, ImageError) as trouble:
+            error.hint = error.hint or f"the disk could not be kept: {trouble}"
+            return
+        shot = self.log(number).with_suffix(".png")
+        screen = f"; screen: {shot}" if shot.exists() else ""
+        error.hint = error.hint or f"look inside with {look} (boots the kept disk, changes nothing){screen}"
+
+
+def look_script(spec: Spec) -> str:
+    """A script that boots `spec` with the console on the terminal, on a throw-away overlay of its disk."""
+    marked = replace(spec, disk=Path("@DISK@"), firmware_log=None)
+    words = command(marked)
+    plain: list[str] = []
+    pairs = iter(words[1:])
+    for word in pairs:
+        if word in {"-chardev", "-mon", "-sandbox", "-action"}:
+            next(pairs)
+        elif word == "-serial":
+            plain += ["-serial", f"mon:{next(pairs) and 'stdio'}"]
+        else:
+            plain.append(word)
+    run = proc.quote([words[0], *plain]).replace("@DISK@", "'\"$folder\"'/disk.qcow2")
+    make = proc.quote(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(spec.disk.absolute())])
+    return (
+        "#!/bin/sh\n"
+        "# Boots the disk of the failed phase with its console here. Ctrl-A X ends it; the kept disk stays as it is.\n"
+        "folder=$(mktemp -d) || exit 1\n"
+        "trap 'rm -rf \"$folder\"' 0 1 2 15\n"
+        f'{make} "$folder/disk.qcow2" || exit 1\n'
+        f'{run} "$@"\n'
+    )

@@ -1,0 +1,362 @@
+"""vm.toml + guest.toml + variables -> one frozen Config; everything that can be wrong with them is said here.
+
+Precedence, strongest first: doit variables (`memory=1G`), environment (`VM_MEMORY=1G`), vm.toml, guest.toml.
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+from msgspec import UNSET
+
+from vmtasks.errors import ConfigError
+from vmtasks.model import BuildTable, GuestFile, PhaseTable, SuiteTable, SyncTable, Value, VmFile
+
+CONFIG_PATH = Path("config/vm.toml")
+PHASES_PATH = Path("phases")
+UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+FALLBACK_PORTS = range(22220, 22230)
+"""Ports offered when the configured one is taken."""
+
+F = TypeVar("F", VmFile, GuestFile)
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One thing that the command line and the environment can set: `name=...`, or any of `env`."""
+
+    name: str
+    env: tuple[str, ...]
+    key: str
+    doc: str
+    number: bool = False
+
+
+VARIABLES = (
+    Variable("accel", ("VM_ACCEL",), "machine.accel", "auto, kvm, hvf or tcg"),
+    Variable("cpus", ("VM_CPUS",), "machine.cpus", "virtual CPUs", number=True),
+    Variable("dir", ("VM_DIR",), "", "folder of records, machines, logs and results"),
+    Variable("disk", ("VM_DISK_SIZE",), "machine.disk_size", "size of the guest's disk"),
+    Variable("guest", ("VM_GUEST",), "guest", "folder in phases/"),
+    Variable("memory", ("VM_MEMORY",), "machine.memory", "RAM of the machine"),
+    Variable("name", ("VM_NAME",), "machine.name", "name of the machine"),
+    Variable("network", ("VM_NETWORK",), "machine.network", "user, or none: only SSH reaches the guest"),
+    Variable("port", ("VM_SSH_PORT", "SSH_PORT"), "machine.ssh_port", 'loopback port for SSH, or "auto"', number=True),
+    Variable("store", ("VMTASKS_STORE",), "", "folder of downloads and images, shared by all projects"),
+    Variable("version", (), "version", "version of the guest"),
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value and where it came from, for `doit help_vars`."""
+
+    variable: Variable
+    value: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that is known before any work begins. Sizes are in bytes, paths absolute."""
+
+    root: Path
+    file: Path
+    guest: GuestFile
+    guest_dir: Path
+    version: str
+    vm_dir: Path
+    store_dir: Path
+    name: str
+    memory: int
+    cpus: int
+    disk_size: int
+    ssh_port: int | None
+    accel: str
+    network: str
+    sync: SyncTable
+    build: BuildTable
+    suites: Mapping[str, SuiteTable]
+    quick: tuple[str, ...]
+    vars: Mapping[str, Value]
+    settings: tuple[Setting, ...]
+
+    @property
+    def label(self) -> str:
+        """`tiny`, or `dragonfly-6.4.2` where the guest has versions: names this guest's folder under vm_dir."""
+        return f"{self.guest.name}-{self.version}" if self.version else self.guest.name
+
+    @property
+    def guest_state(self) -> Path:
+        """Folder of this guest's records and phase ISOs."""
+        return self.vm_dir / self.label
+
+    def template(self, phase: PhaseTable) -> Path:
+        """The phase's script as the user wrote it."""
+        return self.guest_dir / f"{phase.name}.sh.j2"
+
+
+def parse_size(text: str) -> int:
+    """'2G' -> bytes. ConfigError when it is no size."""
+    match = re.fullmatch(r"([1-9][0-9]*)([KMGT]?)", text.strip().upper())
+    if match is None:
+        raise ConfigError(f"{text!r} is not a size; write a number with K, M, G or T, as in 2G")
+    return int(match[1]) * UNITS[match[2]]
+
+
+def show_size(size: int) -> str:
+    """Bytes -> the shortest exact form that parse_size reads back."""
+    unit = max((u for u in UNITS if size % UNITS[u] == 0), key=lambda u: UNITS[u])
+    return f"{size // UNITS[unit]}{unit}"
+
+
+def load(
+    root: Path,
+    variables: Mapping[str, str] | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Config:
+    """Read the project at `root`. Raises ConfigError with one line: file, key, value, remedy."""
+    overrides = _overrides(variables or {}, environ)
+    path = root / CONFIG_PATH
+    raw = _read(path)
+    for variable, text, source in overrides:
+        _apply(raw, variable, text, source)
+    vm = _convert(raw, VmFile, path, overrides)
+    guest_dir = root / PHASES_PATH / vm.guest
+    guest_path = guest_dir / "guest.toml"
+    if not guest_path.is_file():
+        there = sorted(p.parent.name for p in (root / PHASES_PATH).glob("*/guest.toml"))
+        where = _source("guest", overrides) or f"{show(path)}: guest"
+        raise ConfigError(
+            f"{where} = {vm.guest!r}: there is no {show(guest_path)}; guests here: {', '.join(there) or 'none'}"
+        )
+    guest = _convert(_read(guest_path), GuestFile, guest_path, ())
+    by_guest = environ.get(guest.version_env) if guest.version_env else None
+    return _assemble(root, path, vm, guest, guest_dir, overrides, environ, by_guest)
+
+
+def _assemble(
+    root: Path,
+    path: Path,
+    vm: VmFile,
+    guest: GuestFile,
+    guest_dir: Path,
+    overrides: tuple[tuple[Variable, str, str], ...],
+    environ: Mapping[str, str],
+    version_from_env: str | None,
+) -> Config:
+    given = {variable.name: (text, source) for variable, text, source in overrides}
+    machine, hardware = vm.machine, guest.machine
+    version, version_source = vm.version or guest.version, show(path) if vm.version else "guest.toml"
+    if version_from_env and "version" not in given:
+        version, version_source = version_from_env, f"environment {guest.version_env}"
+    port = _or(machine.ssh_port, 2222)
+    folder = Path(given["dir"][0] if "dir" in given else ".vm").expanduser()
+    store = Path(given["store"][0]).expanduser() if "store" in given else _default_store(environ)
+    values: dict[str, tuple[str, str]] = {
+        "accel": _from(machine.accel, "auto", path, "default"),
+        "cpus": _from(machine.cpus, hardware.cpus, path, "guest.toml"),
+        "dir": (str(folder), "default"),
+        "disk": _from(machine.disk_size, hardware.disk_size, path, "guest.toml"),
+        "guest": (vm.guest, show(path)),
+        "memory": _from(machine.memory, hardware.memory, path, "guest.toml"),
+        "name": _from(machine.name, vm.guest, path, "the guest's name"),
+        "network": _from(machine.network, "user", path, "default"),
+        "port": _from(machine.ssh_port, 2222, path, "default"),
+        "store": (str(store), "default"),
+        "version": (version, version_source),
+    }
+    settings = tuple(
+        Setting(v, values[v.name][0], given[v.name][1] if v.name in given else values[v.name][1]) for v in VARIABLES
+    )
+    return Config(
+        root=root,
+        file=path,
+        guest=guest,
+        guest_dir=guest_dir,
+        version=version,
+        vm_dir=root / folder,
+        store_dir=Path.cwd() / store,
+        name=values["name"][0],
+        memory=parse_size(values["memory"][0]),
+        cpus=int(values["cpus"][0]),
+        disk_size=parse_size(values["disk"][0]),
+        ssh_port=None if port == "auto" else int(port),
+        accel=values["accel"][0],
+        network=values["network"][0],
+        sync=vm.sync,
+        build=vm.build,
+        suites=vm.suites,
+        quick=tuple(vm.quick.suites),
+        vars={**guest.vars, **vm.vars.get(guest.name, {})},
+        settings=settings,
+    )
+
+
+def help_table(config: Config) -> list[tuple[str, str, str, str, str]]:
+    """Rows for `doit help_vars`: variable, environment, value, where it came from, meaning."""
+    rows = []
+    for s in config.settings:
+        env = s.variable.env or ((config.guest.version_env,) if config.guest.version_env else ())
+        rows.append((f"{s.variable.name}=", " ".join(env), s.value, s.source, s.variable.doc))
+    return rows
+
+
+def schema(kind: type[VmFile] | type[GuestFile]) -> bytes:
+    """The JSON schema of one of the two files, ready to be written to docs/."""
+    out = msgspec.json.schema(kind)
+    out["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    return msgspec.json.format(msgspec.json.encode(out, order="sorted"), indent=2) + b"\n"
+
+
+def _overrides(variables: Mapping[str, str], environ: Mapping[str, str]) -> tuple[tuple[Variable, str, str], ...]:
+    """(variable, text, source) of what the command line and the environment set."""
+    names = {v.name for v in VARIABLES}
+    for name, text in variables.items():
+        if name not in names:
+            raise ConfigError(f"{name}={text}: no such variable; {suggest(name, names)} (`doit help_vars` lists them)")
+    found = []
+    for variable in VARIABLES:
+        if variable.name in variables:
+            found.append((variable, variables[variable.name], f"{variable.name}="))
+            continue
+        env = next((e for e in variable.env if environ.get(e)), None)
+        if env is not None:
+            found.append((variable, environ[env], f"environment {env}"))
+    return tuple(found)
+
+
+def _apply(raw: dict[str, Any], variable: Variable, text: str, source: str) -> None:
+    """Put an override into the parsed file, so that one set of rules checks both."""
+    if not variable.key:
+        return
+    *tables, key = variable.key.split(".")
+    table = raw
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"{name} = {table!r}: must be a table; write [{name}]")
+    table[key] = text
+    if variable.number and text != "auto":
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise ConfigError(f"{source}: {text!r} is not a whole number; use one, as in {variable.name}=2")
+        table[key] = int(text)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{show(path)}: there is no such file; `vmtasks init DIR` writes one") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{show(path)}: not valid TOML: {error}; correct that line") from None
+    except OSError as error:
+        raise ConfigError(f"{show(path)}: cannot be read: {error.strerror}") from None
+
+
+def _convert(raw: dict[str, Any], kind: type[F], path: Path, overrides: tuple[tuple[Variable, str, str], ...]) -> F:
+    """Parsed TOML -> model. Turns msgspec's account of what is wrong into file, key, value, remedy."""
+    raw.pop("$schema", None)
+    try:
+        return msgspec.convert(raw, kind)
+    except msgspec.ValidationError as error:
+        text, _, at = str(error).partition(" - at `$")
+        keys = [k for k in re.split(r"[.\[\]]+", at.rstrip("`")) if k and k != "..."]
+        unknown = re.search(r"unknown field `(.+?)`", text)
+        if unknown:
+            keys.append(unknown[1])
+        value: Any = raw
+        for key in keys:
+            value = (
+                value[int(key)] if isinstance(value, list) else (value.get(key) if isinstance(value, dict) else None)
+            )
+        key = ".".join(keys)
+        where = _source(key, overrides) or f"{show(path)}: {key}"
+        if unknown:
+            raise ConfigError(f"{where} = {value!r}: unknown key; {suggest(unknown[1], _fields(kind, keys))}") from None
+        missing = re.search(r"missing required field `(.+?)`", text)
+        if missing:
+            raise ConfigError(f"{where.rstrip('. ')}: {missing[1]} is missing; write {missing[1]} = ...") from None
+        raise ConfigError(f"{where} = {value!r}: {_plain(text)}") from None
+
+
+def _plain(text: str) -> str:
+    """Msgspec's sentence in words for the person who edits TOML."""
+    text = text.replace("`", "").replace("Expected", "expected").replace(" | unset", "")
+    text = text.replace("matching regex '^[1-9][0-9]*[KMGT]?$'", 'that is a size, as in "512M" or "2G"')
+    text = text.replace("object", "table").replace("Object", "table").replace("Invalid", "invalid")
+    text = re.sub(r"matching regex '\^\[A-Za-z0-9\].*'", "of letters, digits, '.', '_' and '-'", text)
+    return text + "; correct it"
+
+
+def _fields(kind: type, keys: list[str]) -> list[str]:
+    """Names of the fields of the table that holds the last of `keys`."""
+    table: Any = kind
+    for key in keys[:-1]:
+        if key.isdigit():
+            continue
+        fields = {f.encode_name: f.type for f in msgspec.structs.fields(table)} if _is_struct(table) else {}
+        table = _struct_in(fields.get(key, table))
+    return [f.encode_name for f in msgspec.structs.fields(table)] if _is_struct(table) else []
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
+
+
+def _struct_in(kind: Any) -> Any:
+    """The model inside dict[str, Model], list[Model] or Model | UNSET."""
+    if _is_struct(kind):
+        return kind
+    for inner in getattr(kind, "__args__", ()):
+        found = _struct_in(inner)
+        if _is_struct(found):
+            return found
+    return kind
+
+
+def _source(key: str, overrides: tuple[tuple[Variable, str, str], ...]) -> str | None:
+    """How the user set `key`, if not in the file."""
+    return next((f"{source.rstrip('=')} ({v.key})" for v, _, source in overrides if v.key == key and key), None)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What the user may have meant by `name`, or what there is to choose from."""
+    close = difflib.get_close_matches(name, list(known), 1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"there is {', '.join(sorted(known))}" if known else "remove it"
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is UNSET else value
+
+
+def _from(value: Any, default: Any, path: Path, otherwise: str) -> tuple[str, str]:
+    return (str(default), otherwise) if value is UNSET else (str(value), show(path))
+
+
+def _default_store(environ: Mapping[str, str]) -> Path:
+    """The user's cache folder, as platformdirs has it; its import is not worth 15 ms on Linux."""
+    if os.uname().sysname == "Linux":
+        base = environ.get("XDG_CACHE_HOME", "")
+        return (
+            Path(base) if base.startswith("/") else Path(environ.get("HOME", "~")).expanduser() / ".cache"
+        ) / "vmtasks"
+    from platformdirs import user_cache_path  # noqa: PLC0415
+
+    return user_cache_path("vmtasks")
+
+
+def show(path: Path) -> str:
+    """`path` as the user would write it."""
+    try:
+        return str(path.relative_to(Path.cwd()))
+    except ValueError:
+        return str(path)

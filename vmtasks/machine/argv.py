@@ -1,0 +1,158 @@
+"""PURE: a machine's description -> QEMU's argv, one small function for each device. Nothing is started here."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+GUEST_SSH_PORT = 22
+SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """One QEMU. `memory` in bytes; `ssh_port` None: no forward; `network` "none": the guest reaches nobody."""
+
+    name: str
+    accel: str
+    cpu: str
+    machine_type: str
+    memory: int
+    cpus: int
+    disk: Path
+    disk_bus: str
+    disk_serial: str
+    cds: tuple[Path, ...] = ()
+    cd_bus: str = "ide"
+    boot: str = "disk"
+    nic: str
+    network: str = "user"
+    ssh_port: int | None = None
+    rng: bool = True
+    console_socket: Path
+    console_log: Path
+    qmp_socket: Path
+    firmware_log: Path | None = None
+    pidfile: Path | None = None
+    daemonize: bool = False
+    throwaway: bool = False
+    """The disk's data need not survive a crash of the host: a phase publishes only what it has synced itself."""
+
+
+def command(spec: Spec) -> list[str]:
+    """The whole argv, beginning with the program."""
+    return [
+        "qemu-system-x86_64",
+        *basics(spec),
+        *board(spec),
+        *disk(spec),
+        *cds(spec),
+        *network(spec),
+        *console(spec),
+        *monitor(spec),
+        *extras(spec),
+        *lifecycle(spec),
+    ]
+
+
+def basics(spec: Spec) -> list[str]:
+    """Nothing that was not asked for, and no system calls that QEMU does not need."""
+    return ["-name", f"guest={_comma(spec.name)}", "-nodefaults", "-no-user-config", "-sandbox", SANDBOX]
+
+
+def board(spec: Spec) -> list[str]:
+    """Machine type, accelerator, processor and memory."""
+    accel = "tcg,thread=multi" if spec.accel == "tcg" else spec.accel
+    memory = f"{spec.memory >> 20}M"
+    return ["-machine", spec.machine_type, "-accel", accel, "-cpu", spec.cpu, "-smp", str(spec.cpus), "-m", memory]
+
+
+def disk(spec: Spec) -> list[str]:
+    """The disk, on its bus. The SCSI controller comes with it, for CDs on the same bus too."""
+    node: dict[str, object] = {"driver": "qcow2", "node-name": "disk0", "discard": "unmap", "file": _file(spec.disk)}
+    if spec.throwaway:
+        node["cache"] = {"no-flush": True}
+    devices = {
+        "virtio-scsi": "scsi-hd,bus=scsi0.0,scsi-id=0",
+        "virtio-blk": "virtio-blk-pci",
+        "ide": "ide-hd,bus=ide.0,unit=0",
+        "ahci": "ide-hd,bus=ahci0.0",
+    }
+    index = 1 if spec.boot == "cd" else 0
+    device = f"{devices[spec.disk_bus]},drive=disk0,serial={spec.disk_serial},bootindex={index}"
+    return [*_controllers(spec), "-blockdev", json.dumps(node), "-device", device]
+
+
+def cds(spec: Spec) -> list[str]:
+    """CD drives in order: the first is the guest's first CD. One file may be in two drives: all are read-only."""
+    argv = []
+    for n, path in enumerate(spec.cds):
+        node = {"driver": "raw", "node-name": f"cd{n}", "read-only": True, "file": {**_file(path), "read-only": True}}
+        if spec.cd_bus == "virtio-scsi":
+            place = f"scsi-cd,bus=scsi0.0,scsi-id={n + 1}"
+        else:
+            taken = 1 if spec.disk_bus == "ide" else 0
+            place = f"ide-cd,bus=ide.{(n + taken) // 2},unit={(n + taken) % 2}"
+        boot = ",bootindex=0" if spec.boot == "cd" and n == 0 else ""
+        argv += ["-blockdev", json.dumps(node), "-device", f"{place},drive=cd{n}{boot}"]
+    return argv
+
+
+def network(spec: Spec) -> list[str]:
+    """User networking; SSH comes in through a loopback port that QEMU itself binds."""
+    options = ["user", "id=net0"]
+    if spec.network == "none":
+        options.append("restrict=on")
+    if spec.ssh_port is not None:
+        options.append(f"hostfwd=tcp:127.0.0.1:{spec.ssh_port}-:{GUEST_SSH_PORT}")
+    return ["-netdev", ",".join(options), "-device", f"{spec.nic},netdev=net0"]
+
+
+def console(spec: Spec) -> list[str]:
+    """COM1 on a socket, recorded to a file whether or not anybody listens."""
+    path, log = _comma(str(spec.console_socket)), _comma(str(spec.console_log))
+    chardev = f"socket,id=serial0,path={path},server=on,wait=off,logfile={log},logappend=on"
+    return ["-chardev", chardev, "-serial", "chardev:serial0", "-display", "none", "-vga", "std"]
+
+
+def monitor(spec: Spec) -> list[str]:
+    """QMP on a socket."""
+    chardev = f"socket,id=qmp0,path={_comma(str(spec.qmp_socket))},server=on,wait=off"
+    return ["-chardev", chardev, "-mon", "chardev=qmp0,mode=control"]
+
+
+def extras(spec: Spec) -> list[str]:
+    """Entropy, a way for the kernel to say that it panicked, and the firmware's own log."""
+    argv = ["-device", "pvpanic"]
+    if spec.rng:
+        argv += ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"]
+    if spec.firmware_log is not None:
+        log = _comma(str(spec.firmware_log))
+        argv += ["-chardev", f"file,id=firmware,path={log}", "-device", "isa-debugcon,iobase=0x402,chardev=firmware"]
+    return argv
+
+
+def lifecycle(spec: Spec) -> list[str]:
+    """A phase that reboots or panics has failed, so QEMU ends or waits; a machine may reboot."""
+    reboot = "reset" if spec.daemonize else "shutdown"
+    argv = ["-action", f"reboot={reboot},panic=pause"]
+    if spec.pidfile is not None:
+        argv += ["-pidfile", str(spec.pidfile)]
+    return [*argv, "-daemonize"] if spec.daemonize else argv
+
+
+def _controllers(spec: Spec) -> list[str]:
+    argv = []
+    if spec.disk_bus == "virtio-scsi" or (spec.cd_bus == "virtio-scsi" and spec.cds):
+        argv += ["-device", "virtio-scsi-pci,id=scsi0"]
+    if spec.disk_bus == "ahci":
+        argv += ["-device", "ahci,id=ahci0"]
+    return argv
+
+
+def _file(path: Path) -> dict[str, object]:
+    return {"driver": "file", "filename": str(path)}
+
+
+def _comma(text: str) -> str:
+    """QEMU's option parser ends a value at a comma unless it is doubled."""
+    return text.replace(",", ",,")

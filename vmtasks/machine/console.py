@@ -1,0 +1,162 @@
+"""The guest's serial console: cleaned text, sentinel lines, prompts, and typing that a boot loader can follow."""
+
+import codecs
+import contextlib
+import re
+import select
+import socket
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmtasks.errors import MachineError
+
+TAIL_LINES = 30
+"""How much of the console an error shows."""
+
+KEEP_CHARS = 1 << 16
+"""How much unmatched text is kept to look for prompts in."""
+
+KEY_DELAY_S = 0.03
+"""Pause between typed characters: a BIOS keyboard buffer holds 15 keys, and loaders poll slowly under emulation."""
+
+# ECMA-48: CSI with parameters, other escapes of two characters, and OSC strings (a terminal's title).
+_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])")
+_UNFINISHED = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|\][^\x07\x1b]*\x1b?|[ -/]*)?$")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]")
+_SENTINEL = re.compile(r"::vmtasks:([0-9a-f]{16}):(begin|step|hostkey|exit)(?: (.*))?")
+_TRACE = re.compile(r"\++ (\d+): (.*)")
+LONGEST_ESCAPE = 256
+
+
+@dataclass(frozen=True)
+class Sentinel:
+    """A line by which the phase's wrapper speaks to the host: `kind` is begin, step, hostkey or exit."""
+
+    token: str
+    kind: str
+    text: str
+
+
+class Cleaner:
+    """Bytes as they come -> text without control sequences and carriage returns; the same wherever they are cut."""
+
+    def __init__(self) -> None:
+        """Nothing is pending yet."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._pending = ""
+
+    def feed(self, data: bytes) -> str:
+        """The text that `data` adds. A control sequence whose end has not come yet is held back."""
+        text = self._pending + self._decoder.decode(data)
+        held = _UNFINISHED.search(text)
+        self._pending = ""
+        if held is not None and len(held[0]) < LONGEST_ESCAPE:
+            text, self._pending = text[: held.start()], text[held.start() :]
+        return _CONTROL.sub("", _ESCAPE.sub("", text)).replace("\x1b", "").replace("\r", "")
+
+
+class Transcript:
+    """What the console has said: whole lines, the line under way, and text in which no prompt was found yet."""
+
+    def __init__(self) -> None:
+        """Empty, as before the machine starts."""
+        self._cleaner = Cleaner()
+        self._line = ""
+        self.unmatched = ""
+        self.lines: deque[str] = deque(maxlen=1000)
+        self.last_command = ""
+
+    def feed(self, data: bytes) -> list[Sentinel]:
+        """Take in `data`; returns the sentinel lines that it completes."""
+        text = self._cleaner.feed(data)
+        self.unmatched = (self.unmatched + text)[-KEEP_CHARS:]
+        *whole, self._line = (self._line + text).split("\n")
+        self._line = self._line[-KEEP_CHARS:]
+        found = []
+        for line in whole:
+            self.lines.append(line)
+            sentinel = parse_sentinel(line)
+            if sentinel is not None:
+                found.append(sentinel)
+            else:
+                self._remember(line)
+        return found
+
+    def match(self, expression: str) -> bool:
+        """Whether `expression` is found in the text since the last match; what is up to its end is then used up."""
+        found = re.search(expression, self.unmatched)
+        if found is not None:
+            self.unmatched = self.unmatched[found.end() :]
+        return found is not None
+
+    def tail(self, count: int = TAIL_LINES) -> list[str]:
+        """The last lines that are not empty, the one under way included."""
+        lines = [line for line in (*self.lines, self._line) if line.strip()]
+        return lines[-count:]
+
+    def _remember(self, line: str) -> None:
+        """Keep the last command that the phase's trace showed, for the account of a failure."""
+        trace = _TRACE.fullmatch(line.strip())
+        if trace is not None and not trace[2].startswith(("exit ", "step ", "fail ")):
+            self.last_command = f"line {trace[1]}: {trace[2]}"
+
+
+def parse_sentinel(line: str) -> Sentinel | None:
+    """The sentinel that `line` is; None when it is anything else, an echo of the script included."""
+    found = _SENTINEL.fullmatch(line.rstrip())
+    return Sentinel(found[1], found[2], found[3] or "") if found else None
+
+
+class Serial:
+    """The socket behind COM1. QEMU records it to a file on its own; this is for reading along and typing."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        """`connection` is connected."""
+        self._socket = connection
+        self._closed = False
+
+    def read(self, timeout_s: float) -> bytes:
+        """What has come, after waiting at most `timeout_s`; empty when nothing did or the other side is gone."""
+        if self._closed:
+            time.sleep(timeout_s)
+            return b""
+        ready, _, _ = select.select([self._socket], [], [], timeout_s)
+        if not ready:
+            return b""
+        try:
+            data = self._socket.recv(65536)
+        except ConnectionError:
+            data = b""
+        self._closed = not data
+        return data
+
+    def type(self, text: str) -> Iterator[bytes]:
+        """Type `text` a character at a time; gives what the guest says meanwhile."""
+        for character in text:
+            with contextlib.suppress(OSError):
+                self._socket.sendall(character.encode())
+            until = time.monotonic() + KEY_DELAY_S
+            while (left := until - time.monotonic()) > 0:
+                yield self.read(left)
+
+
+@contextlib.contextmanager
+def connect(path: Path, *, timeout_s: float) -> Iterator[Serial]:
+    """Open the console's socket, which QEMU makes soon after it starts. MachineError when it does not."""
+    connection = socket.socket(socket.AF_UNIX)
+    deadline = time.monotonic() + timeout_s
+    try:
+        while True:
+            try:
+                connection.connect(str(path))
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    raise MachineError(f"QEMU did not open its console within {timeout_s:g} s ({error})") from None
+                time.sleep(0.02)
+        yield Serial(connection)
+    finally:
+        connection.close()

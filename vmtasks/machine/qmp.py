@@ -1,0 +1,80 @@
+"""QEMU's control socket, used synchronously. Owns qemu.qmp."""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vmtasks.errors import MachineError
+
+ANSWER_S = 10.0
+log = logging.getLogger(__name__)
+
+
+class Qmp:
+    """A connection. Commands raise MachineError when QEMU refuses them, is gone, or does not answer in time."""
+
+    def __init__(self, protocol: Any) -> None:
+        """`protocol` is a connected QEMUMonitorProtocol."""
+        self._protocol = protocol
+        self._protocol.settimeout(ANSWER_S)
+
+    def cmd(self, name: str, **arguments: Any) -> Any:
+        """Run a QMP command and return what it returns."""
+        from qemu.qmp import QMPError  # noqa: PLC0415
+
+        log.debug("qmp %s %s", name, arguments)
+        try:
+            return self._protocol.cmd(name, **arguments)
+        except (TimeoutError, QMPError, OSError, EOFError) as error:
+            raise MachineError(f"QEMU did not carry out {name}: {type(error).__name__} {error}".rstrip()) from error
+
+    def events(self, wait_s: float = 0.0) -> list[dict[str, Any]]:
+        """Events that have come since the last call, also those from just before QEMU ended."""
+        from qemu.qmp import QMPError  # noqa: PLC0415
+
+        found: list[dict[str, Any]] = []
+        with contextlib.suppress(QMPError, OSError, EOFError, asyncio.TimeoutError):
+            first = self._protocol.pull_event(wait=wait_s if wait_s > 0 else False)
+            if first is not None:
+                found.append(dict(first))
+        with contextlib.suppress(QMPError, OSError, EOFError, asyncio.TimeoutError):
+            found += [dict(event) for event in self._protocol.get_events()]
+        return found
+
+    def screenshot(self, path: Path) -> bool:
+        """Save the framebuffer as PNG; False where there is none or QEMU cannot."""
+        with contextlib.suppress(MachineError):
+            self.cmd("screendump", filename=str(path), format="png")
+            return path.is_file()
+        return False
+
+
+@contextlib.contextmanager
+def connect(path: Path, *, timeout_s: float) -> Iterator[Qmp]:
+    """Open QEMU's control socket, retrying until `timeout_s` because QEMU makes it soon after it starts."""
+    from qemu.qmp import QMPError  # noqa: PLC0415
+    from qemu.qmp.legacy import QEMUMonitorProtocol  # noqa: PLC0415
+
+    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        protocol = QEMUMonitorProtocol(str(path))
+        protocol.settimeout(max(1.0, deadline - time.monotonic()))
+        try:
+            protocol.connect()
+            break
+        except (TimeoutError, QMPError, OSError, EOFError) as error:
+            with contextlib.suppress(Exception):
+                protocol.close()
+            if time.monotonic() > deadline:
+                raise MachineError(f"QEMU's control socket did not answer within {timeout_s:g} s ({error})") from None
+            time.sleep(0.05)
+    try:
+        yield Qmp(protocol)
+    finally:
+        with contextlib.suppress(Exception):  # closing a connection whose QEMU is gone raises what it likes
+            protocol.close()

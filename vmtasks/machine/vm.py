@@ -1,0 +1,175 @@
+"""One QEMU: boot it in the foreground or as a daemon, know whether it is still ours, and stop it step by step."""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmtasks import proc
+from vmtasks.errors import CommandError, MachineError
+from vmtasks.machine import argv, console, qmp
+
+LAUNCH_S = 30.0
+SOCKET_PATH_BYTES = 107
+"""A UNIX socket's address holds no longer path; see unix(7)."""
+
+
+@dataclass
+class Booted:
+    """A QEMU that is our child, with its console and its control socket open."""
+
+    process: subprocess.Popen[bytes]
+    serial: console.Serial
+    control: qmp.Qmp
+
+
+@dataclass(frozen=True)
+class Pid:
+    """A process that can be told from a later one with the same number."""
+
+    number: int
+    started: str
+
+    def alive(self, mark: str) -> bool:
+        """Whether it still runs and is what we started: same start, and `mark` in its command line."""
+        return (
+            bool(self.started) and proc.started(self.number) == self.started and mark in proc.command_line(self.number)
+        )
+
+
+@contextlib.contextmanager
+def boot(spec: argv.Spec, output: Path, *, pass_fds: Sequence[int] = ()) -> Iterator[Booted]:
+    """Run QEMU as our child for the length of the block; it never outlives us. What it says itself goes to `output`.
+
+    MachineError with QEMU's own words when it does not come up.
+    """
+    words = argv.command(spec)
+    with (
+        output.open("wb") as sink,
+        proc.spawn(words, output=sink, pass_fds=pass_fds, die_with_us=True) as child,
+        contextlib.ExitStack() as stack,
+    ):
+        try:
+            serial = stack.enter_context(console.connect(spec.console_socket, timeout_s=_patience(child)))
+            control = stack.enter_context(qmp.connect(spec.qmp_socket, timeout_s=LAUNCH_S))
+        except MachineError as error:
+            proc.end(child)
+            said = output.read_text(errors="replace").strip()
+            raise MachineError(f"QEMU did not start: {said or error.message}", log=output) from None
+        yield Booted(child, serial, control)
+
+
+def _patience(child: subprocess.Popen[bytes]) -> float:
+    """Seconds to wait for QEMU's sockets; hardly any when it has already ended."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(0.15)
+        return 0.0
+    return LAUNCH_S
+
+
+def launch(spec: argv.Spec) -> Pid:
+    """Start QEMU as a daemon and return its process. Its launch errors come back at once, as MachineError.
+
+    `port_taken(error)` tells whether it was the SSH port.
+    """
+    if spec.pidfile is None or not spec.daemonize:
+        raise ValueError("a daemon needs a pid file")
+    try:
+        proc.run(argv.command(spec), timeout_s=LAUNCH_S)
+    except CommandError as error:
+        raise MachineError(f"QEMU did not start: {error.stderr.strip() or error.message}") from None
+    number = int(spec.pidfile.read_text())
+    return Pid(number, proc.started(number))
+
+
+def port_taken(error: MachineError) -> bool:
+    """Whether QEMU could not bind the port that it was to forward."""
+    return "Could not set up host forwarding rule" in error.message
+
+
+def stop(pid: Pid, mark: str, rungs: Sequence[tuple[str, Callable[[], object], float]], qmp_socket: Path) -> str:
+    """Climb the ladder until the machine is gone; returns the rung that was needed.
+
+    `rungs` come first, each (name, action, seconds to wait); then the ACPI button, QMP quit, SIGTERM and SIGKILL.
+    Nothing is sent to a process that is not provably ours.
+    """
+
+    def control(command: str) -> Callable[[], object]:
+        def send() -> None:
+            with qmp.connect(qmp_socket, timeout_s=5) as connection:
+                connection.cmd(command)
+
+        return send
+
+    def send_signal(number: int) -> Callable[[], object]:
+        return lambda: os.kill(pid.number, number) if pid.alive(mark) else None
+
+    ladder = [
+        *rungs,
+        ("ACPI power button", control("system_powerdown"), 30.0),
+        ("QMP quit", control("quit"), 10.0),
+        ("SIGTERM", send_signal(signal.SIGTERM), 5.0),
+        ("SIGKILL", send_signal(signal.SIGKILL), 5.0),
+    ]
+    for name, action, wait_s in ladder:
+        if not pid.alive(mark):
+            return "already stopped"
+        with contextlib.suppress(MachineError, ProcessLookupError, CommandError):
+            action()
+        if wait_until(lambda: not pid.alive(mark), wait_s, every_s=0.05):
+            return name
+    raise MachineError(f"process {pid.number} did not end even after SIGKILL", hint="is it stuck in the kernel? see ps")
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, *, every_s: float = 0.1) -> bool:
+    """Poll `condition`; True as soon as it holds, False after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(every_s)
+    return True
+
+
+def socket_base() -> Path:
+    """A short folder of ours, mode 0700, for UNIX sockets. MachineError when somebody else owns it."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/") and os.access(runtime, os.W_OK) and len(os.fsencode(runtime)) <= 40:
+        base = Path(runtime) / "vmtasks"
+    else:
+        base = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) <= 40 else "/tmp") / f"vmtasks-{os.getuid()}"  # noqa: S108
+    base.mkdir(mode=0o700, exist_ok=True)
+    stat = base.lstat()
+    if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or base.is_symlink():
+        raise MachineError(f"{base} is not a private folder of ours", hint=f"look who made it, then: rm -r {base}")
+    return base
+
+
+def socket_folder(machine: Path) -> Path:
+    """The folder for the sockets of the machine whose state is in `machine`; made if needed."""
+    folder = socket_base() / hashlib.sha256(os.fsencode(machine.absolute())).hexdigest()[:12]
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+@contextlib.contextmanager
+def temporary_sockets() -> Iterator[Path]:
+    """A socket folder for the length of the block. Also removes those of processes that were killed."""
+    base = socket_base()
+    for old in base.glob("p*"):
+        pid = re.fullmatch(r"p(\d+)-.*", old.name)
+        if pid is not None and not proc.started(int(pid[1])):
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"p{os.getpid()}-", dir=base))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

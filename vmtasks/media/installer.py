@@ -1,0 +1,67 @@
+"""Have a guest's installer ISO in the store, whichever way guest.toml says it comes about."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from vmtasks.config import Config
+from vmtasks.media import compose, debian
+from vmtasks.media.recipe import Recipe
+from vmtasks.store import MediaRecord, Store
+
+FORMAT = 1
+"""Raised when the composer's output changes for the same recipe."""
+
+
+def recipe_digest(config: Config) -> str:
+    """Digest of all that decides the installer: the [installer] table, its overlay files, the phases' packages."""
+    guest = config.guest
+    digest = hashlib.sha256(msgspec.json.encode([FORMAT, guest.installer, config.version], order="sorted"))
+    digest.update(msgspec.json.encode([[phase.name, phase.packages] for phase in guest.phases]))
+    if isinstance(guest.installer, Recipe):
+        for folder in sorted({guest.installer.files, guest.installer.initramfs.files} - {""}):
+            for path in sorted((config.guest_dir / folder).rglob("*")):
+                digest.update(f"{path.relative_to(config.guest_dir)} {path.lstat().st_mode:o}\n".encode())
+                if path.is_symlink():
+                    digest.update(str(path.readlink()).encode())
+                elif path.is_file():
+                    digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def make(config: Config, store: Store, recipe: str, note: Callable[[str], None]) -> MediaRecord:
+    """Compose or download the installer, and have the packages that phases carry. FetchError, ImageError."""
+    made = config.guest.installer
+    cache = store.root / "packages"
+    note("compose it from Debian packages")
+    beside = store.root / "downloads" / f"{recipe}.partial"
+    beside.parent.mkdir(parents=True, exist_ok=True)
+    composed = compose.compose(made, config.guest_dir, cache, beside)
+    path = store.download(composed.sha256)
+    beside.chmod(0o444)
+    beside.rename(path)
+    local = {
+        phase.name: [_keep(store, deb) for deb in compose.local_packages(made, phase.packages, cache)]
+        for phase in config.guest.phases
+        if phase.packages
+    }
+    return MediaRecord(
+        sha256=composed.sha256,
+        size=composed.size,
+        mtime_ns=path.stat().st_mtime_ns,
+        origin="packages",
+        recipe=recipe,
+        packages=[f"{p.name} {p.version} {p.sha256}" for p in composed.packages],
+        local_packages=local,
+    )
+
+
+def _keep(store: Store, deb: Path) -> str:
+    """Have a package among the store's downloads; gives its digest and file name."""
+    sha256 = debian.digest(deb)
+    path = store.download(sha256)
+    if not path.exists():
+        path.hardlink_to(deb)
+    return f"{sha256} {deb.name}"

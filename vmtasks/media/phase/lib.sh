@@ -1,0 +1,48 @@
+# shellcheck shell=sh
+# What a phase script may use. POSIX sh; sourced by run.sh's child before `set -ex`.
+
+# Prints one sentinel line; tracing is switched off so that the console shows it once.
+vmtasks_say() { printf '\n::vmtasks:%s:%s\n' "$VMTASKS_TOKEN" "$*"; }
+
+# step TITLE: what follows belongs to this step.
+step() {
+    { set +x; } 2>/dev/null
+    printf '%s\n' "$*" >"$VMTASKS_STEP"
+    vmtasks_say "step $*"
+    set -x
+}
+
+# say TEXT: a line for the reader of the log.
+say() {
+    { set +x; } 2>/dev/null
+    printf '%s\n' "$*"
+    set -x
+}
+
+# hostkey FILE.pub: tells the host which key this guest's SSH server will show.
+hostkey() {
+    { set +x; } 2>/dev/null
+    read -r vmtasks_type vmtasks_key vmtasks_rest <"$1" || [ -n "$vmtasks_key" ] || return 1
+    vmtasks_say "hostkey $vmtasks_type $vmtasks_key"
+    set -x
+}
+
+# fail TEXT: ends the phase.
+fail() {
+    { set +x; } 2>/dev/null
+    printf 'FAILED: %s\n' "$*"
+    exit 1
+}
+
+# retry TIMES COMMAND...: runs it until it succeeds, with a growing pause.
+retry() {
+    vmtasks_left=$1
+    vmtasks_pause=1
+    shift
+    until "$@"; do
+        vmtasks_left=$((vmtasks_left - 1))
+        [ "$vmtasks_left" -gt 0 ] || return 1
+        sleep "$vmtasks_pause"
+        vmtasks_pause=$((vmtasks_pause * 2))
+    done
+}

@@ -1,0 +1,142 @@
+"""What a person sees while work goes on: a live line on a terminal, plain lines elsewhere, times of the last run."""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vmtasks import atomic
+
+Say = Callable[[str], None]
+"""Something that tells the person who watches."""
+
+
+class Step:
+    """Work under way. `now()` names the milestone it has reached."""
+
+    def __init__(self, title: str, expected_s: float | None) -> None:
+        """`expected_s` is how long this took last time, if that is known."""
+        self.title = title
+        self.expected_s = expected_s
+        self.note = ""
+        self.started = time.monotonic()
+        self.milestones: list[tuple[str, float]] = []
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the step began."""
+        return time.monotonic() - self.started
+
+    def now(self, note: str) -> None:
+        """Say what is being done at this moment."""
+        self.note = note
+        self.milestones.append((note, self.elapsed_s))
+
+    def line(self) -> str:
+        """`phase 1-install: Format the disk, 12 s of about 30 s`."""
+        about = f" of about {seconds(self.expected_s)}" if self.expected_s else ""
+        note = f": {self.note}" if self.note else ""
+        return f"{self.title}{note}, {seconds(self.elapsed_s)}{about}"
+
+
+class PlainStep(Step):
+    """A step whose milestones are lines: for pipes and log files."""
+
+    def now(self, note: str) -> None:
+        """Print the milestone."""
+        super().now(note)
+        say(f"{self.title}: {note}")
+
+
+@contextmanager
+def step(title: str, *, expected_s: float | None = None) -> Iterator[Step]:
+    """Show `title` while the block runs, then how long it took, or that it failed and after how long."""
+    shown = Step(title, expected_s) if is_terminal() else PlainStep(title, expected_s)
+    try:
+        if isinstance(shown, PlainStep):
+            yield shown
+        else:
+            with _live(shown):
+                yield shown
+    except BaseException:
+        say(f"{title}: failed after {seconds(shown.elapsed_s)}")
+        raise
+    say(f"{title}: done in {seconds(shown.elapsed_s)}")
+
+
+@contextmanager
+def _live(shown: Step) -> Iterator[None]:
+    """Keep one line of the terminal up to date with `shown`, and clear it at the end."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.live import Live  # noqa: PLC0415
+    from rich.spinner import Spinner  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    console = Console(file=sys.__stdout__, no_color=no_color(), highlight=False)
+    spinner = Spinner("dots", style="" if no_color() else "cyan")
+
+    def render() -> Any:
+        spinner.update(text=Text(shown.line(), overflow="ellipsis", no_wrap=True))
+        return spinner
+
+    with Live(get_renderable=render, console=console, refresh_per_second=8, transient=True, redirect_stdout=False):
+        yield
+
+
+def say(text: str) -> None:
+    """One line to the person who watches. On a terminal it scrolls above a live line."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def seconds(value: float) -> str:
+    """4 -> '4 s', 75 -> '1 min 15 s'."""
+    whole = round(value)
+    if value < 10:
+        return f"{value:.1f} s"
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def is_terminal() -> bool:
+    """Whether live lines make sense: standard output is a terminal that can move its cursor."""
+    out = sys.__stdout__
+    return (
+        out is not None
+        and out.isatty()
+        and os.environ.get("TERM", "dumb") != "dumb"
+        and threading.current_thread() is threading.main_thread()
+    )
+
+
+def no_color() -> bool:
+    """See https://no-color.org: any value but the empty one."""
+    return bool(os.environ.get("NO_COLOR"))
+
+
+class History:
+    """How long each piece of work took the last time it succeeded; a lost or broken file costs only the estimate."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is a JSON object: title -> seconds."""
+        self.path = path
+
+    def expected_s(self, key: str) -> float | None:
+        """Seconds that `key` took last time, or None."""
+        value = self._read().get(key)
+        return float(value) if isinstance(value, int | float) else None
+
+    def record(self, key: str, took_s: float) -> None:
+        """Remember that `key` took `took_s` seconds."""
+        atomic.write(self.path, json.dumps({**self._read(), key: round(took_s, 1)}, indent=1, sort_keys=True))
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            data = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return {}
+        return data if isinstance(data, dict) else {}

@@ -1,0 +1,178 @@
+"""OpenSSH to a machine: its generated configuration, readiness that means authenticated, commands with a deadline.
+
+Host keys are pinned from the image's record and checked strictly; one connection is shared by all that follows.
+"""
+
+import os
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmtasks import atomic, proc
+from vmtasks.errors import SshError
+
+FAILED = 255
+"""The status of ssh itself when it could not connect or lost the connection; see ssh(1)."""
+
+CONNECT_S = 10
+STAGES = (
+    ("Connection refused", "nothing listens on the port: QEMU is not forwarding it"),
+    ("Permission denied", "the guest refused our key"),
+    ("Host key verification failed", "the guest shows another host key than the one its image recorded"),
+    ("REMOTE HOST IDENTIFICATION HAS CHANGED", "the guest shows another host key than the one its image recorded"),
+    ("banner exchange", "the port is forwarded but no SSH server answers in the guest"),
+    ("Connection reset", "the guest closed the connection: its SSH server is not up yet or broken"),
+    ("Connection closed", "the guest closed the connection: its SSH server is not up yet or broken"),
+    ("timed out", "no answer came: the guest is still booting, or its network is down"),
+)
+"""What ssh prints, and at which stage that means the connection stands."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine as ssh sees it. In `folder`, short and private: config, known hosts and the shared connection."""
+
+    name: str
+    port: int
+    user: str
+    key: Path
+    host_keys: tuple[str, ...]
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """The file for `ssh -F`."""
+        return self.folder / "ssh_config"
+
+    def argv(self, *words: str, options: Sequence[str] = ()) -> list[str]:
+        """`ssh -F config [options] name [words]`."""
+        return ["ssh", "-F", str(self.config), *options, self.name, *words]
+
+
+def write_config(target: Target) -> None:
+    """Write the OpenSSH configuration and known_hosts of a machine; rsync, scp, git and editors use it too."""
+    known = target.folder / "known_hosts"
+    atomic.write_if_changed(known, "".join(f"{target.name} {key}\n" for key in target.host_keys), 0o600)
+    lines = [
+        f"Host {target.name}",
+        "    HostName 127.0.0.1",
+        f"    Port {target.port}",
+        f"    User {target.user}",
+        f"    IdentityFile {_quoted(target.key)}",
+        "    IdentitiesOnly yes",
+        f"    HostKeyAlias {target.name}",
+        "    StrictHostKeyChecking yes",
+        f"    UserKnownHostsFile {_quoted(known)}",
+        "    GlobalKnownHostsFile /dev/null",
+        "    BatchMode yes",
+        "    PasswordAuthentication no",
+        "    KbdInteractiveAuthentication no",
+        f"    ConnectTimeout {CONNECT_S}",
+        "    ServerAliveInterval 15",
+        "    ServerAliveCountMax 4",
+        "    ControlMaster auto",
+        f"    ControlPath {_quoted(target.folder / 'ssh')}",
+        "    ControlPersist 60",
+        "    LogLevel ERROR",
+    ]
+    atomic.write_if_changed(target.config, "\n".join(lines) + "\n", 0o600)
+
+
+def wait_ready(target: Target, *, timeout_s: float, alive: Callable[[], bool]) -> float:
+    """Wait until an authenticated `true` succeeds; returns the seconds that it took.
+
+    SshError when `alive` says that the machine is gone, or after `timeout_s`, with the stage that was reached.
+    """
+    began = time.monotonic()
+    while True:
+        tried = proc.run(target.argv("true"), timeout_s=CONNECT_S + 5, check=False)
+        if tried.status == 0:
+            return time.monotonic() - began
+        stage = explain(tried.stderr or f"timed out (status {tried.status})")
+        if not alive():
+            raise SshError(f"machine {target.name} ended while it was booting")
+        if time.monotonic() - began > timeout_s:
+            raise SshError(f"machine {target.name} did not accept SSH within {timeout_s:.0f} s: {stage}")
+        time.sleep(0.2)
+
+
+def is_ready(target: Target) -> bool:
+    """Whether an authenticated `true` succeeds now."""
+    return proc.run(target.argv("true", options=["-o", "ConnectTimeout=3"]), timeout_s=8, check=False).status == 0
+
+
+def explain(stderr: str) -> str:
+    """The stage at which a connection stands, from what ssh printed."""
+    for text, meaning in STAGES:
+        if text in stderr:
+            return meaning
+    return stderr.strip().splitlines()[-1] if stderr.strip() else "ssh gave no reason"
+
+
+def close(target: Target) -> None:
+    """End the shared connection, if there is one."""
+    if (target.folder / "ssh").exists():
+        proc.run(target.argv(options=["-O", "exit"]), timeout_s=10, check=False)
+
+
+def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pidfile: str = "") -> str:
+    """A POSIX sh script that runs `command` in `cwd` with `env`, as `user` where that is not who logged in.
+
+    Another user is reached through doas, sudo or, from root, su, whichever the guest has. `pidfile`: where the id of
+    the process group is written, for end_script().
+    """
+    exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
+    place = shlex.quote(cwd) if cwd.startswith("/") else '"$0"/' + shlex.quote(cwd)  # $0: the login user's home
+    inner = f"{exports}cd {place} && {{ {command}\n}}"
+    lines = [f"echo $$ >{shlex.quote(pidfile)}"] if pidfile else []
+    return "\n".join([*lines, *_become(user, inner)])
+
+
+def end_script(pidfile: str, user: str = "") -> str:
+    """A script that ends the process group which script() started: SIGTERM, 2 s, SIGKILL."""
+    inner = (
+        f"group=$(cat {shlex.quote(pidfile)}) && kill -TERM -- -$group 2>/dev/null; sleep 2; "
+        f"kill -KILL -- -$group 2>/dev/null; rm -f {shlex.quote(pidfile)}"
+    )
+    return "\n".join(_become(user, inner))
+
+
+def execute(
+    target: Target, text: str, sink: Callable[[bytes], None], *, timeout_s: float, at_deadline: str = ""
+) -> int:
+    """Run a script in the guest; output goes to `sink` as it comes. Returns its status, 124 after `timeout_s`.
+
+    `at_deadline` is a script that ends in the guest what `text` has started.
+    """
+    status = proc.stream(target.argv(remote_line(f"{{ {text}\n}} 2>&1 </dev/null")), sink, timeout_s=timeout_s)
+    if status == proc.TIMED_OUT and at_deadline:
+        proc.run(target.argv(remote_line(at_deadline)), timeout_s=30, check=False)
+    return status
+
+
+def remote_line(text: str) -> str:
+    """A command line that any login shell, csh included, hands to sh unchanged."""
+    return "exec /bin/sh -c " + shlex.quote(text)
+
+
+def _become(user: str, inner: str) -> list[str]:
+    word = shlex.quote(inner)
+    home = '"$HOME"'
+    if not user:
+        return [f"exec /bin/sh -c {word} {home}"]
+    name = shlex.quote(user)
+    return [
+        f'if [ "$(id -un)" = {name} ]; then exec /bin/sh -c {word} {home}',
+        f"elif command -v doas >/dev/null 2>&1; then exec doas -n -u {name} /bin/sh -c {word} {home}",
+        f"elif command -v sudo >/dev/null 2>&1; then exec sudo -n -u {name} /bin/sh -c {word} {home}",
+        f'elif [ "$(id -u)" = 0 ]; then exec su -m {name} -c {shlex.quote("exec /bin/sh -c " + word + " " + home)}',
+        f"else echo 'the guest has neither doas nor sudo: cannot become '{name} >&2; exit 126; fi",
+    ]
+
+
+def _quoted(path: Path) -> str:
+    """A path in ssh_config: in double quotes, `%` doubled because ssh expands it."""
+    text = os.fspath(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text}"'

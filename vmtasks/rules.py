@@ -1,0 +1,105 @@
+"""Rules across keys, files and this host that a configuration must keep; each breach is one line with a remedy."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from vmtasks.config import Config, show, show_size, suggest
+from vmtasks.errors import ConfigError
+from vmtasks.model import SuiteTable
+
+PORTS = (1024, 65535)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+
+
+def check(config: Config) -> None:
+    """Raise ConfigError for the first rule that does not hold. Looks at the file system, changes nothing."""
+    file = show(config.file)
+    for problem in (*machine(config), *tree(config), *suites(config)):
+        raise ConfigError(f"{file}: {problem}")
+    where = f"phases/{config.guest_dir.name}/guest.toml"
+    for problem in (*guest(config), *expressions(config)):
+        raise ConfigError(f"{where}: {problem}")
+
+
+def machine(config: Config) -> Iterator[str]:
+    """What this host cannot give, or no guest can use."""
+    low, high = PORTS
+    source = {s.variable.name: f"{s.variable.key} ({s.source})" for s in config.settings}
+    if config.ssh_port is not None and not low <= config.ssh_port <= high:
+        yield f'{source["port"]} = {config.ssh_port}: out of range; use {low} to {high}, or "auto"'
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if config.memory > host:
+        yield f"{source['memory']} = {show_size(config.memory)}: more than this host's {host >> 20}M; use less"
+    if config.memory < 16 << 20:
+        yield f"{source['memory']} = {show_size(config.memory)}: too little for any guest; use 64M or more"
+    if config.disk_size < 1 << 20:
+        yield f"{source['disk']} = {show_size(config.disk_size)}: too small for a disk; use 1M or more"
+
+
+def tree(config: Config) -> Iterator[str]:
+    """What cannot be synced, and values that no template takes."""
+    source = config.root / config.sync.source
+    if not source.is_dir():
+        yield f"sync.source = {config.sync.source!r}: there is no folder {show(source)}; name the tree to sync"
+    for pattern in config.sync.exclude:
+        if not pattern.strip() or "\n" in pattern:
+            yield f"sync.exclude = {pattern!r}: an empty pattern or one with a line break; remove it"
+    for name in config.vars:
+        if name not in config.guest.vars:
+            yield f"vars.{config.guest.name}.{name}: the guest has no such value; {suggest(name, config.guest.vars)}"
+
+
+def suites(config: Config) -> Iterator[str]:
+    """Suites that cannot run."""
+    for name, suite in config.suites.items():
+        if not NAME.fullmatch(name):
+            yield f"suites.{name}: a suite's name is also a file name; use letters, digits, '.', '_' and '-'"
+        if not suite.command.strip():
+            yield f"suites.{name}.command = {suite.command!r}: empty; say what runs the tests"
+        yield from paths(name, suite)
+        for variable in suite.env:
+            if not VARIABLE.fullmatch(variable):
+                yield f"suites.{name}.env.{variable}: not a variable's name; use letters, digits and '_'"
+    for name in config.quick:
+        if name not in config.suites:
+            yield f"quick.suites = {name!r}: no such suite; {suggest(name, config.suites)}"
+
+
+def paths(name: str, suite: SuiteTable) -> Iterator[str]:
+    """Paths that leave the suite's folder."""
+    for key, values in {"artifacts": suite.artifacts, "cwd": [suite.cwd], "junit": [suite.junit]}.items():
+        for value in values:
+            if value.startswith("/") or ".." in Path(value).parts:
+                yield f"suites.{name}.{key} = {value!r}: leaves the suite's folder; use a path below it"
+
+
+def guest(config: Config) -> Iterator[str]:
+    """What is wrong with a guest's folder as a whole."""
+    file = config.guest
+    if file.name != config.guest_dir.name:
+        yield f"name = {file.name!r}: must be the folder's name, {config.guest_dir.name!r}"
+    for phase in file.phases:
+        template = config.template(phase)
+        if not template.is_file():
+            yield f"phases.name = {phase.name!r}: there is no {show(template)}; write it or remove the phase"
+        if phase.dialogue and phase.dialogue not in file.dialogue:
+            yield f"phases.dialogue = {phase.dialogue!r}: no such dialogue; {suggest(phase.dialogue, file.dialogue)}"
+        if phase.boot == "cd" and phase.cds[0] != "installer":
+            yield f"phases.cds = {phase.cds}: a phase that boots from CD needs 'installer' first"
+        if "phase" not in phase.cds:
+            yield f"phases.cds = {phase.cds}: the phase's own CD is missing; add 'phase'"
+    if len({phase.name for phase in file.phases}) < len(file.phases):
+        yield "phases.name: two phases have one name; rename one"
+
+
+def expressions(config: Config) -> Iterator[str]:
+    """Expressions that do not compile."""
+    texts = [f.expect for f in config.guest.failures] + [e.expect for d in config.guest.dialogue.values() for e in d]
+    for text in texts:
+        try:
+            re.compile(text)
+        except re.error as error:
+            yield f"expect = {text!r}: not a regular expression ({error}); correct it"

@@ -1,0 +1,437 @@
+"""Machines by name: start, stop, look, restore, snapshot, remove. A machine is a folder with a record; no daemon.
+
+.vm/run/<name>/machine.toml  its record        disk.qcow2   its disk, an overlay on an image of the store
+               <name>.pid, <name>.ports, <name>.log (the console), monitor and serial sockets, ssh_config (links)
+"""
+
+import contextlib
+import hashlib
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from vmtasks import atomic, proc, progress
+from vmtasks.build import Builder, PhaseRecord
+from vmtasks.config import FALLBACK_PORTS, Config, show_size
+from vmtasks.errors import MachineError, SshError, StateError, VmTasksError
+from vmtasks.machine import vm
+from vmtasks.machine.argv import Spec
+from vmtasks.machine.console import Transcript
+from vmtasks.media import disk
+from vmtasks.remote import ssh
+from vmtasks.store import ImageRecord, read_record, write_record
+
+READY_S = 120.0
+POWEROFF_S = 60.0
+LOCK_S = 1800.0
+CLEAN = "clean"
+
+Status = Literal["absent", "booting", "running", "stale", "stopped"]
+
+
+class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a machine. `pid` 0: it was stopped in good order. `memory` in bytes."""
+
+    name: str
+    guest: str
+    snapshot: str
+    image: str
+    image_sha256: str
+    ssh_user: str
+    host_keys: list[str]
+    pid: int = 0
+    pid_started: str = ""
+    ssh_port: int = 0
+    memory: int = 0
+    cpus: int = 0
+    accel: str = ""
+    started: float = 0.0
+
+
+@dataclass(frozen=True)
+class View:
+    """A machine as `status` shows it."""
+
+    name: str
+    status: Status
+    record: MachineRecord | None
+    ssh: str
+
+
+class Machine:
+    """One named machine of a project."""
+
+    def __init__(self, config: Config, name: str = "") -> None:
+        """`name` is by default the configured one. Nothing is touched yet."""
+        self.config = config
+        self.builder = Builder(config)
+        self.name = name or config.name
+        self.folder = config.vm_dir / "run" / self.name
+
+    # -- places
+
+    @property
+    def disk(self) -> Path:
+        """The overlay that holds what the machine has written."""
+        return self.folder / "disk.qcow2"
+
+    @property
+    def console_log(self) -> Path:
+        """Everything that the serial console has said."""
+        return self.folder / f"{self.name}.log"
+
+    @property
+    def sockets(self) -> Path:
+        """The short folder of the machine's sockets."""
+        return vm.socket_folder(self.folder)
+
+    def record(self) -> MachineRecord | None:
+        """The machine's record; None when there is no machine."""
+        return read_record(self.folder / "machine.toml", MachineRecord)
+
+    def target(self, record: MachineRecord) -> ssh.Target:
+        """The machine as ssh sees it."""
+        return ssh.Target(
+            self.name, record.ssh_port, record.ssh_user, self.builder.key, tuple(record.host_keys), self.sockets
+        )
+
+    def snapshot_record(self, name: str) -> Path:
+        """The record that says which image the snapshot `name` is."""
+        return self.config.guest_state / ("clean.toml" if name == CLEAN else f"snapshots/{name}.toml")
+
+    def snapshots(self) -> list[str]:
+        """Names of this guest's snapshots."""
+        own = sorted(p.stem for p in (self.config.guest_state / "snapshots").glob("*.toml"))
+        return ([CLEAN] if self.snapshot_record(CLEAN).is_file() else []) + own
+
+    # -- looking
+
+    def pid(self, record: MachineRecord) -> vm.Pid | None:
+        """The machine's process, if it still is that process."""
+        pid = vm.Pid(record.pid, record.pid_started)
+        return pid if record.pid and pid.alive(self._mark) else None
+
+    def status(self) -> View:
+        """What the machine is doing now. Takes no lock and waits at most for one try of SSH."""
+        record = self.record()
+        if record is None:
+            return View(self.name, "absent", None, "")
+        if self.pid(record) is None:
+            return View(self.name, "stale" if record.pid else "stopped", record, "")
+        target = self.target(record)
+        line = proc.quote(target.argv())
+        return View(self.name, "running" if ssh.is_ready(target) else "booting", record, line)
+
+    def running(self) -> ssh.Target:
+        """The target of a machine that runs. StateError when it does not."""
+        record = self.record()
+        if record is None or self.pid(record) is None:
+            raise StateError(f"machine {self.name} is not running", hint="doit start")
+        return self.target(record)
+
+    def image(self) -> ImageRecord:
+        """The image that this machine starts from: that of the snapshot it was restored to, or `clean`."""
+        record = self.record()
+        return self._image(record.snapshot if record else CLEAN)
+
+    # -- doing
+
+    def start(self, note: Callable[[str], None] = progress.say) -> ssh.Target:
+        """Have the machine running and SSH answering. A machine made from an older image is made anew, and says so."""
+        with self._lock():
+            record, image = self.record(), self.image()
+            snapshot = record.snapshot if record else CLEAN
+            if record is not None and record.image_sha256 != image.sha256:
+                note(f"machine {self.name}: its image was replaced by {image.digest[:12]}; it starts afresh")
+                self._stop(record, note)
+                record = None
+            if record is not None and self.pid(record) is not None:
+                return self._attach(record, note)
+            if record is None or not self.disk.is_file():
+                self._make(snapshot, image)
+            return self._boot(snapshot, image)
+
+    def stop(self, note: Callable[[str], None] = progress.say) -> str:
+        """Stop the machine, gently first; returns the rung of the ladder that was needed."""
+        with self._lock():
+            record = self.record()
+            if record is None:
+                raise StateError(f"there is no machine {self.name}", hint="doit start")
+            return self._stop(record, note)
+
+    def restore(self, snapshot: str = "", note: Callable[[str], None] = progress.say) -> ImageRecord:
+        """Throw away what the machine has written and go back to `snapshot`, by default the one it came from."""
+        with self._lock():
+            record = self.record()
+            name = snapshot or (record.snapshot if record else CLEAN)
+            image = self._image(name)
+            if record is not None:
+                self._stop(record, note)
+            self._make(name, image)
+            return image
+
+    def snapshot(self, name: str) -> ImageRecord:
+        """Save the stopped machine's disk as a snapshot of its own, which needs no other image."""
+        with self._lock():
+            record = self.record()
+            if record is None or not self.disk.is_file():
+                raise StateError(f"machine {self.name} has no disk to save", hint="doit start")
+            if self.pid(record) is not None:
+                raise StateError(f"machine {self.name} is running: its disk is not at rest", hint="doit stop")
+            return self._save(record, name)
+
+    def destroy(self, note: Callable[[str], None] = progress.say) -> list[Path]:
+        """Stop the machine and remove all that belongs to it; returns what was removed."""
+        if not self.folder.exists():
+            return []
+        with self._lock():
+            record = self.record()
+            if record is not None:
+                self._stop(record, note)
+            gone = [path for path in sorted(self.folder.iterdir()) if path.name != "lock"]
+            shutil.rmtree(self.sockets, ignore_errors=True)
+            shutil.rmtree(self.folder)
+        return gone
+
+    # -- parts
+
+    @property
+    def _mark(self) -> str:
+        """What only this machine's QEMU has in its command line."""
+        return str(self.sockets / "qmp")
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        from filelock import FileLock, Timeout  # noqa: PLC0415
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with FileLock(self.folder / "lock", timeout=LOCK_S):
+                yield
+        except Timeout:
+            raise StateError(f"machine {self.name} was busy with another command for {LOCK_S:g} s") from None
+
+    def _image(self, snapshot: str) -> ImageRecord:
+        path = self.snapshot_record(snapshot)
+        named = read_record(path, PhaseRecord)
+        if named is None:
+            there = ", ".join(self.snapshots()) or "none"
+            raise StateError(f"there is no snapshot {snapshot!r}; there is: {there}", hint="doit auto_install")
+        fault = self.builder.image_fault(path)
+        image = self.builder.store.record(named.digest)
+        if fault or image is None:
+            raise StateError(f"snapshot {snapshot!r} cannot be used: {fault}", hint="doit auto_install")
+        return image
+
+    def _make(self, snapshot: str, image: ImageRecord) -> None:
+        """A fresh overlay and a record: a stopped machine that was never started."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.disk.unlink(missing_ok=True)
+        disk.overlay(
+            self.disk, self.builder.store.image(image.digest), size=max(image.virtual_size, self.config.disk_size)
+        )
+        self._write(
+            MachineRecord(
+                name=self.name,
+                guest=self.config.label,
+                snapshot=snapshot,
+                image=image.digest,
+                image_sha256=image.sha256,
+                ssh_user=image.ssh_user,
+                host_keys=image.host_keys,
+            )
+        )
+
+    def _boot(self, snapshot: str, image: ImageRecord) -> ssh.Target:
+        config, accel = self.config, self.builder.accel
+        for old in (self.sockets / "ssh", self.sockets / "qmp", self.sockets / "serial"):
+            old.unlink(missing_ok=True)
+        with progress.step(f"start {self.name}", expected_s=None) as step:
+            step.now(f"boot ({accel.name}, {config.cpus} CPU, {show_size(config.memory)})")
+            pid, port = self._launch()
+            record = MachineRecord(
+                name=self.name,
+                guest=config.label,
+                snapshot=snapshot,
+                image=image.digest,
+                image_sha256=image.sha256,
+                ssh_user=image.ssh_user,
+                host_keys=image.host_keys,
+                pid=pid.number,
+                pid_started=pid.started,
+                ssh_port=port,
+                memory=config.memory,
+                cpus=config.cpus,
+                accel=accel.name,
+                started=round(time.time(), 1),
+            )
+            self._write(record)
+            target = self.target(record)
+            ssh.write_config(target)
+            self._links(record)
+            try:
+                ssh.wait_ready(target, timeout_s=READY_S * accel.factor, alive=lambda: self.pid(record) is not None)
+            except BaseException as error:
+                self._stop(record, lambda _: None)
+                if isinstance(error, VmTasksError):
+                    raise SshError(error.message, log=self.console_log, console=self._tail()) from None
+                raise
+        return target
+
+    def _launch(self) -> tuple[vm.Pid, int]:
+        """Start QEMU on the configured port, or with `auto` on the first free one of 2222 and the fallback range."""
+        wanted = [self.config.ssh_port] if self.config.ssh_port else [2222, *FALLBACK_PORTS]
+        for port in wanted:
+            try:
+                return vm.launch(self._spec(port)), port
+            except MachineError as error:
+                if not vm.port_taken(error):
+                    raise
+        if self.config.ssh_port is None:
+            raise MachineError(
+                f"ports {wanted[0]} and {wanted[1]} to {wanted[-1]} are all taken", hint="doit stop, or port=N"
+            )
+        free = next((p for p in FALLBACK_PORTS if p != wanted[0] and port_free(p)), None)
+        holder = port_holder(wanted[0])
+        offer = f"doit port={free} start, or port=auto" if free else "ports 22220 to 22229 are taken too; choose port=N"
+        raise MachineError(f"port {wanted[0]} is taken{f' by {holder}' if holder else ''}", hint=offer)
+
+    def _spec(self, port: int) -> Spec:
+        config, hardware, accel = self.config, self.config.guest.machine, self.builder.accel
+        return Spec(
+            name=self.name,
+            accel=accel.name,
+            cpu=hardware.cpu.get(accel.name, accel.cpu),
+            machine_type=hardware.type,
+            memory=config.memory,
+            cpus=config.cpus,
+            disk=self.disk.absolute(),
+            disk_bus=hardware.disk_bus,
+            disk_serial=hardware.disk_serial,
+            nic=hardware.nic,
+            network=config.network,
+            ssh_port=port,
+            rng=hardware.rng,
+            console_socket=self.sockets / "serial",
+            console_log=self.console_log.absolute(),
+            qmp_socket=self.sockets / "qmp",
+            pidfile=(self.folder / f"{self.name}.pid").absolute(),
+            daemonize=True,
+        )
+
+    def _attach(self, record: MachineRecord, note: Callable[[str], None]) -> ssh.Target:
+        """Use a machine that runs already; it may still be booting."""
+        target = self.target(record)
+        ssh.write_config(target)
+        ssh.wait_ready(
+            target, timeout_s=READY_S * self.builder.accel.factor, alive=lambda: self.pid(record) is not None
+        )
+        note(f"machine {self.name} is running (pid {record.pid}, port {record.ssh_port})")
+        return target
+
+    def _stop(self, record: MachineRecord, note: Callable[[str], None]) -> str:
+        """Down the ladder; afterwards the record says that the machine is at rest."""
+        pid = self.pid(record)
+        rung = "already stopped"
+        if pid is not None:
+            target = self.target(record)
+            command = self.config.guest.poweroff
+            inside = ssh.script(command, cwd="/", env={}, user="root")
+
+            def power_off() -> None:
+                if ssh.is_ready(target):
+                    proc.run(target.argv(ssh.remote_line(inside)), timeout_s=20, check=False)
+
+            factor = self.builder.accel.factor
+            rung = vm.stop(
+                pid, self._mark, [("power off in the guest", power_off, POWEROFF_S * factor)], self.sockets / "qmp"
+            )
+            note(f"machine {self.name} stopped ({rung})")
+        ssh.close(self.target(record))
+        for leftover in (f"{self.name}.pid", f"{self.name}.ports"):
+            (self.folder / leftover).unlink(missing_ok=True)
+        for leftover in ("ssh", "qmp", "serial"):
+            (self.sockets / leftover).unlink(missing_ok=True)
+        self._write(msgspec.structs.replace(record, pid=0, pid_started=""))
+        return rung
+
+    def _save(self, record: MachineRecord, name: str) -> ImageRecord:
+        """Flatten the disk into the store under a digest of its own, then name it."""
+        store = self.builder.store
+        digest = hashlib.sha256(f"{self.name} {name} {time.time_ns()}".encode()).hexdigest()
+        disk.flatten(self.disk, store.partial(digest))
+        virtual = int(disk.info(store.partial(digest))["virtual-size"])
+        saved = store.publish(
+            digest,
+            lambda stat, sha256: ImageRecord(
+                digest=digest,
+                guest=self.config.guest.name,
+                version=self.config.version,
+                name=name,
+                size=stat.st_size,
+                mtime_ns=stat.st_mtime_ns,
+                sha256=sha256,
+                virtual_size=virtual,
+                ssh_user=record.ssh_user,
+                host_keys=record.host_keys,
+                created=round(time.time(), 3),
+            ),
+        )
+        write_record(self.snapshot_record(name), PhaseRecord(digest=digest, sha256=saved.sha256))
+        return saved
+
+    def _write(self, record: MachineRecord) -> None:
+        write_record(self.folder / "machine.toml", record)
+
+    def _links(self, record: MachineRecord) -> None:
+        """State files by the names that scripts expect: ports, and links to the sockets in their short folder."""
+        atomic.write(self.folder / f"{self.name}.ports", f"ssh,{record.ssh_port}\n")
+        places = {
+            f"{self.name}-monitor.socket": "qmp",
+            f"{self.name}-serial.socket": "serial",
+            "ssh_config": "ssh_config",
+        }
+        for name, socket_name in places.items():
+            link = self.folder / name
+            link.unlink(missing_ok=True)
+            link.symlink_to(self.sockets / socket_name)
+
+    def _tail(self) -> list[str]:
+        transcript = Transcript()
+        with contextlib.suppress(OSError):
+            transcript.feed(self.console_log.read_bytes()[-65536:] + b"\n")
+        return transcript.tail()
+
+
+def port_free(port: int) -> bool:
+    """Whether a listener could be made on this loopback port now. Only for advice: QEMU binds it itself."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def port_holder(port: int) -> str:
+    """Who listens on a loopback port, as `name (pid N)`, where Linux lets us see it; else empty."""
+    inodes = set()
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        with contextlib.suppress(OSError):
+            for line in Path(table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
+                    inodes.add(f"socket:[{fields[9]}]")
+    for handle in Path("/proc").glob("[0-9]*/fd/*") if inodes else ():
+        with contextlib.suppress(OSError):
+            if str(handle.readlink()) in inodes:
+                name = (handle.parent.parent / "comm").read_text().strip()
+                return f"{name} (pid {handle.parts[2]})"
+    return ""

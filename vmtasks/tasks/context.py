@@ -1,0 +1,75 @@
+"""What all tasks share: the project's configuration, errors turned into doit's failures, and signals."""
+
+import errno
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec
+
+from doit import doit_cmd
+
+from vmtasks import rules
+from vmtasks.config import Config, load
+from vmtasks.errors import ConfigError, VmTasksError
+
+P = ParamSpec("P")
+
+
+def read_config() -> Config:
+    """The configuration, or one line on stderr and exit status 2: nothing has been done yet."""
+    variables = getattr(doit_cmd, "_CMDLINE_VARS", None) or {}
+    try:
+        config = load(Path.cwd(), variables)
+        rules.check(config)
+    except ConfigError as error:
+        sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(error.exit_code) from None
+    return config
+
+
+def action(function: Callable[P, Any]) -> Callable[P, Any]:
+    """Make a doit action of `function`: what a user can mend becomes a failed task without a traceback."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
+        from doit.exceptions import TaskError, TaskFailed  # noqa: PLC0415
+
+        try:
+            return function(*args, **kwargs)
+        except VmTasksError as error:
+            kind = TaskError if error.exit_code == ConfigError.exit_code else TaskFailed
+            return kind(str(error))
+        except OSError as error:
+            if error.errno is None:
+                raise
+            return TaskFailed(_os_error(error))
+
+    return wrapper
+
+
+def _os_error(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    text = f"{where}{error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{text}\nhint: free some space, or put the store elsewhere with VMTASKS_STORE=/path (or store=)"
+    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+        return f"{text}\nhint: choose folders that you may write with VMTASKS_STORE=/path and VM_DIR=/path"
+    return text
+
+
+def interrupt_on_signals() -> None:
+    """Turn the first SIGTERM or SIGHUP into KeyboardInterrupt, so that every `with` block ends what it began."""
+
+    def interrupt(number: int, _frame: Any) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, interrupt)
+
+
+CONFIG = read_config()
+"""Read once, when doit loads the dodo file: tasks are made from it."""

@@ -1,0 +1,218 @@
+"""Tasks about machines: start, stop, status, ssh, snapshot, restore, destroy, install, check_prereqs, help_vars."""
+
+import shutil
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vmtasks import proc, progress
+from vmtasks.build import Builder
+from vmtasks.config import help_table, show_size
+from vmtasks.errors import MissingToolError, StateError, VmTasksError
+from vmtasks.machine.accel import probe
+from vmtasks.session import CLEAN, Machine, View
+from vmtasks.tasks.context import CONFIG, action
+from vmtasks.tasks.images import Intact
+
+Task = dict[str, Any]
+EXIT = {"running": 0, "booting": 3, "stopped": 4, "stale": 5, "absent": 6}
+"""Exit status of `status` by state."""
+
+NAME_PARAM = {"name": "name", "long": "name", "short": "n", "type": str, "default": "", "help": "name of a snapshot"}
+YES_PARAM = {"name": "yes", "long": "yes", "short": "y", "type": bool, "default": False, "help": "do not ask"}
+
+
+def task_snapshot() -> Task:
+    """Name the finished image `clean`; with --name, save the stopped machine's disk under that name."""
+    builder, last = Builder(CONFIG), len(CONFIG.guest.phases)
+
+    def snapshot(name: str) -> None:
+        if not name:
+            builder.snapshot()
+            progress.say(f"{CONFIG.label}: the clean image is ready")
+            return
+        saved = Machine(CONFIG).snapshot(name)
+        progress.say(f"snapshot {name}: {show_size(saved.virtual_size)} disk, {saved.size >> 20} MiB stored")
+
+    return {
+        "actions": [(action(snapshot),)],
+        "file_dep": [str(builder.record(last))],
+        "targets": [str(builder.clean_record)],
+        "uptodate": [Intact(partial(builder.image_fault, builder.clean_record)), _unnamed],
+        "params": [NAME_PARAM],
+        "meta": {"fresh": lambda: f"{CONFIG.label}: the clean image is up to date"},
+        "io": {"capture": False},
+    }
+
+
+def _unnamed(task: Any, _values: Any) -> bool:
+    """A snapshot with a name is always saved."""
+    return not (task.options or {}).get("name")
+
+
+def task_start() -> Task:
+    """Start the machine, and wait until SSH answers."""
+
+    def start() -> None:
+        machine = Machine(CONFIG)
+        target = machine.start()
+        progress.say(f"machine {machine.name}: ssh -F {machine.folder / 'ssh_config'} {target.name}")
+
+    return {"actions": [action(start)], "task_dep": ["snapshot"], "io": {"capture": False}}
+
+
+def task_stop() -> Task:
+    """Stop the machine: power off in the guest first, harder only if that fails."""
+
+    def stop() -> None:
+        machine = Machine(CONFIG)
+        if machine.stop() == "already stopped":
+            progress.say(f"machine {machine.name} is not running")
+
+    return {"actions": [action(stop)], "io": {"capture": False}}
+
+
+def task_restore() -> Task:
+    """Go back to the clean snapshot, or to the one that --name says; what the machine has written is lost."""
+
+    def restore(name: str) -> None:
+        machine = Machine(CONFIG)
+        image = machine.restore(name or CLEAN)
+        progress.say(f"machine {machine.name}: restored to {name or CLEAN} ({image.digest[:12]})")
+
+    return {"actions": [(action(restore),)], "params": [NAME_PARAM], "io": {"capture": False}}
+
+
+def task_destroy() -> Task:
+    """Remove the machine and its disk; asks first, unless --yes is given."""
+
+    def destroy(yes: bool) -> None:  # noqa: FBT001 - doit passes parameters by name
+        machine = Machine(CONFIG)
+        if machine.record() is None and not machine.folder.exists():
+            progress.say(f"there is no machine {machine.name}; nothing was removed")
+            return
+        if not yes:
+            _confirm(f"Remove machine {machine.name} and its disk?")
+        gone = machine.destroy()
+        progress.say(f"machine {machine.name}: removed {', '.join(path.name for path in gone)}")
+
+    return {"actions": [(action(destroy),)], "params": [YES_PARAM], "io": {"capture": False}}
+
+
+def _confirm(question: str) -> None:
+    """Ask a person. StateError when there is none to ask, or the answer is not yes."""
+    if not sys.stdin or sys.stdin.closed or not sys.stdin.isatty():
+        raise StateError("nothing was removed: nobody is there to ask", hint="doit destroy --yes")
+    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
+        raise StateError("nothing was removed")
+
+
+def task_ssh() -> Task:
+    """Log in to the running machine."""
+
+    def login() -> None:
+        status = proc.attach(Machine(CONFIG).running().argv())
+        if status != 0:
+            raise SystemExit(status)
+
+    return {"actions": [action(login)], "io": {"capture": False}}
+
+
+def task_status() -> Task:
+    """Say what the machine is doing: running, booting, stopped, stale or absent; exit status 0, 3, 4, 5, 6."""
+
+    def status() -> None:
+        view = Machine(CONFIG).status()
+        sys.stdout.write("".join(f"{line}\n" for line in describe(view)))
+        sys.stdout.flush()
+        if EXIT[view.status]:
+            raise SystemExit(EXIT[view.status])
+
+    return {"actions": [action(status)], "io": {"capture": False}}
+
+
+def describe(view: View) -> list[str]:
+    """The lines of `status`."""
+    meaning = {
+        "absent": "absent: no such machine yet; `doit start` makes it",
+        "booting": "booting: QEMU runs, SSH does not answer yet",
+        "running": "running: SSH answers",
+        "stale": "stale: it ended without being stopped; `doit start` starts it again",
+        "stopped": "stopped",
+    }
+    lines = [f"machine {view.name} is {meaning[view.status]}"]
+    record = view.record
+    if record is not None:
+        lines.append(f"  image    {record.guest} {record.snapshot} ({record.image[:12]})")
+    if record is not None and view.ssh:
+        up = progress.seconds(time.time() - record.started)
+        lines += [
+            f"  process  pid {record.pid}, up {up}, {record.cpus} CPU, {show_size(record.memory)}, {record.accel}",
+            f"  ssh      {view.ssh}",
+            f"  port     127.0.0.1:{record.ssh_port}",
+        ]
+    return lines
+
+
+def task_install() -> Task:
+    """Install by hand: boot the installer with its console here, on the machine's own empty disk."""
+
+    def install() -> None:
+        from vmtasks.manual import install_by_hand  # noqa: PLC0415
+
+        install_by_hand(CONFIG)
+
+    return {"actions": [action(install)], "task_dep": ["fetch"], "io": {"capture": False}}
+
+
+def task_check_prereqs() -> Task:
+    """Check that all programs are there, that the accelerator works, and that there is space."""
+
+    def check() -> None:
+        missing = []
+        for program in ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "ssh-keygen"):
+            try:
+                progress.say(f"✓ {program}: {proc.find(program)}")
+            except MissingToolError as error:
+                missing.append(program)
+                progress.say(f"✗ {error.message}; {error.hint}")
+        if missing:
+            raise MissingToolError(f"missing: {', '.join(missing)}", hint="./doit installs them, with your permission")
+        accel = probe(CONFIG.store_dir / "accel.json", want=CONFIG.accel)
+        progress.say(f"✓ accelerator: {accel.name} ({accel.reason})")
+        for what, folder in (("store", CONFIG.store_dir), ("state", CONFIG.vm_dir)):
+            free, place = _free(folder)
+            progress.say(
+                f"✓ {what}: {folder}, {show_size(free >> 30 << 30) if free >> 30 else f'{free >> 20}M'} free at {place}"
+            )
+
+    return {"actions": [action(check)], "io": {"capture": False}}
+
+
+def _free(folder: Path) -> tuple[int, Path]:
+    """Bytes free where `folder` is or would be made. VmTasksError when it cannot be written to."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise VmTasksError(f"{place} cannot be written to: {error.strerror}", hint="VMTASKS_STORE=, VM_DIR=") from None
+    return shutil.disk_usage(place).free, place
+
+
+def task_help_vars() -> Task:
+    """List the variables that can be given as NAME=VALUE or in the environment, with their values."""
+
+    def show() -> None:
+        rows = [("variable", "environment", "value", "from", "meaning"), *help_table(CONFIG)]
+        widths = [max(len(row[n]) for row in rows) for n in range(4)]
+        for row in rows:
+            cells = "  ".join(cell.ljust(width) for cell, width in zip(row[:4], widths, strict=True))
+            sys.stdout.write(f"{cells}  {row[4]}".rstrip() + "\n")
+
+    return {"actions": [action(show)], "io": {"capture": False}}

@@ -1,0 +1,93 @@
+"""Tasks that run the user's code in the machine: sync, build, test:<suite>, test_all, quick."""
+
+import sys
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+from vmtasks import progress
+from vmtasks.suites import Suites, describe
+from vmtasks.tasks.context import CONFIG, action
+from vmtasks.tasks.images import Intact
+
+Task = dict[str, Any]
+
+
+def _live(data: bytes) -> None:
+    """What the guest prints, as it comes."""
+    sys.stdout.flush()
+    out = getattr(sys.stdout, "buffer", None)
+    if out is None:
+        sys.stdout.write(data.decode(errors="replace"))
+    else:
+        out.write(data)
+        out.flush()
+
+
+def task_sync() -> Task:
+    """Sync the source tree into the machine."""
+
+    def sync() -> None:
+        progress.say(f"sync {CONFIG.sync.source}: {Suites(CONFIG).sync()}")
+
+    return {"actions": [action(sync)], "task_dep": ["start"], "io": {"capture": False}}
+
+
+def task_build() -> Task:
+    """Run the build command in the machine."""
+    return {
+        "actions": [action(partial(Suites(CONFIG).build, _live))],
+        "task_dep": ["sync"],
+        "io": {"capture": False},
+    }
+
+
+def task_test() -> Iterator[Task]:
+    """Run a suite in the machine, if its tree, image, command or environment changed since it last passed."""
+    suites = Suites(CONFIG)
+    yield {"name": None, "doc": "run a suite in the machine, unless nothing that decides its result has changed"}
+    for name, suite in CONFIG.suites.items():
+        yield {
+            "name": name,
+            "doc": suite.command,
+            "actions": [action(partial(_run, suites, name))],
+            "uptodate": [Intact(partial(suites.why_stale, name))],
+            "task_dep": ["snapshot"],
+            "setup": ["build"],
+            "meta": {"fresh": partial(_last, suites, name)},
+            "io": {"capture": False},
+        }
+
+
+def _run(suites: Suites, name: str) -> Any:
+    from doit.exceptions import TaskFailed  # noqa: PLC0415
+
+    progress.say(f"test:{name}: {CONFIG.suites[name].command}")
+    record = suites.run(name, _live)
+    if record.status != 0:
+        log = suites.results / name / "output.log"
+        return TaskFailed(
+            f"{describe(record)} (status {record.status})\nlog: {log}\nhint: doit ssh; {suites.xml(name)}"
+        )
+    progress.say(f"test:{name}: {describe(record)}")
+    return None
+
+
+def _last(suites: Suites, name: str) -> str:
+    record = suites.last(name)
+    if record is None:
+        return f"test:{name}"
+    return (
+        f"test:{name}: {describe(record)}, {progress.seconds(time.time() - record.finished)} ago; nothing has changed"
+    )
+
+
+def task_test_all() -> Task:
+    """Run all suites."""
+    return {"actions": None, "task_dep": [f"test:{name}" for name in CONFIG.suites]}
+
+
+def task_quick() -> Task:
+    """Run the suites that [quick] names."""
+    return {"actions": None, "task_dep": [f"test:{name}" for name in CONFIG.quick] or ["snapshot"]}
