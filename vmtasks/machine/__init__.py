@@ -1,0 +1,1 @@
+"""One QEMU: choose its accelerator, build its argv, start it, talk to it, stop it."""
