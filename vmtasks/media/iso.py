@@ -153,7 +153,7 @@ def check_name(name: str, path: str) -> None:
 def iso_name(name: str, number: int) -> str:
     """The name for readers without Rock Ridge: lower-case ASCII as it is, anything else by its number in the tree."""
     plain = all(char.isascii() and (char.isalnum() or char in "._-+") for char in name)
-    return name if plain and len(name) <= 100 and name.strip(".") else f"_{number:05}"  # noqa: PLR2004
+    return name if plain and len(name) <= 100 and name.strip(".") else f"_{number:05}"
 
 
 def _make_bootable(iso: "PyCdlib", boot: Boot, ids: dict[str, str]) -> None:
