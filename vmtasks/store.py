@@ -190,10 +190,13 @@ class Store:
                     f"{name} is locked by {holder}, and was for {timeout_s:g} s",
                     hint=f"wait for it, or end that process; the lock is {path}",
                 ) from None
+        # A copy of the descriptor, for a QEMU to inherit: filelock closes its own in every forked child.
+        shared = os.dup(int(lock._context.lock_file_fd))  # type: ignore[arg-type]  # noqa: SLF001 - it has no other door
         try:
             owner.write_text(f"process {os.getpid()}")
-            yield int(lock._context.lock_file_fd)  # type: ignore[arg-type]  # noqa: SLF001 - QEMU inherits it
+            yield shared
         finally:
+            os.close(shared)
             lock.release()
 
 

@@ -23,7 +23,7 @@ class Intact:
         """`check` returns why the target is stale, or an empty string."""
         self._check = check
 
-    def __call__(self, _task: Any, _values: Any) -> bool:
+    def __call__(self, task: Any, values: Any) -> bool:  # noqa: ARG002 - doit passes them by name
         """What doit asks."""
         return not self._check()
 

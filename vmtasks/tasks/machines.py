@@ -48,7 +48,7 @@ def task_snapshot() -> Task:
     }
 
 
-def _unnamed(task: Any, _values: Any) -> bool:
+def _unnamed(task: Any, values: Any) -> bool:  # noqa: ARG001 - doit passes them by name
     """A snapshot with a name is always saved."""
     return not (task.options or {}).get("name")
 

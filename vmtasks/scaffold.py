@@ -1,0 +1,77 @@
+"""Start a project of somebody's own: dodo.py, config/vm.toml and a guest's phases, with schemas for the editor."""
+
+import re
+import shutil
+from pathlib import Path
+
+from vmtasks import atomic
+from vmtasks.config import CONFIG_PATH, PHASES_PATH, schema, suggest
+from vmtasks.errors import ConfigError, StateError
+from vmtasks.model import GuestFile, VmFile
+
+DODO = '''"""`doit list` shows the tasks, `doit help_vars` the variables; config/vm.toml is what to edit."""
+
+from vmtasks.tasks import *  # noqa: F403
+'''
+
+
+def shipped() -> Path:
+    """The folder with the guests that come with vmtasks: in the package, or the repository around it."""
+    package = Path(__file__).parent
+    return package / "share" if (package / "share").is_dir() else package.parent
+
+
+def scaffold(folder: Path, guest: str) -> list[Path]:
+    """Write a project into `folder`; returns what was written.
+
+    ConfigError for a guest that does not exist, StateError when one of the files is there already.
+    """
+    import tomli_w  # noqa: PLC0415
+
+    guests = {path.parent.name: path.parent for path in (shipped() / PHASES_PATH).glob("*/guest.toml")}
+    if guest not in guests:
+        raise ConfigError(f"--guest {guest!r}: there is no such guest; {suggest(guest, guests)}")
+    dodo, config, phases = folder / "dodo.py", folder / CONFIG_PATH, folder / PHASES_PATH / guest
+    for path in (dodo, config, phases):
+        if path.exists():
+            raise StateError(f"{path} is there already; nothing was written", hint="choose another folder, or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(guests[guest], phases, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    atomic.write(config, "#:schema vm.schema.json\n" + tomli_w.dumps(first_config(folder, guest)))
+    guest_toml = phases / "guest.toml"
+    text = re.sub(r"^#:schema .*$", "#:schema ../guest.schema.json", guest_toml.read_text(), count=1, flags=re.M)
+    atomic.write(guest_toml, text)
+    atomic.write(dodo, DODO)
+    return [dodo, config, phases, *write_schemas(config.parent, phases.parent)]
+
+
+def first_config(folder: Path, guest: str) -> dict[str, object]:
+    """A vm.toml that works at once: syncs the project and runs its tests as far as they can be guessed."""
+    return {
+        "guest": guest,
+        "machine": {"ssh_port": 2222},
+        "sync": {"source": ".", "dest": "src", "exclude": ["/.venv/", "__pycache__/"]},
+        "suites": {"unit": {"command": test_command(folder), "timeout_s": 600}},
+        "quick": {"suites": ["unit"]},
+    }
+
+
+def test_command(folder: Path) -> str:
+    """How this project seems to run its tests."""
+    makefile = folder / "Makefile"
+    if makefile.is_file():
+        targets = re.findall(r"^(test|check)\s*:", makefile.read_text(errors="replace"), re.M)
+        if targets:
+            return f"make {targets[0]}"
+    if (folder / "go.mod").is_file():
+        return "go test ./..."
+    return "echo 'config/vm.toml: say in suites.unit.command what runs your tests'; ls"
+
+
+def write_schemas(vm_folder: Path, guest_folder: Path) -> list[Path]:
+    """Write the schemas of the two files; returns their paths."""
+    written = []
+    for path, kind in ((vm_folder / "vm.schema.json", VmFile), (guest_folder / "guest.schema.json", GuestFile)):
+        atomic.write_if_changed(path, schema(kind))
+        written.append(path)
+    return written
