@@ -29,7 +29,6 @@ log = logging.getLogger(__name__)
 Name = Literal["kvm", "hvf", "tcg"]
 
 QEMU = "qemu-system-x86_64"
-CACHE_FILE = "accel.json"
 FORMAT = 1
 """Part of what a kept answer depends on: add 1 when the race changes its rules."""
 
@@ -165,23 +164,22 @@ class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def probe(cache: Path, *, want: str = "auto") -> Accel:
-    """Choose the accelerator for this host, from the answer kept in folder `cache` or by a race (1 to 4 s at most).
+    """Choose the accelerator for this host, from the answer kept in the file `cache` or by a race (1 to 4 s at most).
 
     `want` is "auto" or an accelerator's name. An answer holds until the host boots, QEMU's binary is another or
     the access to /dev/kvm changes. "No" to an accelerator asked for by name is MachineError and is not kept,
     so that a remedy works at once. MissingToolError when QEMU is not installed.
     """
     qemu = Path(proc.find(QEMU))
-    file = cache / CACHE_FILE
     host = facts(qemu)
-    kept = load(file, host)
+    kept = load(cache, host)
     if want in kept.answers:
         return kept.answers[want]
     begin_s = time.monotonic()
     answer = choose(want, qemu)
     answer = replace(answer, probed_s=round(time.monotonic() - begin_s, 2))
     log.debug("accelerator %s", answer)
-    keep(file, Kept(host, {**kept.answers, want: answer}))
+    keep(cache, Kept(host, {**kept.answers, want: answer}))
     return answer
 
 
