@@ -19,7 +19,7 @@ from vmtasks.config import Config
 from vmtasks.errors import ImageError, PhaseError, StateError, VmTasksError
 from vmtasks.machine import vm
 from vmtasks.machine.accel import Accel, probe
-from vmtasks.machine.argv import Spec, command
+from vmtasks.machine.argv import Spec, command, on_terminal
 from vmtasks.media import disk, installer, template
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
@@ -192,6 +192,10 @@ class Builder:
         facts = plan.facts(hardware, phase, talk, self.config.disk_size)
         before = self._installer().sha256 if number == 1 else self._phase_record(number - 1).digest
         return plan.phase_digest(before, self._iso_files(self._sources(number)), facts)
+
+    def installer(self) -> Path:
+        """The installer's ISO in the store. StateError before `fetch`."""
+        return self.store.download(self._installer().sha256)
 
     def why_stale(self, number: int) -> str:
         """Why the record of phase `number` (0: the installer) cannot be believed; empty when it can. Reads no image."""
@@ -403,18 +407,8 @@ class Builder:
 
 def look_script(spec: Spec) -> str:
     """A script that boots `spec` with the console on the terminal, on a throw-away overlay of its disk."""
-    marked = replace(spec, disk=Path("@DISK@"), firmware_log=None)
-    words = command(marked)
-    plain: list[str] = []
-    pairs = iter(words[1:])
-    for word in pairs:
-        if word in {"-chardev", "-mon", "-sandbox", "-action"}:
-            next(pairs)
-        elif word == "-serial":
-            plain += ["-serial", f"mon:{next(pairs) and 'stdio'}"]
-        else:
-            plain.append(word)
-    run = proc.quote([words[0], *plain]).replace("@DISK@", "'\"$folder\"'/disk.qcow2")
+    words = on_terminal(replace(spec, disk=Path("@DISK@")))
+    run = proc.quote(words).replace("@DISK@", "'\"$folder\"'/disk.qcow2")
     make = proc.quote(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(spec.disk.absolute())])
     return (
         "#!/bin/sh\n"

@@ -34,12 +34,16 @@ def scaffold(folder: Path, guest: str) -> list[Path]:
     dodo, config, phases = folder / "dodo.py", folder / CONFIG_PATH, folder / PHASES_PATH / guest
     for path in (dodo, config, phases):
         if path.exists():
-            raise StateError(f"{path} is there already; nothing was written", hint="choose another folder, or remove it")
+            raise StateError(
+                f"{path} is there already; nothing was written", hint="choose another folder, or remove it"
+            )
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(guests[guest], phases, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     atomic.write(config, "#:schema vm.schema.json\n" + tomli_w.dumps(first_config(folder, guest)))
     guest_toml = phases / "guest.toml"
-    text = re.sub(r"^#:schema .*$", "#:schema ../guest.schema.json", guest_toml.read_text(), count=1, flags=re.M)
+    text = re.sub(
+        r"^#:schema .*$", "#:schema ../guest.schema.json", guest_toml.read_text(), count=1, flags=re.MULTILINE
+    )
     atomic.write(guest_toml, text)
     atomic.write(dodo, DODO)
     return [dodo, config, phases, *write_schemas(config.parent, phases.parent)]
@@ -60,7 +64,7 @@ def test_command(folder: Path) -> str:
     """How this project seems to run its tests."""
     makefile = folder / "Makefile"
     if makefile.is_file():
-        targets = re.findall(r"^(test|check)\s*:", makefile.read_text(errors="replace"), re.M)
+        targets = re.findall(r"^(test|check)\s*:", makefile.read_text(errors="replace"), re.MULTILINE)
         if targets:
             return f"make {targets[0]}"
     if (folder / "go.mod").is_file():

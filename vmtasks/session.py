@@ -5,9 +5,9 @@
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,8 +21,9 @@ from vmtasks.build import Builder, PhaseRecord
 from vmtasks.config import FALLBACK_PORTS, Config, show_size
 from vmtasks.errors import MachineError, SshError, StateError, VmTasksError
 from vmtasks.machine import vm
-from vmtasks.machine.argv import Spec
+from vmtasks.machine.argv import Spec, on_terminal
 from vmtasks.machine.console import Transcript
+from vmtasks.machine.ports import port_free, port_holder
 from vmtasks.media import disk
 from vmtasks.remote import ssh
 from vmtasks.store import ImageRecord, read_record, write_record
@@ -30,7 +31,7 @@ from vmtasks.store import ImageRecord, read_record, write_record
 READY_S = 120.0
 POWEROFF_S = 60.0
 LOCK_S = 1800.0
-CLEAN = "clean"
+CLEAN, MANUAL = "clean", "manual"
 
 Status = Literal["absent", "booting", "running", "stale", "stopped"]
 
@@ -145,17 +146,43 @@ class Machine:
     def start(self, note: Callable[[str], None] = progress.say) -> ssh.Target:
         """Have the machine running and SSH answering. A machine made from an older image is made anew, and says so."""
         with self._lock():
-            record, image = self.record(), self.image()
-            snapshot = record.snapshot if record else CLEAN
-            if record is not None and record.image_sha256 != image.sha256:
-                note(f"machine {self.name}: its image was replaced by {image.digest[:12]}; it starts afresh")
-                self._stop(record, note)
-                record = None
+            record = self.record()
+            if record is not None and record.image:
+                image = self.image()
+                if record.image_sha256 != image.sha256:
+                    note(f"machine {self.name}: its image was replaced by {image.digest[:12]}; it starts afresh")
+                    self._stop(record, note)
+                    record = self._make(record.snapshot, image)
             if record is not None and self.pid(record) is not None:
                 return self._attach(record, note)
             if record is None or not self.disk.is_file():
-                self._make(snapshot, image)
-            return self._boot(snapshot, image)
+                record = self._make(record.snapshot if record else CLEAN, self.image())
+            return self._boot(record)
+
+    def install(self, installer: Path, note: Callable[[str], None] = progress.say) -> None:
+        """Give the machine an empty disk and boot `installer` with its console on our terminal, for a person."""
+        with self._lock():
+            record = self.record()
+            if record is not None:
+                self._stop(record, note)
+            self.disk.unlink(missing_ok=True)
+            disk.create(self.disk, self.config.disk_size)
+            self._write(
+                MachineRecord(
+                    name=self.name,
+                    guest=self.config.label,
+                    snapshot=MANUAL,
+                    image="",
+                    image_sha256="",
+                    ssh_user=self.config.guest.ssh.user,
+                    host_keys=[],
+                )
+            )
+            spec = dataclasses.replace(
+                self._spec(self._free_port()), cds=(installer,), cd_bus=self.config.guest.machine.cd_bus, boot="cd"
+            )
+            note("the installer's console is here; Ctrl-A X ends the machine, Ctrl-A C is QEMU's monitor")
+            proc.attach(on_terminal(spec))
 
     def stop(self, note: Callable[[str], None] = progress.say) -> str:
         """Stop the machine, gently first; returns the rung of the ladder that was needed."""
@@ -229,40 +256,33 @@ class Machine:
             raise StateError(f"snapshot {snapshot!r} cannot be used: {fault}", hint="doit auto_install")
         return image
 
-    def _make(self, snapshot: str, image: ImageRecord) -> None:
+    def _make(self, snapshot: str, image: ImageRecord) -> MachineRecord:
         """A fresh overlay and a record: a stopped machine that was never started."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.disk.unlink(missing_ok=True)
-        disk.overlay(
-            self.disk, self.builder.store.image(image.digest), size=max(image.virtual_size, self.config.disk_size)
+        size = max(image.virtual_size, self.config.disk_size)
+        disk.overlay(self.disk, self.builder.store.image(image.digest), size=size)
+        record = MachineRecord(
+            name=self.name,
+            guest=self.config.label,
+            snapshot=snapshot,
+            image=image.digest,
+            image_sha256=image.sha256,
+            ssh_user=image.ssh_user,
+            host_keys=image.host_keys,
         )
-        self._write(
-            MachineRecord(
-                name=self.name,
-                guest=self.config.label,
-                snapshot=snapshot,
-                image=image.digest,
-                image_sha256=image.sha256,
-                ssh_user=image.ssh_user,
-                host_keys=image.host_keys,
-            )
-        )
+        self._write(record)
+        return record
 
-    def _boot(self, snapshot: str, image: ImageRecord) -> ssh.Target:
+    def _boot(self, record: MachineRecord) -> ssh.Target:
         config, accel = self.config, self.builder.accel
         for old in (self.sockets / "ssh", self.sockets / "qmp", self.sockets / "serial"):
             old.unlink(missing_ok=True)
-        with progress.step(f"start {self.name}", expected_s=None) as step:
+        with progress.step(f"start {self.name}") as step:
             step.now(f"boot ({accel.name}, {config.cpus} CPU, {show_size(config.memory)})")
             pid, port = self._launch()
-            record = MachineRecord(
-                name=self.name,
-                guest=config.label,
-                snapshot=snapshot,
-                image=image.digest,
-                image_sha256=image.sha256,
-                ssh_user=image.ssh_user,
-                host_keys=image.host_keys,
+            record = msgspec.structs.replace(
+                record,
                 pid=pid.number,
                 pid_started=pid.started,
                 ssh_port=port,
@@ -272,16 +292,33 @@ class Machine:
                 started=round(time.time(), 1),
             )
             self._write(record)
-            target = self.target(record)
-            ssh.write_config(target)
-            self._links(record)
             try:
-                ssh.wait_ready(target, timeout_s=READY_S * accel.factor, alive=lambda: self.pid(record) is not None)
+                return self._wait(record)
             except BaseException as error:
                 self._stop(record, lambda _: None)
                 if isinstance(error, VmTasksError):
                     raise SshError(error.message, log=self.console_log, console=self._tail()) from None
                 raise
+
+    def _wait(self, record: MachineRecord) -> ssh.Target:
+        """Wait until SSH answers.
+
+        The host keys of a machine that was installed by hand are learned here, once: nobody is between us and a port
+        that our own QEMU forwards.
+        """
+        deadline_s = READY_S * self.builder.accel.factor
+
+        def alive() -> bool:
+            return self.pid(record) is not None
+
+        if not record.host_keys:
+            keys = ssh.learn_host_keys(record.ssh_port, timeout_s=deadline_s, alive=alive)
+            record = msgspec.structs.replace(record, host_keys=keys)
+            self._write(record)
+        target = self.target(record)
+        ssh.write_config(target)
+        self._links(record)
+        ssh.wait_ready(target, timeout_s=deadline_s, alive=alive)
         return target
 
     def _launch(self) -> tuple[vm.Pid, int]:
@@ -294,9 +331,8 @@ class Machine:
                 if not vm.port_taken(error):
                     raise
         if self.config.ssh_port is None:
-            raise MachineError(
-                f"ports {wanted[0]} and {wanted[1]} to {wanted[-1]} are all taken", hint="doit stop, or port=N"
-            )
+            taken = f"ports {wanted[0]} and {wanted[1]} to {wanted[-1]} are all taken"
+            raise MachineError(taken, hint="doit stop, or port=N")
         free = next((p for p in FALLBACK_PORTS if p != wanted[0] and port_free(p)), None)
         holder = port_holder(wanted[0])
         offer = f"doit port={free} start, or port=auto" if free else "ports 22220 to 22229 are taken too; choose port=N"
@@ -325,13 +361,12 @@ class Machine:
             daemonize=True,
         )
 
+    def _free_port(self) -> int:
+        return self.config.ssh_port or next((p for p in (2222, *FALLBACK_PORTS) if port_free(p)), 2222)
+
     def _attach(self, record: MachineRecord, note: Callable[[str], None]) -> ssh.Target:
         """Use a machine that runs already; it may still be booting."""
-        target = self.target(record)
-        ssh.write_config(target)
-        ssh.wait_ready(
-            target, timeout_s=READY_S * self.builder.accel.factor, alive=lambda: self.pid(record) is not None
-        )
+        target = self._wait(record)
         note(f"machine {self.name} is running (pid {record.pid}, port {record.ssh_port})")
         return target
 
@@ -407,31 +442,3 @@ class Machine:
         with contextlib.suppress(OSError):
             transcript.feed(self.console_log.read_bytes()[-65536:] + b"\n")
         return transcript.tail()
-
-
-def port_free(port: int) -> bool:
-    """Whether a listener could be made on this loopback port now. Only for advice: QEMU binds it itself."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
-
-
-def port_holder(port: int) -> str:
-    """Who listens on a loopback port, as `name (pid N)`, where Linux lets us see it; else empty."""
-    inodes = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        with contextlib.suppress(OSError):
-            for line in Path(table).read_text().splitlines()[1:]:
-                fields = line.split()
-                if fields[3] == "0A" and int(fields[1].rpartition(":")[2], 16) == port:
-                    inodes.add(f"socket:[{fields[9]}]")
-    for handle in Path("/proc").glob("[0-9]*/fd/*") if inodes else ():
-        with contextlib.suppress(OSError):
-            if str(handle.readlink()) in inodes:
-                name = (handle.parent.parent / "comm").read_text().strip()
-                return f"{name} (pid {handle.parts[2]})"
-    return ""

@@ -1,10 +1,11 @@
 """PURE: a machine's description -> QEMU's argv, one small function for each device. Nothing is started here."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 GUEST_SSH_PORT = 22
+PROGRAM = "qemu-system-x86_64"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
@@ -41,7 +42,7 @@ class Spec:
 def command(spec: Spec) -> list[str]:
     """The whole argv, beginning with the program."""
     return [
-        "qemu-system-x86_64",
+        PROGRAM,
         *basics(spec),
         *board(spec),
         *disk(spec),
@@ -52,6 +53,13 @@ def command(spec: Spec) -> list[str]:
         *extras(spec),
         *lifecycle(spec),
     ]
+
+
+def on_terminal(spec: Spec) -> list[str]:
+    """The argv of the same machine in the foreground, its console and QEMU's monitor on the terminal."""
+    plain = replace(spec, daemonize=False, pidfile=None, firmware_log=None)
+    here = ["-serial", "mon:stdio", "-display", "none", "-vga", "std"]
+    return [PROGRAM, *basics(plain), *board(plain), *disk(plain), *cds(plain), *network(plain), *here, *extras(plain)]
 
 
 def basics(spec: Spec) -> list[str]:

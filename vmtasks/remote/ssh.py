@@ -98,6 +98,21 @@ def wait_ready(target: Target, *, timeout_s: float, alive: Callable[[], bool]) -
         time.sleep(0.2)
 
 
+def learn_host_keys(port: int, *, timeout_s: float, alive: Callable[[], bool]) -> list[str]:
+    """The host keys that the server behind a loopback port shows, as `type key`. SshError when none comes in time."""
+    began = time.monotonic()
+    while True:
+        scan = proc.run(["ssh-keyscan", "-T", "5", "-p", str(port), "127.0.0.1"], timeout_s=30, check=False)
+        keys = [" ".join(line.split()[1:3]) for line in scan.stdout.splitlines() if line and not line.startswith("#")]
+        if keys:
+            return sorted(keys)
+        if not alive():
+            raise SshError("the machine ended while it was booting")
+        if time.monotonic() - began > timeout_s:
+            raise SshError(f"no SSH server showed a host key within {timeout_s:.0f} s")
+        time.sleep(1)
+
+
 def is_ready(target: Target) -> bool:
     """Whether an authenticated `true` succeeds now."""
     return proc.run(target.argv("true", options=["-o", "ConnectTimeout=3"]), timeout_s=8, check=False).status == 0

@@ -161,11 +161,13 @@ def task_install() -> Task:
     """Install by hand: boot the installer with its console here, on the machine's own empty disk."""
 
     def install() -> None:
-        from vmtasks.manual import install_by_hand  # noqa: PLC0415
+        machine, builder = Machine(CONFIG), Builder(CONFIG)
+        builder.make_key()
+        machine.install(builder.installer())
+        public = builder.key.with_suffix(".pub")
+        progress.say(f"if {public} may log in as {CONFIG.guest.ssh.user}: doit start, then doit snapshot --name NAME")
 
-        install_by_hand(CONFIG)
-
-    return {"actions": [action(install)], "task_dep": ["fetch"], "io": {"capture": False}}
+    return {"actions": [action(install)], "setup": ["fetch"], "io": {"capture": False}}
 
 
 def task_check_prereqs() -> Task:
