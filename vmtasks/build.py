@@ -5,27 +5,20 @@ A finished phase is published in the store at once, so that no kill, and no loss
 """
 
 import hashlib
-import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import msgspec
 
-from vmtasks import atomic, plan, proc, progress
+from vmtasks import atomic, image, plan, proc, progress
 from vmtasks.config import Config
-from vmtasks.errors import ImageError, PhaseError, StateError, VmTasksError
-from vmtasks.machine import vm
+from vmtasks.errors import StateError
 from vmtasks.machine.accel import Accel, probe
-from vmtasks.machine.argv import Spec, command, on_terminal
-from vmtasks.media import disk, installer, template
+from vmtasks.media import installer, template
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
 from vmtasks.model import PhaseTable
-from vmtasks.phase import Limits, Phase
-from vmtasks.store import ImageRecord, MediaRecord, Store, file_fault, read_record, write_record
+from vmtasks.store import MediaRecord, Store, file_fault, read_record, write_record
 
 LOCK_S = 4 * 3600.0
 PROGRAM, PLAIN = 0o555, 0o444
@@ -164,18 +157,16 @@ class Builder:
 
         Boots a guest only if the store holds no intact image for the digest. PhaseError when the guest fails.
         """
-        digest = self.digest(number)
+        digest, title = self.digest(number), f"phase {self.phase(number).name} of {self.config.label}"
         record, why = self.store.find(digest)
         if record is None:
-            with self.store.lock(
-                f"image-{digest}", timeout_s=LOCK_S, waiting=self._waiting(self._title(number))
-            ) as lock:
+            with self.store.lock(f"image-{digest}", timeout_s=LOCK_S, waiting=self._waiting(title)) as lock:
                 record, why = self.store.find(digest)
                 if record is None:
                     if why != "not built yet":
-                        progress.say(f"{self._title(number)}: {why}; building it again")
+                        progress.say(f"{title}: {why}; building it again")
                     self.store.drop(digest)
-                    record = self._boot(number, digest, lock)
+                    record = image.make(self._job(number, digest), lock)
         write_record(self.record(number), PhaseRecord(digest=record.digest, sha256=record.sha256))
 
     def snapshot(self) -> None:
@@ -258,163 +249,25 @@ class Builder:
             progress.say(f"fetch: {fault}; fetching it again")
         return None if fault else record
 
-    # -- booting
+    # -- small things
 
     @cached_property
     def _history(self) -> progress.History:
         return progress.History(self.store.root / "history.json")
 
-    def _title(self, number: int) -> str:
-        return f"phase {self.phase(number).name} of {self.config.label}"
-
     def _waiting(self, what: str) -> progress.Say:
         return lambda holder: progress.say(f"{what}: {holder} is making it; waiting")
 
-    def _boot(self, number: int, digest: str, lock: int) -> ImageRecord:
-        """Boot the phase on a new partial image; publish the image, or keep it for a look and raise."""
-        partial = self.store.partial(digest)
-        partial.unlink(missing_ok=True)
-        if number == 1:
-            disk.create(partial, self.config.disk_size)
-        else:
-            disk.overlay(partial, self.store.image(self._phase_record(number - 1).digest), relative=True)
-        key = f"phase {self._title(number)}"
-        try:
-            with progress.step(self._title(number), expected_s=self._history.expected_s(key)) as step:
-                host_keys = self._run(number, partial, lock, step)
-                disk.check(partial)
-        except VmTasksError as error:
-            self._keep(number, digest, error)
-            raise
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
-        self._history.record(key, step.elapsed_s)
-        return self._publish(number, digest, host_keys, step.elapsed_s)
-
-    def _run(self, number: int, partial: Path, lock: int, step: progress.Step) -> list[str]:
-        """One boot: returns the host keys that the guest reported."""
-        phase, log = self.phase(number), self.log(number)
-        log.parent.mkdir(parents=True, exist_ok=True)
-        firmware = log.with_name(f"{phase.name}.firmware.log")
-        for old in (log, firmware):
-            if old.exists():
-                old.replace(old.with_name(old.name + ".1"))
-        limits = Limits(
-            phase.timeout_s * self.accel.factor, phase.silence_timeout_s * self.accel.factor, self.accel.factor
+    def _job(self, number: int, digest: str) -> image.Job:
+        below = self._phase_record(number - 1).digest if number > 1 else ""
+        return image.Job(
+            config=self.config,
+            store=self.store,
+            accel=self.accel,
+            phase=self.phase(number),
+            number=number,
+            digest=digest,
+            token=plan.token(self._iso_files(self._sources(number))),
+            isos={"installer": self.installer(), "phase": self.iso(number)},
+            below=self.store.record(below) if below else None,
         )
-        with vm.temporary_sockets() as sockets:
-            spec = self.spec(number, partial, sockets, log, firmware)
-            self._note_boot(number, spec)
-            step.now(f"boot ({self.accel.name})")
-            with vm.boot(spec, log.with_name(f"{phase.name}.qemu.log"), pass_fds=[lock]) as booted:
-                run = Phase(
-                    title=self._title(number),
-                    token=plan.token(self._iso_files(self._sources(number))),
-                    booted=booted,
-                    limits=limits,
-                    dialogue=self.config.guest.dialogue.get(phase.dialogue, []),
-                    failures=self.config.guest.failures,
-                    firmware_log=firmware,
-                    on_step=step.now,
-                )
-                try:
-                    return run.run()
-                except PhaseError:
-                    with suppress(VmTasksError):
-                        booted.control.screenshot(log.with_suffix(".png"))
-                    raise
-
-    def spec(self, number: int, partial: Path, sockets: Path, log: Path, firmware: Path) -> Spec:
-        """The machine that phase `number` boots on."""
-        phase, hardware = self.phase(number), self.config.guest.machine
-        isos = {"installer": self.store.download(self._installer().sha256), "phase": self.iso(number)}
-        return Spec(
-            name=f"{self.config.label}-{phase.name}",
-            accel=self.accel.name,
-            cpu=hardware.cpu.get(self.accel.name, self.accel.cpu),
-            machine_type=hardware.type,
-            memory=self.config.memory,
-            cpus=self.config.cpus,
-            disk=partial,
-            disk_bus=hardware.disk_bus,
-            disk_serial=hardware.disk_serial,
-            cds=tuple(isos[cd] for cd in phase.cds),
-            cd_bus=hardware.cd_bus,
-            boot=phase.boot,
-            nic=hardware.nic,
-            rng=hardware.rng,
-            console_socket=sockets / "console",
-            console_log=log,
-            qmp_socket=sockets / "qmp",
-            firmware_log=firmware,
-            throwaway=True,
-        )
-
-    def _note_boot(self, number: int, spec: Spec) -> None:
-        """Append to the journal of boots, which nothing ever shortens: what was really booted, and how."""
-        with (self.state / "logs" / "boots.log").open("a") as journal:
-            when = time.strftime("%Y-%m-%dT%H:%M:%S")
-            journal.write(f"{when} {self.phase(number).name} {self.digest(number)} {proc.quote(command(spec))}\n")
-
-    def _publish(self, number: int, digest: str, host_keys: Sequence[str], took_s: float) -> ImageRecord:
-        below = self.store.record(self._phase_record(number - 1).digest) if number > 1 else None
-        virtual = int(disk.info(self.store.partial(digest))["virtual-size"])
-        keys = list(host_keys) or (below.host_keys if below else [])
-
-        return self.store.publish(
-            digest,
-            lambda stat, sha256: ImageRecord(
-                digest=digest,
-                guest=self.config.guest.name,
-                version=self.config.version,
-                name=self.phase(number).name,
-                size=stat.st_size,
-                mtime_ns=stat.st_mtime_ns,
-                sha256=sha256,
-                virtual_size=virtual,
-                backing=below.digest if below else "",
-                backing_sha256=below.sha256 if below else "",
-                ssh_user=self.config.guest.ssh.user,
-                host_keys=keys,
-                created=round(time.time(), 3),
-                duration_s=round(took_s, 1),
-                accel=self.accel.name,
-            ),
-        )
-
-    def _keep(self, number: int, digest: str, error: VmTasksError) -> None:
-        """Keep the failed disk with a script that boots it, and tell the error about both."""
-        error.log = self.log(number) if self.log(number).exists() else error.log
-        partial = self.store.partial(digest)
-        if not partial.exists():
-            return
-        try:
-            kept = self.store.keep_failed(digest)
-            if number > 1:
-                disk.reback(kept, self.store.image(self._phase_record(number - 1).digest))
-            look = self.state / f"look-{number}"
-            with vm.temporary_sockets() as sockets:
-                spec = self.spec(number, kept, sockets, self.log(number), self.log(number))
-            atomic.write(look, look_script(spec), 0o755)
-        except (OSError, VmTasksError, ImageError) as trouble:
-            error.hint = error.hint or f"the disk could not be kept: {trouble}"
-            return
-        shot = self.log(number).with_suffix(".png")
-        screen = f"; screen: {shot}" if shot.exists() else ""
-        error.hint = error.hint or f"look inside with {look} (boots the kept disk, changes nothing){screen}"
-
-
-def look_script(spec: Spec) -> str:
-    """A script that boots `spec` with the console on the terminal, on a throw-away overlay of its disk."""
-    words = on_terminal(replace(spec, disk=Path("@DISK@")))
-    run = proc.quote(words).replace("@DISK@", "'\"$folder\"'/disk.qcow2")
-    make = proc.quote(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(spec.disk.absolute())])
-    return (
-        "#!/bin/sh\n"
-        "# Boots the disk of the failed phase with its console here. Ctrl-A X ends it; the kept disk stays as it is.\n"
-        "folder=$(mktemp -d) || exit 1\n"
-        "trap 'rm -rf \"$folder\"' 0 1 2 15\n"
-        f'{make} "$folder/disk.qcow2" || exit 1\n'
-        f'{run} "$@"\n'
-    )

@@ -115,6 +115,9 @@ class HardwareTable(Table, frozen=True, kw_only=True):
 class SshTable(Table, frozen=True, kw_only=True):
     """[ssh] in guest.toml."""
 
+    ready_timeout_s: Annotated[
+        Seconds, Meta(description="from power on to the first login, on fast hardware; scaled under emulation")
+    ] = 120
     user: Annotated[str, Meta(pattern=r"^[a-z_][a-z0-9_-]{0,31}$", description="user that vmtasks logs in as")] = "root"
 
 

@@ -28,7 +28,6 @@ from vmtasks.media import disk
 from vmtasks.remote import ssh
 from vmtasks.store import ImageRecord, read_record, write_record
 
-READY_S = 120.0
 POWEROFF_S = 60.0
 LOCK_S = 1800.0
 CLEAN, MANUAL = "clean", "manual"
@@ -306,7 +305,7 @@ class Machine:
         The host keys of a machine that was installed by hand are learned here, once: nobody is between us and a port
         that our own QEMU forwards.
         """
-        deadline_s = READY_S * self.builder.accel.factor
+        deadline_s = self.config.guest.ssh.ready_timeout_s * self.builder.accel.factor
 
         def alive() -> bool:
             return self.pid(record) is not None

@@ -93,8 +93,8 @@ class Transcript:
         return found is not None
 
     def tail(self, count: int = TAIL_LINES) -> list[str]:
-        """The last lines that are not empty, the one under way included."""
-        lines = [line for line in (*self.lines, self._line) if line.strip()]
+        """The last lines that say something: no empty ones, no sentinels; the one under way included."""
+        lines = [line for line in (*self.lines, self._line) if line.strip() and not parse_sentinel(line)]
         return lines[-count:]
 
     def _remember(self, line: str) -> None:

@@ -1,0 +1,199 @@
+"""Make one image: boot its phase on a partial disk, then publish the image, or keep the disk for a look."""
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmtasks import atomic, proc, progress
+from vmtasks.config import Config
+from vmtasks.errors import PhaseError, VmTasksError
+from vmtasks.machine import vm
+from vmtasks.machine.accel import Accel
+from vmtasks.machine.argv import Spec, command, on_terminal
+from vmtasks.media import disk
+from vmtasks.model import PhaseTable
+from vmtasks.phase import Limits, Phase
+from vmtasks.store import ImageRecord, Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An image to be made. `below` is the image that it grows from; `isos` has `installer` and `phase`."""
+
+    config: Config
+    store: Store
+    accel: Accel
+    phase: PhaseTable
+    number: int
+    digest: str
+    token: str
+    isos: dict[str, Path]
+    below: ImageRecord | None
+
+    @property
+    def title(self) -> str:
+        """`phase 1-install of tiny`."""
+        return f"phase {self.phase.name} of {self.config.label}"
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the consoles and of the journal of boots."""
+        return self.config.guest_state / "logs"
+
+    @property
+    def console_log(self) -> Path:
+        """Console of the last boot of this phase; that of the one before ends in `.1`."""
+        return self.logs / f"{self.phase.name}.console.log"
+
+
+def make(job: Job, lock: int) -> ImageRecord:
+    """Boot the phase and publish its image. PhaseError with the disk kept when the guest fails.
+
+    `lock` is the descriptor of the image's lock: QEMU inherits it, so that nobody else begins while it lives.
+    """
+    partial = job.store.partial(job.digest)
+    partial.unlink(missing_ok=True)
+    if job.below is None:
+        disk.create(partial, job.config.disk_size)
+    else:
+        disk.overlay(partial, job.store.image(job.below.digest), relative=True)
+    history = progress.History(job.store.root / "history.json")
+    try:
+        with progress.step(job.title, expected_s=history.expected_s(job.title)) as step:
+            host_keys = _boot(job, partial, lock, step)
+            disk.check(partial)
+    except VmTasksError as error:
+        _keep(job, error)
+        raise
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    history.record(job.title, step.elapsed_s)
+    return _publish(job, host_keys, step.elapsed_s)
+
+
+def spec(job: Job, partial: Path, sockets: Path, firmware: Path | None) -> Spec:
+    """The machine that the phase boots on."""
+    hardware = job.config.guest.machine
+    return Spec(
+        name=f"{job.config.label}-{job.phase.name}",
+        accel=job.accel.name,
+        cpu=hardware.cpu.get(job.accel.name, job.accel.cpu),
+        machine_type=hardware.type,
+        memory=job.config.memory,
+        cpus=job.config.cpus,
+        disk=partial,
+        disk_bus=hardware.disk_bus,
+        disk_serial=hardware.disk_serial,
+        cds=tuple(job.isos[cd] for cd in job.phase.cds),
+        cd_bus=hardware.cd_bus,
+        boot=job.phase.boot,
+        nic=hardware.nic,
+        rng=hardware.rng,
+        console_socket=sockets / "console",
+        console_log=job.console_log,
+        qmp_socket=sockets / "qmp",
+        firmware_log=firmware,
+        throwaway=True,
+    )
+
+
+def _boot(job: Job, partial: Path, lock: int, step: progress.Step) -> list[str]:
+    """One boot: returns the host keys that the guest reported."""
+    job.logs.mkdir(parents=True, exist_ok=True)
+    firmware = job.logs / f"{job.phase.name}.firmware.log"
+    screen = job.console_log.with_suffix(".png")
+    screen.unlink(missing_ok=True)
+    for old in (job.console_log, firmware):
+        if old.exists():
+            old.replace(old.with_name(old.name + ".1"))
+    factor = job.accel.factor
+    with vm.temporary_sockets() as sockets:
+        machine = spec(job, partial, sockets, firmware)
+        _note(job, machine)
+        step.now(f"boot ({job.accel.name})")
+        with vm.boot(machine, job.logs / f"{job.phase.name}.qemu.log", pass_fds=[lock]) as booted:
+            run = Phase(
+                title=job.title,
+                token=job.token,
+                booted=booted,
+                limits=Limits(job.phase.timeout_s * factor, job.phase.silence_timeout_s * factor, factor),
+                dialogue=job.config.guest.dialogue.get(job.phase.dialogue, []),
+                failures=job.config.guest.failures,
+                firmware_log=firmware,
+                on_step=step.now,
+            )
+            try:
+                return run.run()
+            except PhaseError:
+                with suppress(VmTasksError):
+                    booted.control.screenshot(screen)
+                raise
+
+
+def _note(job: Job, machine: Spec) -> None:
+    """Append to the journal of boots, which nothing ever shortens: what was really booted, and how."""
+    when = time.strftime("%Y-%m-%dT%H:%M:%S")
+    with (job.logs / "boots.log").open("a") as journal:
+        journal.write(f"{when} {job.phase.name} {job.digest} {proc.quote(command(machine))}\n")
+
+
+def _publish(job: Job, host_keys: Sequence[str], took_s: float) -> ImageRecord:
+    below = job.below
+    virtual = int(disk.info(job.store.partial(job.digest))["virtual-size"])
+    return job.store.publish(
+        job.digest,
+        lambda stat, sha256: ImageRecord(
+            digest=job.digest,
+            guest=job.config.guest.name,
+            version=job.config.version,
+            name=job.phase.name,
+            size=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+            sha256=sha256,
+            virtual_size=virtual,
+            backing=below.digest if below else "",
+            backing_sha256=below.sha256 if below else "",
+            ssh_user=job.config.guest.ssh.user,
+            host_keys=list(host_keys) or (below.host_keys if below else []),
+            created=round(time.time(), 3),
+            duration_s=round(took_s, 1),
+            accel=job.accel.name,
+        ),
+    )
+
+
+def _keep(job: Job, error: VmTasksError) -> None:
+    """Keep the failed disk with a script that boots it, and tell the error about both."""
+    error.log = job.console_log if job.console_log.exists() else error.log
+    if not job.store.partial(job.digest).exists():
+        return
+    try:
+        kept = job.store.keep_failed(job.digest)
+        if job.below is not None:
+            disk.reback(kept, job.store.image(job.below.digest))
+        look = job.config.guest_state / f"look-{job.number}"
+        atomic.write(look, look_script(spec(job, kept, job.logs, None)), 0o755)
+    except (OSError, VmTasksError) as trouble:
+        error.hint = error.hint or f"the disk could not be kept: {trouble}"
+        return
+    screen = job.console_log.with_suffix(".png")
+    seen = f"; its screen: {screen}" if screen.exists() else ""
+    error.hint = error.hint or f"look inside with {look} (boots the kept disk, changes nothing){seen}"
+
+
+def look_script(spec: Spec) -> str:
+    """A script that boots `spec` with the console on the terminal, on a throw-away overlay of its disk."""
+    words = on_terminal(replace(spec, disk=Path("@DISK@")))
+    run = proc.quote(words).replace("@DISK@", "'\"$folder\"'/disk.qcow2")
+    make = proc.quote(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(spec.disk.absolute())])
+    return (
+        "#!/bin/sh\n"
+        "# Boots the disk of the failed phase with its console here. Ctrl-A X ends it; the kept disk stays as it is.\n"
+        "folder=$(mktemp -d) || exit 1\n"
+        "trap 'rm -rf \"$folder\"' 0 1 2 15\n"
+        f'{make} "$folder/disk.qcow2" || exit 1\n'
+        f'{run} "$@"\n'
+    )
