@@ -167,6 +167,16 @@ def spawn(
                 stream.close()
 
 
+def detach(argv: Sequence[str | Path], output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a process that outlives us, in a session of its own; what it says goes to `output`."""
+    words = [str(word) for word in argv]
+    words[0] = find(words[0])
+    log.debug("detach %s", quote(words))
+    return subprocess.Popen(
+        words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+    )
+
+
 def end(child: subprocess.Popen[bytes], grace_s: float = 2.0) -> int:
     """Make sure that a child of ours is gone: SIGTERM, `grace_s`, SIGKILL. Returns its status."""
     if child.poll() is None:

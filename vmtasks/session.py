@@ -325,7 +325,7 @@ class Machine:
         wanted = [self.config.ssh_port] if self.config.ssh_port else [2222, *FALLBACK_PORTS]
         for port in wanted:
             try:
-                return vm.launch(self._spec(port)), port
+                return vm.launch(self._spec(port), self.folder / "qemu.log"), port
             except MachineError as error:
                 if not vm.port_taken(error):
                     raise
@@ -357,7 +357,6 @@ class Machine:
             console_log=self.console_log.absolute(),
             qmp_socket=self.sockets / "qmp",
             pidfile=(self.folder / f"{self.name}.pid").absolute(),
-            daemonize=True,
         )
 
     def _free_port(self) -> int:

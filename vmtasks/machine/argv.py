@@ -34,9 +34,9 @@ class Spec:
     qmp_socket: Path
     firmware_log: Path | None = None
     pidfile: Path | None = None
-    daemonize: bool = False
     throwaway: bool = False
-    """The disk's data need not survive a crash of the host: a phase publishes only what it has synced itself."""
+    """A phase: its disk need not survive a crash of the host, because an image is synced before it is published, and a
+    reboot ends it."""
 
 
 def command(spec: Spec) -> list[str]:
@@ -57,7 +57,7 @@ def command(spec: Spec) -> list[str]:
 
 def on_terminal(spec: Spec) -> list[str]:
     """The argv of the same machine in the foreground, its console and QEMU's monitor on the terminal."""
-    plain = replace(spec, daemonize=False, pidfile=None, firmware_log=None)
+    plain = replace(spec, pidfile=None, firmware_log=None)
     here = ["-serial", "mon:stdio", "-display", "none", "-vga", "std"]
     return [PROGRAM, *basics(plain), *board(plain), *disk(plain), *cds(plain), *network(plain), *here, *extras(plain)]
 
@@ -141,11 +141,9 @@ def extras(spec: Spec) -> list[str]:
 
 def lifecycle(spec: Spec) -> list[str]:
     """A phase that reboots or panics has failed, so QEMU ends or waits; a machine may reboot."""
-    reboot = "reset" if spec.daemonize else "shutdown"
-    argv = ["-action", f"reboot={reboot},panic=pause"]
-    if spec.pidfile is not None:
-        argv += ["-pidfile", str(spec.pidfile)]
-    return [*argv, "-daemonize"] if spec.daemonize else argv
+    reboot = "shutdown" if spec.throwaway else "reset"
+    pidfile = [] if spec.pidfile is None else ["-pidfile", str(spec.pidfile)]
+    return ["-action", f"reboot={reboot},panic=pause", *pidfile]
 
 
 def _controllers(spec: Spec) -> list[str]:

@@ -75,19 +75,24 @@ def _patience(child: subprocess.Popen[bytes]) -> float:
     return LAUNCH_S
 
 
-def launch(spec: argv.Spec) -> Pid:
-    """Start QEMU as a daemon and return its process. Its launch errors come back at once, as MachineError.
+def launch(spec: argv.Spec, output: Path) -> Pid:
+    """Start a QEMU that outlives us and return its process. What it says goes to `output`.
 
-    `port_taken(error)` tells whether it was the SSH port.
+    MachineError with its own words when it ends at once or opens no control socket; port_taken() tells whether the SSH
+    port was why. QEMU's -daemonize is not used: it forks, which its sandbox then forbids.
     """
-    if spec.pidfile is None or not spec.daemonize:
-        raise ValueError("a daemon needs a pid file")
+    with output.open("wb") as sink:
+        child = proc.detach(argv.command(spec), sink)
     try:
-        proc.run(argv.command(spec), timeout_s=LAUNCH_S)
-    except CommandError as error:
-        raise MachineError(f"QEMU did not start: {error.stderr.strip() or error.message}") from None
-    number = int(spec.pidfile.read_text())
-    return Pid(number, proc.started(number))
+        with qmp.connect(spec.qmp_socket, timeout_s=_patience(child)) as control:
+            control.cmd("query-status")
+    except BaseException as error:
+        proc.end(child)
+        said = output.read_text(errors="replace").strip()
+        if isinstance(error, MachineError):
+            raise MachineError(f"QEMU did not start: {said or error.message}", log=output) from None
+        raise
+    return Pid(child.pid, proc.started(child.pid))
 
 
 def port_taken(error: MachineError) -> bool:
