@@ -1,5 +1,5 @@
-# TAP in POSIX sh. A test file sets `planned` and sources this file; `check` makes one test point of each command.
 # shellcheck shell=sh
+# TAP in POSIX sh. A test file sets `planned` and sources this file; `check` makes one test point of each command.
 
 LC_ALL=C
 export LC_ALL
