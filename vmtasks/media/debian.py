@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tarfile import TarFile, TarInfo
-from typing import IO, Any
+from typing import IO
 
 import msgspec
 
@@ -225,7 +225,8 @@ class Index:
 def resolve(index: Index, names: Iterable[str], omit: Iterable[str] = ()) -> list[Package]:
     """`names` and all that they depend on, sorted by name, without `omit` and what only those need.
 
-    Of alternatives the first that can be had counts; nothing is said about versions, since an archive is one whole.
+    Of alternatives one that is there or omitted anyway satisfies, otherwise the first that can be had counts. Versions
+    are not compared, since an archive is one whole.
     FetchError names a package that no list has.
     """
     left_out = set(omit)
@@ -247,22 +248,12 @@ def resolve(index: Index, names: Iterable[str], omit: Iterable[str] = ()) -> lis
 
 
 def relations(fields: dict[str, str]) -> Iterator[list[str]]:
-    """For each dependency the names of its alternatives, those for other architectures left out."""
+    """For each dependency the names of its alternatives."""
     from debian.deb822 import PkgRelation  # noqa: PLC0415
 
     for field in ("Pre-Depends", "Depends"):
-        for alternatives in PkgRelation.parse_relations(fields.get(field, "")) if fields.get(field) else ():
-            names = [part["name"] for part in alternatives if applies(part.get("arch"))]
-            if names:
-                yield names
-
-
-def applies(restrictions: Any) -> bool:
-    """Whether a dependency limited to `[amd64 !i386]` counts here."""
-    if not restrictions:
-        return True
-    enabled = [arch for wanted, arch in restrictions if wanted]
-    return ARCHITECTURE in enabled if enabled else ARCHITECTURE not in [arch for _, arch in restrictions]
+        for alternatives in PkgRelation.parse_relations(fields[field]) if fields.get(field) else ():
+            yield [part["name"] for part in alternatives]
 
 
 class _Unpacked(msgspec.Struct, frozen=True):
