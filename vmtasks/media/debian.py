@@ -81,7 +81,7 @@ class Package:
 
 
 class Apt:
-    """apt with a state of its own below `folder`, one for each archive; the host's settings for proxies stay in force."""
+    """apt with a state of its own below `folder`, one for each archive; the host's proxy settings stay in force."""
 
     def __init__(self, folder: Path, archive: Archive) -> None:
         """Make the folder; nothing is fetched yet."""
@@ -152,7 +152,7 @@ class Apt:
         return found
 
     def download(self, packages: Sequence[Package]) -> list[Path]:
-        """The .deb files, in the order of `packages`: from the cache where it has them, each checked against its digest."""
+        """The .deb files, in the order of `packages`, from the cache where it has them; each has its digest."""
         store = self.folder.parent.parent / "debs"
         store.mkdir(parents=True, exist_ok=True)
         places = [store / package.sha256 / package.file_name for package in packages]

@@ -114,7 +114,7 @@ def opened(entry: Entry) -> Any:
 
 
 class _Late(io.RawIOBase):
-    """A file that is opened at the first read and closed at its end: an ISO has more files than a process may hold open."""
+    """A file that is open only while it is read: an ISO has more files than a process may hold open."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

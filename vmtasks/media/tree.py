@@ -147,7 +147,7 @@ def _overlay(folder: Path, root: Path) -> Iterator[Entry]:
 
 
 def chmod(entries: Iterable[Entry], modes: dict[str, str]) -> list[Entry]:
-    """Set modes by path (octal text); `path/` is a folder, made when absent. ImageError for a path that is not there."""
+    """Set modes by path, octal text; `path/` is a folder, made when absent. ImageError for a path that is not there."""
     found = {entry.path: entry for entry in entries}
     for name, mode in sorted(modes.items()):
         path = clean(name)
