@@ -1,6 +1,8 @@
 import os
 import shutil
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -112,3 +114,16 @@ def test_boot_image_must_be_there(tmp_path):
         write_iso(tmp_path / "a.iso", ENTRIES, label="TEST", boot=Boot("nothing"))
     with pytest.raises(ImageError, match="boot catalog"):
         write_iso(tmp_path / "a.iso", ENTRIES, label="TEST", boot=Boot("boot/image.bin", "none/boot.cat"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_file_system_is_an_image_error(tmp_path, monkeypatch):
+    from vmtasks.media import iso  # noqa: PLC0415
+
+    @contextmanager
+    def full(_path):
+        yield Path("/dev/full")
+
+    monkeypatch.setattr(iso, "replacing", full)
+    with pytest.raises(ImageError, match="No space left"):
+        write_iso(tmp_path / "a.iso", ENTRIES, label="TEST")

@@ -6,6 +6,7 @@ import pytest
 from vmtasks.errors import FetchError
 from vmtasks.media import debian
 from vmtasks.media.tree import Entry
+from vmtasks.media.unpack import unpack
 
 pytestmark = pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt is not installed")
 
@@ -129,22 +130,29 @@ def test_environment_names_mirrors(monkeypatch):
 def test_unpack_keeps_modes_and_links_and_is_cached(tmp_path):
     deb = tmp_path / "shell.deb"
     deb.write_bytes(SHELL.bytes())
-    first = debian.unpack(deb, "digest", tmp_path)
+    first = unpack(deb, "digest", tmp_path)
     found = {entry.path: entry for entry in first}
     assert found["bin/sh"].mode == 0o4755
     assert found["bin/sh"].read() == found["bin/bash"].read() == b"#!shell"
     assert (found["bin/ash"].kind, found["bin/ash"].target) == ("link", "sh")
     assert found["tmp"].mode == 0o1777
     deb.unlink()
-    assert debian.unpack(deb, "digest", tmp_path) == first
+    assert unpack(deb, "digest", tmp_path) == first
 
 
 def test_unpack_of_something_else(tmp_path):
     deb = tmp_path / "x.deb"
     deb.write_bytes(b"not an archive")
     with pytest.raises(FetchError, match="not a Debian package"):
-        debian.unpack(deb, "digest", tmp_path)
+        unpack(deb, "digest", tmp_path)
     deb.write_bytes(SHELL.bytes()[:-60])
     with pytest.raises(FetchError, match="not a Debian package"):
-        debian.unpack(deb, "digest", tmp_path)
+        unpack(deb, "digest", tmp_path)
     assert not (tmp_path / "unpacked/digest").exists()
+
+
+def test_host_without_apt(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FetchError, match=r"apt-get.*not installed") as caught:
+        debian.Apt(tmp_path, debian.Archive(keyring=None)).index()
+    assert "debian-archive-keyring" in caught.value.hint

@@ -9,6 +9,7 @@ from vmtasks.media import cpio, debian, iso, tree
 from vmtasks.media.modules import Modules, is_module
 from vmtasks.media.recipe import Recipe
 from vmtasks.media.tree import Entry
+from vmtasks.media.unpack import unpack
 
 LOAD_LIST = "etc/modules"
 """In the initramfs: the paths of the modules, one per line, in the order to load them."""
@@ -34,7 +35,7 @@ def compose(
     apt = debian.Apt(cache, archive or archive_of(recipe))
     packages = debian.resolve(apt.index(), recipe.packages, recipe.omit)
     contents = [
-        debian.unpack(deb, package.sha256, cache) for package, deb in zip(packages, apt.download(packages), strict=True)
+        unpack(deb, package.sha256, cache) for package, deb in zip(packages, apt.download(packages), strict=True)
     ]
     write(recipe, guest_dir, contents, out)
     return Composed(debian.digest(out), out.stat().st_size, tuple(packages))

@@ -1,5 +1,6 @@
 """Debian packages without root and without installing any: owns apt, and the cache of what it fetched."""
 
+import fcntl
 import hashlib
 import logging
 import os
@@ -7,19 +8,16 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tarfile import TarFile, TarInfo
-from typing import IO
-
-import msgspec
 
 from vmtasks import atomic, proc
-from vmtasks.errors import CommandError, FetchError, MissingToolError
-from vmtasks.media.tree import Entry, clean
+from vmtasks.errors import CommandError, FetchError
 
 log = logging.getLogger(__name__)
 
+APT_HINT = "install apt and debian-archive-keyring: other distributions than Debian have packages of these names too"
 ARCHITECTURE = "amd64"
 FRESH_S = 6 * 3600.0
 """For so long are the lists of an archive not asked for again."""
@@ -118,13 +116,26 @@ class Apt:
         return cleared + "".join(f'{name} "{value}";\n' for name, value in values.items())
 
     def run(self, program: str, *words: str | Path) -> str:
-        """One apt program with our settings; its output. CommandError as apt fails, MissingToolError without apt."""
+        """One apt program with our settings; its output. CommandError as apt fails, FetchError without apt."""
+        if shutil.which(program) is None:
+            raise FetchError(f"{program}, which fetches Debian's packages, is not installed", hint=APT_HINT)
         return proc.run(
             [program, "-c", self.folder / "apt.conf", *words], timeout_s=TIMEOUT_S, env={"LC_ALL": "C.UTF-8"}
         ).stdout
 
     def update(self) -> None:
         """Fetch the lists unless they are fresh. Without a network older lists are used, and that is said."""
+        with self._alone():
+            self._update()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """One process at a time: apt itself gives up at once where another holds its lock."""
+        with (self.folder / "busy").open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def _update(self) -> None:
         stamp = self.folder / "updated"
         if stamp.exists() and 0 <= time.time() - stamp.stat().st_mtime < FRESH_S:
             return
@@ -167,7 +178,7 @@ class Apt:
     def _fetch(self, packages: Sequence[Package], place: Path) -> None:
         helper = next((path for path in HELPERS if Path(path).exists()), None)
         if helper is None:
-            raise MissingToolError("apt-helper is not installed", hint="apt-get install apt")
+            raise FetchError("apt-helper, which fetches Debian's packages, is not installed", hint=APT_HINT)
         words = [
             word
             for package in packages
@@ -254,73 +265,6 @@ def relations(fields: dict[str, str]) -> Iterator[list[str]]:
     for field in ("Pre-Depends", "Depends"):
         for alternatives in PkgRelation.parse_relations(fields[field]) if fields.get(field) else ():
             yield [part["name"] for part in alternatives]
-
-
-class _Unpacked(msgspec.Struct, frozen=True):
-    """One path of an unpacked package as its list keeps it: `data` names a file beside the list."""
-
-    path: str
-    kind: str
-    mode: int
-    data: str = ""
-    target: str = ""
-
-
-def unpack(deb: Path, sha256: str, cache: Path) -> list[Entry]:
-    """What a package would install; its scripts are not run. Unpacked once, then kept under its digest.
-
-    The kernel's package takes seconds to decompress, so that this pays at the second composition.
-    """
-    place = cache.absolute() / "unpacked" / sha256
-    listing = place / "entries.json"
-    if not listing.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".new-") as beside:
-            kept = list(_extract(deb, Path(beside)))
-            (Path(beside) / listing.name).write_bytes(msgspec.json.encode(kept))
-            Path(beside).chmod(0o755)
-            shutil.rmtree(place, ignore_errors=True)
-            Path(beside).rename(place)
-            Path(beside).mkdir()
-    known = msgspec.json.decode(listing.read_bytes(), type=list[_Unpacked])
-    return [
-        Entry(item.path, item.kind, item.mode, place / item.data if item.kind == "file" else "", item.target)  # type: ignore[arg-type]
-        for item in known
-    ]
-
-
-def _extract(deb: Path, place: Path) -> Iterator[_Unpacked]:
-    """Each member of the data archive; file bytes go to files named by number."""
-    from debian.arfile import ArError  # noqa: PLC0415
-    from debian.debfile import DebError, DebFile  # noqa: PLC0415
-
-    try:
-        with DebFile(str(deb)) as package:
-            data: TarFile = package.data.tgz()
-            files: dict[str, _Unpacked] = {}
-            for number, member in enumerate(data):
-                item = _member(member, number, files, data, place)
-                if item is not None and item.path:
-                    files[item.path] = item
-            yield from files.values()
-    except (ArError, DebError, EOFError, OSError, ValueError) as error:
-        raise FetchError(f"{deb} is not a Debian package that can be unpacked: {error}") from error
-
-
-def _member(member: TarInfo, number: int, known: dict[str, _Unpacked], data: TarFile, place: Path) -> _Unpacked | None:
-    path = clean(member.name)
-    if member.isdir():
-        return _Unpacked(path, "dir", member.mode)
-    if member.issym():
-        return _Unpacked(path, "link", 0o777, target=member.linkname)
-    if member.islnk():
-        return msgspec.structs.replace(known[clean(member.linkname)], path=path)
-    stream: IO[bytes] | None = data.extractfile(member)
-    if stream is None:
-        return None  # a device or a pipe, which no package that we use holds
-    with stream, (place / f"{number:05}").open("wb") as out:
-        shutil.copyfileobj(stream, out)
-    return _Unpacked(path, "file", member.mode, data=f"{number:05}")
 
 
 def digest(path: Path) -> str:

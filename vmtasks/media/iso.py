@@ -84,8 +84,8 @@ def write_iso(out: Path, entries: Iterable[Entry], *, label: str, boot: Boot | N
                 _make_bootable(iso, boot, ids)
             beside = stack.enter_context(replacing(out))
             iso.write(str(beside))
-        except (PyCdlibException, UnicodeError) as error:
-            raise ImageError(f"{out.name} cannot be written: {error}") from error
+        except (OSError, PyCdlibException, UnicodeError) as error:
+            raise ImageError(f"{out} cannot be written: {error}") from error
 
 
 def _fill(iso: "PyCdlib", tree: list[Entry], stack: ExitStack) -> dict[str, str]:
@@ -95,16 +95,13 @@ def _fill(iso: "PyCdlib", tree: list[Entry], stack: ExitStack) -> dict[str, str]
         folder, _, name = entry.path.rpartition("/")
         check_name(name, entry.path)
         iso_path = ids[entry.path] = f"{ids[folder]}/{iso_name(name, number)}"
-        try:
-            if entry.kind == "dir":
-                iso.add_directory(iso_path, rr_name=name, file_mode=0o040000 | entry.mode)
-            elif entry.kind == "link":
-                iso.add_symlink(iso_path, name, entry.target)
-            else:
-                stream = stack.enter_context(opened(entry))
-                iso.add_fp(stream, entry.size, iso_path, rr_name=name, file_mode=0o100000 | entry.mode)
-        except OSError as error:
-            raise ImageError(f"{entry.path} cannot be put on an ISO: {error}") from error
+        if entry.kind == "dir":
+            iso.add_directory(iso_path, rr_name=name, file_mode=0o040000 | entry.mode)
+        elif entry.kind == "link":
+            iso.add_symlink(iso_path, name, entry.target)
+        else:
+            stream = stack.enter_context(opened(entry))
+            iso.add_fp(stream, entry.size, iso_path, rr_name=name, file_mode=0o100000 | entry.mode)
     return ids
 
 
