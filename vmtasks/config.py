@@ -3,11 +3,10 @@
 Precedence, strongest first: doit variables (`memory=1G`), environment (`VM_MEMORY=1G`), vm.toml, guest.toml.
 """
 
-import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ import msgspec
 from msgspec import UNSET
 
 from vmtasks.errors import ConfigError
+from vmtasks.explain import explain, nul, suggest
 from vmtasks.model import BuildTable, GuestFile, PhaseTable, SuiteTable, SyncTable, Value, VmFile
 
 CONFIG_PATH = Path("config/vm.toml")
@@ -127,6 +127,7 @@ def load(
     raw = _read(path)
     for variable, text, source in overrides:
         _apply(raw, variable, text, source)
+    guest_source = show(path) if "guest" in raw else "default"
     vm = _convert(raw, VmFile, path, overrides)
     guest_dir = root / PHASES_PATH / vm.guest
     guest_path = guest_dir / "guest.toml"
@@ -138,7 +139,7 @@ def load(
         )
     guest = _convert(_read(guest_path), GuestFile, guest_path, ())
     by_guest = environ.get(guest.version_env) if guest.version_env else None
-    return _assemble(root, path, vm, guest, guest_dir, overrides, environ, by_guest)
+    return _assemble(root, path, vm, guest, guest_dir, guest_source, overrides, environ, by_guest)
 
 
 def _assemble(
@@ -147,6 +148,7 @@ def _assemble(
     vm: VmFile,
     guest: GuestFile,
     guest_dir: Path,
+    guest_source: str,
     overrides: tuple[tuple[Variable, str, str], ...],
     environ: Mapping[str, str],
     version_from_env: str | None,
@@ -157,14 +159,14 @@ def _assemble(
     if version_from_env and "version" not in given:
         version, version_source = version_from_env, f"environment {guest.version_env}"
     port = _or(machine.ssh_port, 2222)
-    folder = Path(given["dir"][0] if "dir" in given else ".vm").expanduser()
-    store = Path(given["store"][0]).expanduser() if "store" in given else _default_store(environ)
+    folder = _folder(*given["dir"]) if "dir" in given else Path(".vm")
+    store = _folder(*given["store"]) if "store" in given else _default_store(environ)
     values: dict[str, tuple[str, str]] = {
         "accel": _from(machine.accel, "auto", path, "default"),
         "cpus": _from(machine.cpus, hardware.cpus, path, "guest.toml"),
         "dir": (str(folder), "default"),
         "disk": _from(machine.disk_size, hardware.disk_size, path, "guest.toml"),
-        "guest": (vm.guest, show(path)),
+        "guest": (vm.guest, guest_source),
         "memory": _from(machine.memory, hardware.memory, path, "guest.toml"),
         "name": _from(machine.name, vm.guest, path, "the guest's name"),
         "network": _from(machine.network, "user", path, "default"),
@@ -236,6 +238,8 @@ def _apply(raw: dict[str, Any], variable: Variable, text: str, source: str) -> N
     """Put an override into the parsed file, so that one set of rules checks both."""
     if not variable.key:
         return
+    if not text.isprintable():
+        raise ConfigError(f"{source.rstrip('=')} ({variable.key}) = {text!r}: not readable; use letters and digits")
     *tables, key = variable.key.split(".")
     table = raw
     for name in tables:
@@ -254,71 +258,28 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{show(path)}: there is no such file; `vmtasks init DIR` writes one") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{show(path)}: not valid TOML: nested too deeply; take brackets out") from None
+    except ValueError as error:  # also text that is not UTF-8, and a number of thousands of digits
         raise ConfigError(f"{show(path)}: not valid TOML: {error}; correct that line") from None
     except OSError as error:
-        raise ConfigError(f"{show(path)}: cannot be read: {error.strerror}") from None
+        raise ConfigError(f"{show(path)}: cannot be read: {error.strerror}; mend its mode or name") from None
 
 
 def _convert(raw: dict[str, Any], kind: type[F], path: Path, overrides: tuple[tuple[Variable, str, str], ...]) -> F:
-    """Parsed TOML -> model. Turns msgspec's account of what is wrong into file, key, value, remedy."""
+    """Parsed TOML -> model. ConfigError with file, key, value and remedy when it does not fit."""
     raw.pop("$schema", None)
     try:
-        return msgspec.convert(raw, kind)
-    except msgspec.ValidationError as error:
-        text, _, at = str(error).partition(" - at `$")
-        keys = [k for k in re.split(r"[.\[\]]+", at.rstrip("`")) if k and k != "..."]
-        unknown = re.search(r"unknown field `(.+?)`", text)
-        if unknown:
-            keys.append(unknown[1])
-        value: Any = raw
-        for key in keys:
-            value = (
-                value[int(key)] if isinstance(value, list) else (value.get(key) if isinstance(value, dict) else None)
-            )
-        key = ".".join(keys)
-        where = _source(key, overrides) or f"{show(path)}: {key}"
-        if unknown:
-            raise ConfigError(f"{where} = {value!r}: unknown key; {suggest(unknown[1], _fields(kind, keys))}") from None
-        missing = re.search(r"missing required field `(.+?)`", text)
-        if missing:
-            raise ConfigError(f"{where.rstrip('. ')}: {missing[1]} is missing; write {missing[1]} = ...") from None
-        raise ConfigError(f"{where} = {value!r}: {_plain(text)}") from None
-
-
-def _plain(text: str) -> str:
-    """Msgspec's sentence in words for the person who edits TOML."""
-    text = text.replace("`", "").replace("Expected", "expected").replace(" | unset", "")
-    text = text.replace("matching regex '^[1-9][0-9]*[KMGT]?$'", 'that is a size, as in "512M" or "2G"')
-    text = text.replace("object", "table").replace("Object", "table").replace("Invalid", "invalid")
-    text = re.sub(r"matching regex '\^\[A-Za-z0-9\].*'", "of letters, digits, '.', '_' and '-'", text)
-    return text + "; correct it"
-
-
-def _fields(kind: type, keys: list[str]) -> list[str]:
-    """Names of the fields of the table that holds the last of `keys`."""
-    table: Any = kind
-    for key in keys[:-1]:
-        if key.isdigit():
-            continue
-        fields = {f.encode_name: f.type for f in msgspec.structs.fields(table)} if _is_struct(table) else {}
-        table = _struct_in(fields.get(key, table))
-    return [f.encode_name for f in msgspec.structs.fields(table)] if _is_struct(table) else []
-
-
-def _is_struct(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-
-
-def _struct_in(kind: Any) -> Any:
-    """The model inside dict[str, Model], list[Model] or Model | UNSET."""
-    if _is_struct(kind):
-        return kind
-    for inner in getattr(kind, "__args__", ()):
-        found = _struct_in(inner)
-        if _is_struct(found):
-            return found
-    return kind
+        read = msgspec.convert(raw, kind)
+        fault = nul(raw)
+    except msgspec.ValidationError:
+        fault = explain(raw, kind)
+    if fault is None:
+        return read
+    source = _source(fault.key, overrides)
+    raise ConfigError(
+        f"{source} = {fault.value}: {fault.remedy}" if source else f"{show(path)}: {fault}",
+    )
 
 
 def _source(key: str, overrides: tuple[tuple[Variable, str, str], ...]) -> str | None:
@@ -326,12 +287,15 @@ def _source(key: str, overrides: tuple[tuple[Variable, str, str], ...]) -> str |
     return next((f"{source.rstrip('=')} ({v.key})" for v, _, source in overrides if v.key == key and key), None)
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """What the user may have meant by `name`, or what there is to choose from."""
-    close = difflib.get_close_matches(name, list(known), 1)
-    if close:
-        return f"did you mean {close[0]!r}?"
-    return f"there is {', '.join(sorted(known))}" if known else "remove it"
+def _folder(text: str, source: str) -> Path:
+    """A folder that the user named."""
+    where = source.rstrip("=")
+    if not text.strip():
+        raise ConfigError(f"{where} = {text!r}: names no folder; use one, as in {where}=/path")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise ConfigError(f"{where} = {text!r}: there is no such user's home; write the whole path") from None
 
 
 def _or(value: Any, default: Any) -> Any:

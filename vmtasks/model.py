@@ -7,14 +7,17 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 from vmtasks.media.recipe import Recipe
 
 Value = str | int | bool | list[str]
+# In the patterns below `(?!\n)` is for Python, whose `$` also matches before a line break at the end.
 Name = Annotated[
     str,
     Meta(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$(?!\n)",
         description="letters, digits, '.', '_' and '-', beginning with a letter or digit",
     ),
 ]
-Size = Annotated[str, Meta(pattern=r"^[1-9][0-9]*[KMGT]?$", description='a number with K, M, G or T, as in "2G"')]
+Size = Annotated[
+    str, Meta(pattern=r"^[1-9][0-9]{0,14}[KMGT]?$(?!\n)", description='a number with K, M, G or T, as in "2G"')
+]
 Seconds = Annotated[int, Meta(ge=1, le=86400, description="seconds")]
 Percent = Annotated[int, Meta(ge=1, le=100)]
 
@@ -106,7 +109,9 @@ class HardwareTable(Table, frozen=True, kw_only=True):
     type: Annotated[str, Meta(description="QEMU machine type")] = "pc"
     cpu: Annotated[dict[str, str], Meta(description="CPU model by accelerator, as in {kvm = 'host'}")] = {}
     disk_bus: Literal["virtio-scsi", "virtio-blk", "ide", "ahci"] = "virtio-scsi"
-    disk_serial: Annotated[str, Meta(pattern=r"^[A-Za-z0-9_-]{1,20}$")] = "vmtasks0"
+    disk_serial: Annotated[
+        str, Meta(pattern=r"^[A-Za-z0-9_-]{1,20}$(?!\n)", description="up to 20 letters, digits, '_' and '-'")
+    ] = "vmtasks0"
     cd_bus: Literal["virtio-scsi", "ide"] = "ide"
     nic: Literal["virtio-net-pci", "e1000"] = "virtio-net-pci"
     rng: bool = True
@@ -118,7 +123,13 @@ class SshTable(Table, frozen=True, kw_only=True):
     ready_timeout_s: Annotated[
         Seconds, Meta(description="from power on to the first login, on fast hardware; scaled under emulation")
     ] = 120
-    user: Annotated[str, Meta(pattern=r"^[a-z_][a-z0-9_-]{0,31}$", description="user that vmtasks logs in as")] = "root"
+    user: Annotated[
+        str,
+        Meta(
+            pattern=r"^[a-z_][a-z0-9_-]{0,31}$(?!\n)",
+            description="user that vmtasks logs in as: lower-case letters, digits, '_' and '-'",
+        ),
+    ] = "root"
 
 
 class Download(Table, frozen=True, kw_only=True, tag_field="source", tag="download"):

@@ -2,11 +2,12 @@
 
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
 
-from vmtasks.config import Config, show, show_size, suggest
+from vmtasks.config import Config, Setting, show, show_size
 from vmtasks.errors import ConfigError
+from vmtasks.explain import key_path, suggest
 from vmtasks.model import SuiteTable
 
 PORTS = (1024, 65535)
@@ -16,27 +17,41 @@ VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 def check(config: Config) -> None:
     """Raise ConfigError for the first rule that does not hold. Looks at the file system, changes nothing."""
+    for problem in machine(config):
+        raise ConfigError(problem)
     file = show(config.file)
-    for problem in (*machine(config), *tree(config), *suites(config)):
+    for problem in (*tree(config), *build(config), *suites(config)):
         raise ConfigError(f"{file}: {problem}")
-    where = f"phases/{config.guest_dir.name}/guest.toml"
+    file = show(config.guest_dir / "guest.toml")
     for problem in (*guest(config), *expressions(config)):
-        raise ConfigError(f"{where}: {problem}")
+        raise ConfigError(f"{file}: {problem}")
 
 
 def machine(config: Config) -> Iterator[str]:
-    """What this host cannot give, or no guest can use."""
+    """What this host cannot give, or no guest can use. These name the place themselves: not all stand in a file."""
     low, high = PORTS
-    source = {s.variable.name: f"{s.variable.key} ({s.source})" for s in config.settings}
+    where = {setting.variable.name: origin(setting) for setting in config.settings}
     if config.ssh_port is not None and not low <= config.ssh_port <= high:
-        yield f'{source["port"]} = {config.ssh_port}: out of range; use {low} to {high}, or "auto"'
+        yield f'{where["port"]} = {config.ssh_port}: out of range; use {low} to {high}, or "auto"'
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if config.memory > host:
-        yield f"{source['memory']} = {show_size(config.memory)}: more than this host's {host >> 20}M; use less"
+        yield f"{where['memory']} = {show_size(config.memory)}: more than this host's {host >> 20}M; use less"
     if config.memory < 16 << 20:
-        yield f"{source['memory']} = {show_size(config.memory)}: too little for any guest; use 64M or more"
+        yield f"{where['memory']} = {show_size(config.memory)}: too little for any guest; use 64M or more"
     if config.disk_size < 1 << 20:
-        yield f"{source['disk']} = {show_size(config.disk_size)}: too small for a disk; use 1M or more"
+        yield f"{where['disk']} = {show_size(config.disk_size)}: too small for a disk; use 1M or more"
+    if config.version and not NAME.fullmatch(config.version):
+        yield (
+            f"{where['version']} = {config.version!r}: names a folder too; "
+            "use letters, digits, '.', '_' and '-', beginning with a letter or digit"
+        )
+
+
+def origin(setting: Setting) -> str:
+    """Where to change it: `config/vm.toml: machine.memory`, or `environment VM_MEMORY (machine.memory)`."""
+    if setting.source.endswith(".toml"):
+        return f"{setting.source}: {setting.variable.key}"
+    return f"{setting.source.rstrip('=')} ({setting.variable.key})"
 
 
 def tree(config: Config) -> Iterator[str]:
@@ -44,36 +59,58 @@ def tree(config: Config) -> Iterator[str]:
     source = config.root / config.sync.source
     if not source.is_dir():
         yield f"sync.source = {config.sync.source!r}: there is no folder {show(source)}; name the tree to sync"
+    yield from destination(config.sync.dest)
     for pattern in config.sync.exclude:
         if not pattern.strip() or "\n" in pattern:
             yield f"sync.exclude = {pattern!r}: an empty pattern or one with a line break; remove it"
     for name in config.vars:
         if name not in config.guest.vars:
-            yield f"vars.{config.guest.name}.{name}: the guest has no such value; {suggest(name, config.guest.vars)}"
+            where = key_path(["vars", config.guest.name, name])
+            yield f"{where}: the guest has no such value; {suggest(name, config.guest.vars)}"
+
+
+def destination(dest: str) -> Iterator[str]:
+    """Places in the guest where `--delete` would remove the system or the way in."""
+    path = PurePosixPath(dest)
+    if not path.parts or path.parts == ("/",) or ".." in path.parts:
+        yield f"sync.dest = {dest!r}: what is not in the source is deleted there; name a folder of its own, as in 'src'"
+    elif dest.startswith(("~", "-")) or not dest.isprintable():
+        yield f"sync.dest = {dest!r}: not a folder's name; use one relative to the login user's home, or absolute"
+
+
+def build(config: Config) -> Iterator[str]:
+    """A build that cannot run."""
+    yield from variables("build", config.build.env)
+
+
+def variables(table: str, env: Iterable[str]) -> Iterator[str]:
+    """Names that no shell takes for a variable."""
+    for name in env:
+        if not VARIABLE.fullmatch(name):
+            yield f"{table}.{key_path(['env', name])}: not a variable's name; use letters, digits and '_'"
 
 
 def suites(config: Config) -> Iterator[str]:
     """Suites that cannot run."""
     for name, suite in config.suites.items():
+        table = key_path(["suites", name])
         if not NAME.fullmatch(name):
-            yield f"suites.{name}: a suite's name is also a file name; use letters, digits, '.', '_' and '-'"
+            yield f"{table}: a suite's name is also a file name; use letters, digits, '.', '_' and '-'"
         if not suite.command.strip():
-            yield f"suites.{name}.command = {suite.command!r}: empty; say what runs the tests"
-        yield from paths(name, suite)
-        for variable in suite.env:
-            if not VARIABLE.fullmatch(variable):
-                yield f"suites.{name}.env.{variable}: not a variable's name; use letters, digits and '_'"
+            yield f"{table}.command = {suite.command!r}: empty; say what runs the tests"
+        yield from paths(table, suite)
+        yield from variables(table, suite.env)
     for name in config.quick:
         if name not in config.suites:
             yield f"quick.suites = {name!r}: no such suite; {suggest(name, config.suites)}"
 
 
-def paths(name: str, suite: SuiteTable) -> Iterator[str]:
+def paths(table: str, suite: SuiteTable) -> Iterator[str]:
     """Paths that leave the suite's folder."""
     for key, values in {"artifacts": suite.artifacts, "cwd": [suite.cwd], "junit": [suite.junit]}.items():
         for value in values:
             if value.startswith("/") or ".." in Path(value).parts:
-                yield f"suites.{name}.{key} = {value!r}: leaves the suite's folder; use a path below it"
+                yield f"{table}.{key} = {value!r}: leaves the suite's folder; use a path below it"
 
 
 def guest(config: Config) -> Iterator[str]:
@@ -81,6 +118,7 @@ def guest(config: Config) -> Iterator[str]:
     file = config.guest
     if file.name != config.guest_dir.name:
         yield f"name = {file.name!r}: must be the folder's name, {config.guest_dir.name!r}"
+    room = 3 if file.machine.disk_bus == file.machine.cd_bus == "ide" else 4
     for phase in file.phases:
         template = config.template(phase)
         if not template.is_file():
@@ -91,6 +129,8 @@ def guest(config: Config) -> Iterator[str]:
             yield f"phases.cds = {phase.cds}: a phase that boots from CD needs 'installer' first"
         if "phase" not in phase.cds:
             yield f"phases.cds = {phase.cds}: the phase's own CD is missing; add 'phase'"
+        if len(phase.cds) > room:
+            yield f"phases.cds = {phase.cds}: beside an IDE disk there is room for {room} CDs; use another bus"
     if len({phase.name for phase in file.phases}) < len(file.phases):
         yield "phases.name: two phases have one name; rename one"
 
@@ -101,5 +141,5 @@ def expressions(config: Config) -> Iterator[str]:
     for text in texts:
         try:
             re.compile(text)
-        except re.error as error:
+        except (re.error, OverflowError) as error:
             yield f"expect = {text!r}: not a regular expression ({error}); correct it"

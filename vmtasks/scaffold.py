@@ -5,8 +5,9 @@ import shutil
 from pathlib import Path
 
 from vmtasks import atomic
-from vmtasks.config import CONFIG_PATH, PHASES_PATH, schema, suggest
+from vmtasks.config import CONFIG_PATH, PHASES_PATH, schema
 from vmtasks.errors import ConfigError, StateError
+from vmtasks.explain import suggest
 from vmtasks.model import GuestFile, VmFile
 
 DODO = '''"""`doit list` shows the tasks, `doit help_vars` the variables; config/vm.toml is what to edit."""

@@ -1,0 +1,182 @@
+"""Why a parsed TOML file does not fit its model: the key, the value that stands there, and what to write instead."""
+
+import difflib
+import re
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import msgspec
+
+SHOWN_CHARS = 70
+"""How much of a wrong value a message repeats."""
+
+BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong at `key`. `remedy` ends the line; `value` is as the user wrote it, shortened; empty: none there."""
+
+    key: str
+    value: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """`machine.cpus = 0: use a whole number from 1 to 256`."""
+        return f"{self.key} = {self.value}: {self.remedy}" if self.value else f"{self.key} {self.remedy}"
+
+
+def explain(value: Any, kind: Any, keys: tuple[str | int, ...] = ()) -> Fault:
+    """Find the innermost part of `value` that is not what `kind` asks for there. `value` must not fit `kind`."""
+    for key, part, part_kind in _parts(value, kind):
+        if not _fits(part, part_kind):
+            return explain(part, part_kind, (*keys, key))
+    table = _table(value, kind)
+    if table is None:
+        return Fault(key_path(keys), show_value(value), f"use {_wanted(kind)}")
+    known = _names(table)
+    for name in value:
+        if name not in known:
+            return Fault(key_path((*keys, name)), show_value(value[name]), f"unknown key; {suggest(name, known)}")
+    name = next(f.encode_name for f in msgspec.structs.fields(table) if f.required and f.encode_name not in value)
+    return Fault(key_path((*keys, name)), "", f"is missing; write {name} = ...")
+
+
+def nul(value: Any, keys: tuple[str | int, ...] = ()) -> Fault | None:
+    """A text or key that holds a NUL character: TOML can write it, no command line and no file name can hold it."""
+    if isinstance(value, str) and "\0" in value:
+        return Fault(key_path(keys), show_value(value), "holds a NUL character; remove it")
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in items:
+        found = nul(key, (*keys, key)) or nul(part, (*keys, key))
+        if found is not None:
+            return found
+    return None
+
+
+def key_path(keys: Iterable[str | int]) -> str:
+    """Keys as TOML writes them, on one line: `suites."a b".env`, `phases[0].name`."""
+    text = ""
+    for key in keys:
+        if isinstance(key, int):
+            text += f"[{key}]"
+        else:
+            text += ("." if text else "") + (key if BARE_KEY.fullmatch(key) else _quoted(key))
+    return text
+
+
+def show_value(value: Any) -> str:
+    """A value on one line, shortened."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value) if isinstance(value, str | int | float | list | dict) else str(value)
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """What the user may have meant by `name`, or what there is to choose from."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, 1)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"there is {', '.join(names)}" if names else "remove it"
+
+
+def _quoted(key: str) -> str:
+    return msgspec.json.encode(key).decode().replace("\x7f", "\\u007f")
+
+
+def _members(kind: Any) -> Iterator[Any]:
+    """The alternatives of a union, each still with its own constraints; a kind that is no union is the only one."""
+    bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
+    if get_origin(bare) in (Union, types.UnionType):
+        for member in get_args(bare):
+            if member is not msgspec.UnsetType:
+                yield from _members(member)
+    else:
+        yield kind
+
+
+def _bare(kind: Any) -> Any:
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    for member in _members(kind):
+        try:
+            msgspec.convert(value, member)
+        except msgspec.ValidationError:
+            continue
+        return True
+    return False
+
+
+def _parts(value: Any, kind: Any) -> Iterator[tuple[str | int, Any, Any]]:
+    """(key, value, kind) of what `value` is made of, where `kind` says what that must be."""
+    table = _table(value, kind)
+    if table is not None:
+        fields = {f.encode_name: f.type for f in msgspec.structs.fields(table)}
+        yield from ((name, part, fields[name]) for name, part in value.items() if name in fields)
+        return
+    for member in _members(kind):
+        bare = _bare(member)
+        origin, args = get_origin(bare), get_args(bare)
+        if isinstance(value, dict) and origin in (dict, Mapping):
+            yield from ((name, part, args[1]) for name, part in value.items())
+        elif isinstance(value, list) and origin in (list, tuple):
+            yield from ((n, part, args[0]) for n, part in enumerate(value))
+
+
+def _table(value: Any, kind: Any) -> type[msgspec.Struct] | None:
+    """The model for a table `value`: of several, the one whose tag it carries."""
+    if not isinstance(value, dict):
+        return None
+    for member in map(_bare, _members(kind)):
+        if isinstance(member, type) and issubclass(member, msgspec.Struct):
+            tag = member.__struct_config__.tag_field
+            if tag is None or value.get(tag) == member.__struct_config__.tag:
+                return member
+    return None
+
+
+def _names(table: type[msgspec.Struct]) -> list[str]:
+    tag = table.__struct_config__.tag_field
+    return [f.encode_name for f in msgspec.structs.fields(table)] + ([tag] if tag else [])
+
+
+def _wanted(kind: Any) -> str:
+    """What `kind` accepts, in words for the person who edits TOML."""
+    tables = [m for m in map(_bare, _members(kind)) if isinstance(m, type) and issubclass(m, msgspec.Struct)]
+    tags = [
+        f"{m.__struct_config__.tag_field} = {_quoted(str(m.__struct_config__.tag))}"
+        for m in tables
+        if m.__struct_config__.tag
+    ]
+    if tags:
+        return f"a table with {' or '.join(tags)}"
+    return " or ".join(dict.fromkeys(map(_wanted_one, _members(kind))))
+
+
+def _wanted_one(kind: Any) -> str:
+    """As _wanted(), for one alternative."""
+    meta = next((m for m in get_args(kind)[1:] if isinstance(m, msgspec.Meta)), msgspec.Meta())
+    bare = _bare(kind)
+    if get_origin(bare) is Literal:
+        return " or ".join(_quoted(str(choice)) for choice in get_args(bare))
+    if get_origin(bare) in (list, tuple):
+        return f"a list, [...],{_counts(meta)} each {_wanted(get_args(bare)[0])}"
+    text = (meta.description or f"a text that matches {meta.pattern}") if meta.pattern else "a text in quotes"
+    words = {
+        bool: "true or false",
+        int: "a whole number" + (f" from {meta.ge} to {meta.le}" if meta.le is not None else ""),
+        str: text + (", not an empty one" if meta.min_length else ""),
+    }
+    return words.get(bare, "a table, {...} or [...]")
+
+
+def _counts(meta: msgspec.Meta) -> str:
+    if meta.min_length and meta.max_length:
+        return f" of {meta.min_length} to {meta.max_length} items,"
+    return f" of at least {meta.min_length} items," if meta.min_length else ""
