@@ -155,7 +155,7 @@ def _publish(job: Job, host_keys: Sequence[str], took_s: float) -> ImageRecord:
             sha256=sha256,
             virtual_size=virtual,
             backing=below.digest if below else "",
-            backing_sha256=below.sha256 if below else "",
+            backing_sha256=below.chain if below else "",
             ssh_user=job.config.guest.ssh.user,
             host_keys=list(host_keys) or (below.host_keys if below else []),
             created=round(time.time(), 3),

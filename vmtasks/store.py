@@ -45,6 +45,12 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
     accel: str = ""
     qemu: str = ""
 
+    @property
+    def chain(self) -> str:
+        """Digest of this image's bytes and of all that it stands on; a child's record holds it as `backing_sha256`."""
+        own_and_below = f"{self.sha256} {self.backing_sha256}"
+        return hashlib.sha256(own_and_below.encode()).hexdigest() if self.backing else self.sha256
+
 
 class MediaRecord(msgspec.Struct, frozen=True, kw_only=True):
     """An installer: the ISO's digest and size, where it came from, and the packages that it was composed of."""
@@ -106,7 +112,7 @@ class Store:
         below = self.record(record.backing)
         if below is None:
             return f"the image below it, {record.backing[:12]}, is gone"
-        if below.sha256 != record.backing_sha256:
+        if below.chain != record.backing_sha256:
             return f"the image below it, {record.backing[:12]}, was built anew"
         return self.fault(below, full=full)
 
@@ -155,9 +161,11 @@ class Store:
                 at = record.backing if record else ""
         gone = []
         for path in (*(self.root / "images").glob("*"), *(self.root / "failed").glob("*")):
-            if path.parent.name == "images" and path.name.partition(".")[0] in wanted and path.suffix != ".partial":
+            # A name that begins with a dot is a file being written, or one whose writer was killed.
+            digest = path.name.lstrip(".").partition(".")[0]
+            if path.parent.name == "images" and digest in wanted and path.name in (f"{digest}.qcow2", f"{digest}.toml"):
                 continue
-            with contextlib.suppress(StateError), self.lock(f"image-{path.name.partition('.')[0]}", timeout_s=0):
+            with contextlib.suppress(StateError), self.lock(f"image-{digest}", timeout_s=0):
                 path.unlink(missing_ok=True)
                 gone.append(path)
         return gone
