@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -83,10 +83,14 @@ def run(
         try:
             out, err = child.communicate(None if stdin is None else stdin.encode(), timeout=timeout_s)
             status = shell_status(child.returncode)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            out, err = child.communicate()
-            status = TIMED_OUT
+        except subprocess.TimeoutExpired as late:
+            # What it has started holds our pipes as long as it lives, so that all of its group must go.
+            status = TIMED_OUT if child.poll() is None else shell_status(child.returncode)
+            _signal(child, signal.SIGKILL)
+            try:
+                out, err = child.communicate(timeout=1)
+            except subprocess.TimeoutExpired:
+                out, err = late.output or b"", late.stderr or b""
     result = Result(words, status, out.decode(errors="replace"), err.decode(errors="replace"))
     if check and status != 0:
         how = f"did not end within {timeout_s:g} s" if status == TIMED_OUT else f"exited with {status}"
@@ -178,14 +182,21 @@ def detach(argv: Sequence[str | Path], output: IO[bytes]) -> subprocess.Popen[by
 
 
 def end(child: subprocess.Popen[bytes], grace_s: float = 2.0) -> int:
-    """Make sure that a child of ours is gone: SIGTERM, `grace_s`, SIGKILL. Returns its status."""
+    """Make sure that a child of ours is gone, and its group with it: SIGTERM, `grace_s`, SIGKILL. Returns its status."""
     if child.poll() is None:
-        child.terminate()
+        _signal(child, signal.SIGTERM)
         try:
             child.wait(grace_s)
         except subprocess.TimeoutExpired:
-            child.send_signal(signal.SIGKILL)
+            _signal(child, signal.SIGKILL)
     return shell_status(child.wait())
+
+
+def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Signal the process group that `child` leads. Not after it was reaped: its number may be somebody else's then."""
+    if child.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
 
 
 def started(pid: int) -> str:
