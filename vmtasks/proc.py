@@ -182,7 +182,7 @@ def detach(argv: Sequence[str | Path], output: IO[bytes]) -> subprocess.Popen[by
 
 
 def end(child: subprocess.Popen[bytes], grace_s: float = 2.0) -> int:
-    """Make sure that a child of ours is gone, and its group with it: SIGTERM, `grace_s`, SIGKILL. Returns its status."""
+    """Make sure that a child and its process group are gone: SIGTERM, `grace_s`, SIGKILL. Returns its status."""
     if child.poll() is None:
         _signal(child, signal.SIGTERM)
         try:
