@@ -27,7 +27,7 @@ _ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|
 _UNFINISHED = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|\][^\x07\x1b]*\x1b?|[ -/]*)?$")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]")
 _SENTINEL = re.compile(r"::vmtasks:([0-9a-f]{16}):(begin|step|hostkey|exit)(?: (.*))?")
-_TRACE = re.compile(r"\++ (\d+): (.*)")
+_TRACE = re.compile(r"\++ (\d*): (.*)")
 LONGEST_ESCAPE = 256
 
 
@@ -101,7 +101,7 @@ class Transcript:
         """Keep the last command that the phase's trace showed, for the account of a failure."""
         trace = _TRACE.fullmatch(line.strip())
         if trace is not None and not trace[2].startswith(("exit ", "step ", "fail ")):
-            self.last_command = f"line {trace[1]}: {trace[2]}"
+            self.last_command = f"line {trace[1]}: {trace[2]}" if trace[1] else trace[2]  # dash does not count lines
 
 
 def parse_sentinel(line: str) -> Sentinel | None:

@@ -7,7 +7,7 @@ vmtasks_say() { printf '\n::vmtasks:%s:%s\n' "$VMTASKS_TOKEN" "$*"; }
 # step TITLE: what follows belongs to this step.
 step() {
     { set +x; } 2>/dev/null
-    printf '%s\n' "$*" >"$VMTASKS_STEP"
+    { printf '%s\n' "$*" >"$VMTASKS_STEP"; } 2>/dev/null || :
     vmtasks_say "step $*"
     set -x
 }
@@ -22,7 +22,9 @@ say() {
 # hostkey FILE.pub: tells the host which key this guest's SSH server will show.
 hostkey() {
     { set +x; } 2>/dev/null
-    read -r vmtasks_type vmtasks_key vmtasks_rest <"$1" || [ -n "$vmtasks_key" ] || return 1
+    vmtasks_key=
+    read -r vmtasks_type vmtasks_key _ <"$1" || :
+    [ -n "$vmtasks_key" ] || fail "there is no host key in $1"
     vmtasks_say "hostkey $vmtasks_type $vmtasks_key"
     set -x
 }

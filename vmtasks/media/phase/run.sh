@@ -8,18 +8,20 @@ VMTASKS_MEDIA=$(cd "$(dirname "$0")" && pwd)
 VMTASKS_TOKEN=$(cat "$VMTASKS_MEDIA/token")
 VMTASKS_STEP=${TMPDIR:-/tmp}/vmtasks.step
 export VMTASKS_MEDIA VMTASKS_TOKEN VMTASKS_STEP
-: >"$VMTASKS_STEP" 2>/dev/null || VMTASKS_STEP=/dev/null
+# In a subshell, because a redirection that fails ends a shell when it belongs to a special built-in command.
+(: >"$VMTASKS_STEP") 2>/dev/null || VMTASKS_STEP=/dev/null
 
 # Each line begins with a line break, because the kernel may have left one unfinished. The verdict is said three
 # times: a message of the kernel's can fall into the middle of one.
 say() { printf '\n::vmtasks:%s:%s\n' "$VMTASKS_TOKEN" "$*" >/dev/console; }
 
+# shellcheck disable=SC2317,SC2329 # the traps below call it
 verdict() {
     status=$?
-    trap '' 0 1 2 3 13 15
+    trap '' EXIT HUP INT QUIT PIPE TERM
     case $1 in '') ;; *) status=$1 ;; esac
     step=$(cat "$VMTASKS_STEP" 2>/dev/null)
-    for again in 1 2 3; do say "exit $status $step"; done
+    for _ in 1 2 3; do say "exit $status $step"; done
     sync
     # Setting a terminal waits until what was written to it has been sent.
     stty </dev/console >/dev/null 2>&1 && stty "$(stty -g </dev/console)" </dev/console >/dev/null 2>&1
@@ -28,12 +30,12 @@ verdict() {
     sleep 120
     say "poweroff failed"
 }
-trap 'verdict ""' 0
-trap 'verdict 129' 1
-trap 'verdict 130' 2
-trap 'verdict 131' 3
-trap 'verdict 141' 13
-trap 'verdict 143' 15
+trap 'verdict ""' EXIT
+trap 'verdict 129' HUP
+trap 'verdict 130' INT
+trap 'verdict 131' QUIT
+trap 'verdict 141' PIPE
+trap 'verdict 143' TERM
 
 cd / || exit 1
 say begin
