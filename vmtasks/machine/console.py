@@ -22,13 +22,14 @@ KEEP_CHARS = 1 << 16
 KEY_DELAY_S = 0.03
 """Pause between typed characters: a BIOS keyboard buffer holds 15 keys, and loaders poll slowly under emulation."""
 
-# ECMA-48: CSI with parameters, other escapes of two characters, and OSC strings (a terminal's title).
-_ESCAPE = re.compile(r"\x1b(?:\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(?:\x07|\x1b\\)|[ -/]*[0-Z\\^-~])")
-_UNFINISHED = re.compile(r"\x1b(?:\[[0-?]*[ -/]*|\][^\x07\x1b]*\x1b?|[ -/]*)?$")
+# ECMA-48: CSI with parameters, OSC strings (a terminal's title), and other escapes of two characters. All of bounded
+# length: what is longer is not one, whether it came in one piece or not.
+_CSI, _OSC, _OTHER = r"\[[0-?]{0,64}[ -/]{0,8}", r"\][^\x07\n\r\x1b]{0,256}", r"[ -/]{0,8}"
+_ESCAPE = re.compile(rf"\x1b(?:{_CSI}[@-~]|{_OSC}(?:\x07|\x1b\\)|{_OTHER}[0-Z\\^-~])")
+_UNFINISHED = re.compile(rf"\x1b(?:{_CSI}|{_OSC}\x1b?|{_OTHER})\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]")
 _SENTINEL = re.compile(r"::vmtasks:([0-9a-f]{16}):(begin|step|hostkey|exit)(?: (.*))?")
 _TRACE = re.compile(r"\++ (\d*): (.*)")
-LONGEST_ESCAPE = 256
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Cleaner:
         text = self._pending + self._decoder.decode(data)
         held = _UNFINISHED.search(text)
         self._pending = ""
-        if held is not None and len(held[0]) < LONGEST_ESCAPE:
+        if held is not None:
             text, self._pending = text[: held.start()], text[held.start() :]
         return _CONTROL.sub("", _ESCAPE.sub("", text)).replace("\x1b", "").replace("\r", "")
 
