@@ -21,8 +21,8 @@ PIECES = st.one_of(
     st.sampled_from(
         [
             b"\x1b", b"\x1b[", b"\x1b[0;1", b"\x1b[0;1m", b"\x1b]0;title", b"\x1b]0;title\x07", b"\x1b]0;t\x1b\\",
-            b"\x1b(B", b"\x1b ", b"\x1bc", b"\x9b", b"\r", b"\n", b"\r\n", b"\0", b"\x07", b"\\", "é€😀".encode(), b"OK ",
-            b"\x1b]" + b"x" * 255, b"\x1b[" + b"1" * 63, b"y" * 300,
+            b"\x1b(B", b"\x1b ", b"\x1bc", b"\x9b", b"\r", b"\n", b"\r\n", b"\0", b"\x07", b"\\", "é€😀".encode(),
+            b"OK ", b"\x1b]" + b"x" * 255, b"\x1b[" + b"1" * 63, b"y" * 300,
             f"\n::vmtasks:{TOKEN}:exit 0 step\r\n".encode(), f"::vmtasks:{TOKEN}:step a".encode(),
         ]
     ),
