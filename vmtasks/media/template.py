@@ -1,34 +1,49 @@
 """Render *.j2 with values that are shell-quoted by default, and the generated files of a phase ISO."""
 
 import shlex
+import traceback
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from vmtasks.config import show
 from vmtasks.errors import ConfigError
 
 
 def render(template: Path, values: Mapping[str, Any]) -> str:
     """The template's text with each `{{ value }}` quoted as one shell word, or as several if it is a list.
 
-    `{{ value | raw }}` leaves it as it is. ConfigError with file and line when the template is wrong or names a value
-    that does not exist.
+    `{{ value | raw }}` leaves it as it is. A comment is `{{# ... #}}`, because `${#name}` is the shell's. ConfigError
+    with file and line when the template is wrong or names a value that does not exist.
     """
     import jinja2  # noqa: PLC0415 - 80 ms
 
     env = jinja2.Environment(  # noqa: S701 - shell, not HTML: `finalize` does the quoting
-        undefined=jinja2.StrictUndefined, finalize=shell_words, keep_trailing_newline=True
+        undefined=jinja2.StrictUndefined,
+        finalize=shell_words,
+        keep_trailing_newline=True,
+        comment_start_string="{{#",
+        comment_end_string="#}}",
     )
     env.filters["raw"] = Raw
     try:
         return env.from_string(template.read_text(encoding="utf-8")).render(values)
     except jinja2.TemplateSyntaxError as error:
-        raise ConfigError(f"{template}:{error.lineno}: {error.message}") from None
-    except (jinja2.UndefinedError, UnicodeDecodeError, TypeError) as error:
+        raise ConfigError(f"{show(template)}:{error.lineno}: {error.message}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{show(template)}: not UTF-8: {error}") from None
+    except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        there = ", ".join(sorted([*(set(values) - {"vars"}), *(f"vars.{name}" for name in values.get("vars", ()))]))
         raise ConfigError(
-            f"{template}: {error}; there is {', '.join(sorted(values))}", hint="values come from [vars]"
+            f"{show(template)}:{_line(error)}: {error}; there is {there}", hint="values of your own come from [vars]"
         ) from None
+
+
+def _line(error: Exception) -> int:
+    """The template's line that `error` came from: jinja2 gives its compiled code the template's line numbers."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return next((frame.lineno or 0 for frame in reversed(frames) if frame.filename == "<template>"), 0)
 
 
 class Raw(str):
@@ -50,7 +65,11 @@ def shell_words(value: Any) -> Any:
         if "\0" in text:
             raise TypeError("a value holds a NUL byte, which no shell word can")
         return shlex.quote(text)
-    return value  # jinja2's own Undefined raises when it is written
+    from jinja2 import Undefined  # noqa: PLC0415
+
+    if isinstance(value, Undefined):
+        return value  # raises when it is written, and names what is missing
+    raise TypeError(f"{value!r} is no text, number, flag or list of them")
 
 
 def shipped(name: str) -> str:
