@@ -10,6 +10,8 @@ from vmtasks.proc import run
 
 QUICK_S = 60.0
 COPY_S = 3600.0
+DAMAGED = (2, 3)
+"""How `qemu-img check` exits after it has found errors, or clusters that nothing refers to; see qemu-img(1)."""
 
 
 def create(path: Path, size: int) -> None:
@@ -38,9 +40,11 @@ def info(path: Path) -> dict[str, Any]:
 def check(path: Path) -> None:
     """ImageError unless the qcow2 structure is sound."""
     try:
-        run(["qemu-img", "check", "-q", path], timeout_s=COPY_S)
+        run(["qemu-img", "check", "-q", "-f", "qcow2", path], timeout_s=COPY_S)
     except CommandError as error:
-        raise ImageError(f"{path}: the image is damaged: {error.message}") from None
+        if error.status in DAMAGED:
+            raise ImageError(f"{path}: the image is damaged: {error.message}") from None
+        raise ImageError(f"{path}: the image cannot be checked: {error.stderr.strip() or error.message}") from None
 
 
 def reback(path: Path, backing: Path) -> None:
