@@ -118,7 +118,8 @@ def guest(config: Config) -> Iterator[str]:
     file = config.guest
     if file.name != config.guest_dir.name:
         yield f"name = {file.name!r}: must be the folder's name, {config.guest_dir.name!r}"
-    room = 3 if file.machine.disk_bus == file.machine.cd_bus == "ide" else 4
+    crowded = file.machine.disk_bus == file.machine.cd_bus == "ide" and "q35" not in file.machine.type
+    room = 3 if crowded else 4
     for phase in file.phases:
         template = config.template(phase)
         if not template.is_file():

@@ -82,7 +82,7 @@ def disk(spec: Spec) -> list[str]:
     devices = {
         "virtio-scsi": "scsi-hd,bus=scsi0.0,scsi-id=0",
         "virtio-blk": "virtio-blk-pci",
-        "ide": "ide-hd,bus=ide.0,unit=0",
+        "ide": f"ide-hd,{_ide(spec, 0)}",
         "ahci": "ide-hd,bus=ahci0.0",
     }
     index = 1 if spec.boot == "cd" else 0
@@ -98,8 +98,7 @@ def cds(spec: Spec) -> list[str]:
         if spec.cd_bus == "virtio-scsi":
             place = f"scsi-cd,bus=scsi0.0,scsi-id={n + 1}"
         else:
-            taken = 1 if spec.disk_bus == "ide" else 0
-            place = f"ide-cd,bus=ide.{(n + taken) // 2},unit={(n + taken) % 2}"
+            place = f"ide-cd,{_ide(spec, n + (spec.disk_bus == 'ide'))}"
         boot = ",bootindex=0" if spec.boot == "cd" and n == 0 else ""
         argv += ["-blockdev", json.dumps(node), "-device", f"{place},drive=cd{n}{boot}"]
     return argv
@@ -153,6 +152,12 @@ def _controllers(spec: Spec) -> list[str]:
     if spec.disk_bus == "ahci":
         argv += ["-device", "ahci,id=ahci0"]
     return argv
+
+
+def _ide(spec: Spec, number: int) -> str:
+    """Where the IDE drive `number` goes: a pc has two channels of two drives, a q35 six ports of one."""
+    units = 1 if "q35" in spec.machine_type else 2
+    return f"bus=ide.{number // units},unit={number % units}"
 
 
 def _file(path: Path) -> dict[str, object]:
