@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from vmtasks.media.recipe import Recipe
+from vmtasks.recipe import Recipe
 
 Value = str | int | bool | list[str]
 # In the patterns below `(?!\n)` is for Python, whose `$` also matches before a line break at the end.
@@ -182,7 +182,7 @@ class GuestFile(Table, frozen=True, kw_only=True):
     version_env: Annotated[str, Meta(description="environment variable that sets the version")] = ""
     machine: HardwareTable = HardwareTable()
     ssh: SshTable = SshTable()
-    installer: Recipe
+    installer: Recipe | Download
     dialogue: dict[str, list[Exchange]] = {}
     failures: list[FailureText] = []
     phases: Annotated[list[PhaseTable], Meta(min_length=1)]

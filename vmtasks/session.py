@@ -238,8 +238,16 @@ class Machine:
 
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(self.folder / "lock", timeout=LOCK_S):
+            lock = FileLock(self.folder / "lock")
+            try:
+                lock.acquire(timeout=0)
+            except Timeout:
+                progress.say(f"machine {self.name}: another command is at work on it; waiting")
+                lock.acquire(timeout=LOCK_S)
+            try:
                 yield
+            finally:
+                lock.release()
         except Timeout:
             raise StateError(f"machine {self.name} was busy with another command for {LOCK_S:g} s") from None
 
@@ -377,9 +385,11 @@ class Machine:
             command = self.config.guest.poweroff
             inside = ssh.script(command, cwd="/", env={}, user="root")
 
-            def power_off() -> None:
-                if ssh.is_ready(target):
+            def power_off() -> bool:
+                reached = ssh.is_ready(target)
+                if reached:
                     proc.run(target.argv(ssh.remote_line(inside)), timeout_s=20, check=False)
+                return reached
 
             factor = self.builder.accel.factor
             rung = vm.stop(

@@ -12,7 +12,7 @@ import pytest
 from vmtasks import proc
 from vmtasks.errors import ImageError
 from vmtasks.media import compose
-from vmtasks.media.recipe import Recipe
+from vmtasks.recipe import Recipe
 from vmtasks.media.tree import Entry
 
 pytestmark = pytest.mark.skipif(

@@ -103,8 +103,8 @@ def port_taken(error: MachineError) -> bool:
 def stop(pid: Pid, mark: str, rungs: Sequence[tuple[str, Callable[[], object], float]], qmp_socket: Path) -> str:
     """Climb the ladder until the machine is gone; returns the rung that was needed.
 
-    `rungs` come first, each (name, action, seconds to wait); then the ACPI button, QMP quit, SIGTERM and SIGKILL.
-    Nothing is sent to a process that is not provably ours.
+    `rungs` come first, each (name, action, seconds to wait unless it returns False); then the ACPI button, QMP quit,
+    SIGTERM and SIGKILL. Nothing is sent to a process that is not provably ours.
     """
 
     def control(command: str) -> Callable[[], object]:
@@ -127,8 +127,11 @@ def stop(pid: Pid, mark: str, rungs: Sequence[tuple[str, Callable[[], object], f
     for name, action, wait_s in ladder:
         if not pid.alive(mark):
             return "already stopped"
+        done: object = False
         with contextlib.suppress(MachineError, ProcessLookupError, CommandError):
-            action()
+            done = action()
+        if done is False:
+            continue
         if wait_until(lambda: not pid.alive(mark), wait_s, every_s=0.05):
             return name
     raise MachineError(f"process {pid.number} did not end even after SIGKILL", hint="is it stuck in the kernel? see ps")

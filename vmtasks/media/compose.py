@@ -7,7 +7,7 @@ from pathlib import Path
 from vmtasks.errors import ImageError
 from vmtasks.media import cpio, debian, iso, tree
 from vmtasks.media.modules import Modules, is_module
-from vmtasks.media.recipe import Recipe
+from vmtasks.recipe import Recipe
 from vmtasks.media.tree import Entry
 from vmtasks.media.unpack import unpack
 

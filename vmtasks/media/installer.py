@@ -7,8 +7,9 @@ from pathlib import Path
 import msgspec
 
 from vmtasks.config import Config
-from vmtasks.media import compose, debian
-from vmtasks.media.recipe import Recipe
+from vmtasks.errors import ConfigError
+from vmtasks.media import compose, debian, tree
+from vmtasks.recipe import Recipe
 from vmtasks.store import MediaRecord, Store
 
 FORMAT = 1
@@ -21,19 +22,18 @@ def recipe_digest(config: Config) -> str:
     digest = hashlib.sha256(msgspec.json.encode([FORMAT, guest.installer, config.version], order="sorted"))
     digest.update(msgspec.json.encode([[phase.name, phase.packages] for phase in guest.phases]))
     if isinstance(guest.installer, Recipe):
-        for folder in sorted({guest.installer.files, guest.installer.initramfs.files} - {""}):
-            for path in sorted((config.guest_dir / folder).rglob("*")):
-                digest.update(f"{path.relative_to(config.guest_dir)} {path.lstat().st_mode:o}\n".encode())
-                if path.is_symlink():
-                    digest.update(str(path.readlink()).encode())
-                elif path.is_file():
-                    digest.update(path.read_bytes())
+        for folder in (guest.installer.files, guest.installer.initramfs.files):
+            for entry in tree.overlay(config.guest_dir / folder) if folder else ():
+                digest.update(f"{entry.path} {entry.kind} {entry.mode:o} {entry.target}\n".encode())
+                digest.update(hashlib.sha256(entry.read()).digest())
     return digest.hexdigest()
 
 
 def make(config: Config, store: Store, recipe: str, note: Callable[[str], None]) -> MediaRecord:
     """Compose or download the installer, and have the packages that phases carry. FetchError, ImageError."""
     made = config.guest.installer
+    if not isinstance(made, Recipe):
+        raise ConfigError(f"guest {config.guest.name}: an installer that is downloaded has no phases' packages yet")
     cache = store.root / "packages"
     note("compose it from Debian packages")
     beside = store.root / "downloads" / f"{recipe}.partial"

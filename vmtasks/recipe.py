@@ -1,6 +1,6 @@
 """What a guest.toml says about an installer that is composed from packages: frozen values, no behaviour."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import msgspec
 
@@ -39,10 +39,9 @@ class Iso(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     copy: Annotated[dict[str, str], key("path in the tree = glob that matches one file that a package brings")] = {}
 
 
-class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="source", tag="packages"):
     """`[installer]` with `source = "packages"`: an installer CD made from distribution packages, without root."""
 
-    source: Annotated[Literal["packages"], key("this kind of installer")]
     packages: Annotated[Paths, key("packages of the root tree; what they depend on comes with them")]
     initramfs: Annotated[Initramfs, key("what the kernel starts first")]
     iso: Annotated[Iso, key("the CD that carries it all")]
