@@ -35,6 +35,11 @@ def explain(value: Any, kind: Any, keys: tuple[str | int, ...] = ()) -> Fault:
             return explain(part, part_kind, (*keys, key))
     table = _table(value, kind)
     if table is None:
+        for name, values in _tags(kind).items() if isinstance(value, dict) else ():
+            shown = show_value(value[name]) if name in value else ""
+            return Fault(
+                key_path((*keys, name)), shown, f"{'use' if shown else 'is missing; use'} {' or '.join(values)}"
+            )
         return Fault(key_path(keys), show_value(value), f"use {_wanted(kind)}")
     known = _names(table)
     for name in value:
@@ -104,13 +109,11 @@ def _bare(kind: Any) -> Any:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    for member in _members(kind):
-        try:
-            msgspec.convert(value, member)
-        except msgspec.ValidationError:
-            continue
-        return True
-    return False
+    try:
+        msgspec.convert(value, Union[tuple(_members(kind))])  # noqa: UP007 - made here, and without UNSET
+    except msgspec.ValidationError:
+        return False
+    return True
 
 
 def _parts(value: Any, kind: Any) -> Iterator[tuple[str | int, Any, Any]]:
@@ -136,7 +139,7 @@ def _table(value: Any, kind: Any) -> type[msgspec.Struct] | None:
     for member in map(_bare, _members(kind)):
         if isinstance(member, type) and issubclass(member, msgspec.Struct):
             tag = member.__struct_config__.tag_field
-            if tag is None or value.get(tag) == member.__struct_config__.tag:
+            if tag is None or (tag in value and value[tag] == member.__struct_config__.tag):
                 return member
     return None
 
@@ -146,16 +149,21 @@ def _names(table: type[msgspec.Struct]) -> list[str]:
     return [f.encode_name for f in msgspec.structs.fields(table)] + ([tag] if tag else [])
 
 
+def _tags(kind: Any) -> dict[str, list[str]]:
+    """The key that tells the tables of a union apart, with the values that it may have."""
+    found: dict[str, list[str]] = {}
+    for member in map(_bare, _members(kind)):
+        if isinstance(member, type) and issubclass(member, msgspec.Struct):
+            config = member.__struct_config__
+            if config.tag_field:
+                found.setdefault(config.tag_field, []).append(_quoted(str(config.tag)))
+    return found
+
+
 def _wanted(kind: Any) -> str:
     """What `kind` accepts, in words for the person who edits TOML."""
-    tables = [m for m in map(_bare, _members(kind)) if isinstance(m, type) and issubclass(m, msgspec.Struct)]
-    tags = [
-        f"{m.__struct_config__.tag_field} = {_quoted(str(m.__struct_config__.tag))}"
-        for m in tables
-        if m.__struct_config__.tag
-    ]
-    if tags:
-        return f"a table with {' or '.join(tags)}"
+    for name, values in _tags(kind).items():
+        return f"a table with {name} = {' or '.join(values)}"
     return " or ".join(dict.fromkeys(map(_wanted_one, _members(kind))))
 
 
