@@ -7,9 +7,9 @@ from pathlib import Path
 from vmtasks.errors import ImageError
 from vmtasks.media import cpio, debian, iso, tree
 from vmtasks.media.modules import Modules, is_module
-from vmtasks.recipe import Recipe
 from vmtasks.media.tree import Entry
 from vmtasks.media.unpack import unpack
+from vmtasks.recipe import Recipe
 
 LOAD_LIST = "etc/modules"
 """In the initramfs: the paths of the modules, one per line, in the order to load them."""
