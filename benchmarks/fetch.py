@@ -33,7 +33,9 @@ server.serve_forever()
 """
 FETCH = """
 import pathlib, sys
-from vmtasks.media.fetch import Digest, Want, fetch
+from vmtasks.media.digest import Digest
+from vmtasks.media.fetch import fetch
+from vmtasks.media.want import Want
 url, name, hex, folder = sys.argv[1:]
 print(fetch(Want(urls=(url,), name=name, digests=(Digest("sha256", hex),)), pathlib.Path(folder)).sha256)
 """

@@ -23,8 +23,12 @@ from hypothesis import strategies as st
 
 from httpserver import Reply, Site, serving
 from vmtasks.errors import FetchError, StateError
+from vmtasks.media import decompress, transfer
 from vmtasks.media import fetch as module
-from vmtasks.media.fetch import Digest, Fetched, Limits, Meter, Want, fetch, parse_bsd_sums
+from vmtasks.media.digest import Digest, parse_bsd_sums
+from vmtasks.media.fetch import fetch
+from vmtasks.media.meter import Meter
+from vmtasks.media.want import Fetched, Limits, Want, stem
 
 LIMITS = Limits(connect_s=2, stall_s=0.3, total_s=20, attempts=3, backoff_s=0.01, backoff_max_s=0.05)
 PLAIN = random.Random(1).randbytes(400_000) + bytes(600_000)  # noqa: S311
@@ -236,7 +240,7 @@ def test_a_part_that_is_whole_needs_no_network(folder: Path, monkeypatch: pytest
 
     with serving({NAME: PACKED}) as site:
         with monkeypatch.context() as patch:
-            patch.setattr(module._Fetch, "_publish", stop)
+            patch.setattr(transfer.Transfer, "_publish", stop)
             with pytest.raises(KeyboardInterrupt):
                 get(want(site), folder)
         assert len(names(folder, "*.part")) == 1
@@ -247,8 +251,8 @@ def test_a_part_that_is_whole_needs_no_network(folder: Path, monkeypatch: pytest
 def plant(folder: Path, wanted: Want, part: bytes, sidecar: str) -> None:
     """Leave what an earlier run might have left."""
     folder.mkdir(exist_ok=True)
-    (folder / f"{module._stem(wanted)}.part").write_bytes(part)
-    (folder / f"{module._stem(wanted)}.part.json").write_text(sidecar)
+    (folder / f"{stem(wanted)}.part").write_bytes(part)
+    (folder / f"{stem(wanted)}.part.json").write_text(sidecar)
 
 
 OURS = f'{{"url":"URL","validator":"\\"v1\\"","length":{len(PACKED)}}}'
@@ -326,7 +330,9 @@ def test_an_end_that_nobody_announced_is_not_taken_for_the_end(folder: Path):
 
 PROGRAM = """
 import sys, pathlib
-from vmtasks.media.fetch import Digest, Want, fetch
+from vmtasks.media.digest import Digest
+from vmtasks.media.fetch import fetch
+from vmtasks.media.want import Want
 url, name, hex, folder = sys.argv[1:]
 fetch(Want(urls=(url,), name=name, digests=(Digest("sha256", hex),)), pathlib.Path(folder))
 """
@@ -336,7 +342,7 @@ def test_killed_in_the_middle_then_resumed(folder: Path):
     with serving({NAME: PACKED}, Reply(pause_s=0.02, chunk=8192)) as site:
         wanted = want(site, digests=(of_content(),))
         argv = [sys.executable, "-c", PROGRAM, site.url(NAME), NAME, sha256(PLAIN), str(folder)]
-        part = folder / f"{module._stem(wanted)}.part"
+        part = folder / f"{stem(wanted)}.part"
         with subprocess.Popen(argv) as process:
             wait_until(lambda: part.exists() and part.stat().st_size > 100_000)
             process.send_signal(signal.SIGKILL)
@@ -518,7 +524,7 @@ def test_waiting_for_another_has_a_deadline(folder: Path):
 
 def _lock(folder: Path, wanted: Want) -> Path:
     folder.mkdir()
-    return folder / f"{module._stem(wanted)}.lock"
+    return folder / f"{stem(wanted)}.lock"
 
 
 # -- the disk
@@ -629,7 +635,7 @@ COMPRESSORS = {"bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress}
 )
 def test_streams_in_blocks_of_any_size(packing: str, streams: list[bytes], step: int):
     packed = b"".join(map(COMPRESSORS[packing], streams))
-    unpacker = module._Unpacker(packing)
+    unpacker = decompress.Unpacker(packing)
     plain = b"".join(part for at in range(0, len(packed), step) for part in unpacker.feed(packed[at : at + step]))
     unpacker.finish()
     assert plain == b"".join(streams)
@@ -638,11 +644,11 @@ def test_streams_in_blocks_of_any_size(packing: str, streams: list[bytes], step:
 @pytest.mark.parametrize("packing", sorted(COMPRESSORS))
 def test_a_small_input_with_a_huge_content_comes_in_bounded_blocks(packing: str):
     plain = bytes(9_000_001)
-    unpacker = module._Unpacker(packing)
+    unpacker = decompress.Unpacker(packing)
     sizes = [len(block) for block in unpacker.feed(COMPRESSORS[packing](plain))]
     unpacker.finish()
     assert sum(sizes) == len(plain)
-    assert max(sizes) <= module.BLOCK
+    assert max(sizes) <= decompress.BLOCK
 
 
 @given(
