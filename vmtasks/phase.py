@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from vmtasks import proc
 from vmtasks.errors import PhaseError
 from vmtasks.machine.console import Sentinel, Transcript
 from vmtasks.machine.vm import Booted
@@ -31,12 +31,16 @@ CAUSES = (
     "silence",
     "timeout",
     "qemu-died",
+    "host-disk",  # QEMU could not write the guest's disk: the host's is full, or broken
     "image",  # qemu-img check found damage
 )
 
 POLL_S = 0.1
-POWEROFF_S = 60
+POWEROFF_S = 60.0
 PANIC_LINES_S = 1.0
+WHILE_BOOTING = {"loader", "login", "mountroot", "single-user"}
+"""What cannot happen any more once the script runs; its output may hold such words."""
+
 NO_BOOT_DEVICE = ("No bootable device", "Boot failed: could not read the boot disk")
 """What SeaBIOS writes to its debug port before it gives up; source: src/boot.c."""
 
@@ -48,6 +52,8 @@ class Limits:
     total_s: float
     silence_s: float
     factor: float = 1.0
+    poweroff_s: float = POWEROFF_S
+    """From the verdict to the end; not yet scaled."""
 
     def scaled(self, value_s: float) -> float:
         """Seconds of fast hardware as seconds here."""
@@ -122,6 +128,8 @@ class Phase:
                 self.shutdown_reason = event.get("data", {}).get("reason", "")
             elif event["event"] == "GUEST_PANICKED":
                 self._fail("panic", "the guest's kernel panicked", linger_s=PANIC_LINES_S)
+            elif event["event"] == "BLOCK_IO_ERROR" and event["data"].get("action") == "stop":
+                self._fail("host-disk", f"QEMU could not {_told(event['data'])}")
 
     def _talk(self) -> None:
         """Carry on with the boot dialogue: type only what was asked for."""
@@ -138,20 +146,21 @@ class Phase:
             self._fail("dialogue", f"the boot dialogue waited {waited} for {exchange.expect!r}, which did not come")
 
     def _watch_texts(self) -> None:
-        if self._done < len(self.dialogue) or self.status is not None:
+        if self.status is not None:
             return
+        if not self.transcript.lines and _holds(self.firmware_log, NO_BOOT_DEVICE):
+            self._fail("loader", "the firmware found nothing to boot from")
+        talking = self._done < len(self.dialogue)
         for failure in self.failures:
-            if failure.cause == "login" and self.begun:
+            if (self.begun and failure.cause in WHILE_BOOTING) or (talking and failure.cause != "panic"):
                 continue
             if self.transcript.match(failure.expect):
                 self._fail(failure.cause, f"the guest {failure.says}", linger_s=PANIC_LINES_S)
-        if not self.transcript.lines and _holds(self.firmware_log, NO_BOOT_DEVICE):
-            self._fail("loader", "the firmware found nothing to boot from")
 
     def _watch_clock(self) -> None:
         now = time.monotonic()
         if self.status is not None:
-            if now - self._verdict_at > self.limits.scaled(POWEROFF_S):
+            if now - self._verdict_at > self.limits.scaled(self.limits.poweroff_s):
                 if self.status != 0:
                     self._judge_verdict()
                 self._fail("no-poweroff", "the guest said that all went well but did not power itself off")
@@ -169,9 +178,9 @@ class Phase:
     # -- what it means
 
     def _judge(self) -> None:
-        status = proc.shell_status(self.booted.process.returncode)
         if self.shutdown_reason not in {"guest-shutdown", "guest-reset", "guest-panic"}:
-            how = f"signal {signal.Signals(status - 128).name}" if status > 128 else f"status {status}"
+            code = self.booted.process.returncode
+            how = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"status {code}"
             reason = f" ({self.shutdown_reason})" if self.shutdown_reason else ""
             self._fail("qemu-died", f"QEMU ended with {how}{reason} while the guest was running")
         if self.shutdown_reason == "guest-panic":
@@ -197,6 +206,12 @@ class Phase:
             self._take(self.booted.serial.read(left))
         where = f" at step '{self.step}'" if self.step else ""
         raise PhaseError(f"{self.title}: {sentence}{where}", cause=cause, console=self.transcript.tail())
+
+
+def _told(error: dict[str, Any]) -> str:
+    """QEMU's BLOCK_IO_ERROR in words."""
+    why = "no space left on this host" if error.get("nospace") else error.get("reason", "I/O error")
+    return f"{error.get('operation', 'use')} the guest's disk: {why}"
 
 
 def _holds(path: Path, texts: Sequence[str]) -> bool:

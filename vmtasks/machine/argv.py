@@ -111,7 +111,8 @@ def network(spec: Spec) -> list[str]:
         options.append("restrict=on")
     if spec.ssh_port is not None:
         options.append(f"hostfwd=tcp:127.0.0.1:{spec.ssh_port}-:{GUEST_SSH_PORT}")
-    return ["-netdev", ",".join(options), "-device", f"{spec.nic},netdev=net0"]
+    # Without its ROM the card does not try to boot over the network for seconds when the disk cannot be booted.
+    return ["-netdev", ",".join(options), "-device", f"{spec.nic},netdev=net0,romfile="]
 
 
 def console(spec: Spec) -> list[str]:

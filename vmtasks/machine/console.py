@@ -7,7 +7,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,8 +145,8 @@ class Serial:
 
 
 @contextlib.contextmanager
-def connect(path: Path, *, timeout_s: float) -> Iterator[Serial]:
-    """Open the console's socket, which QEMU makes soon after it starts. MachineError when it does not."""
+def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda: False) -> Iterator[Serial]:
+    """Open the console's socket, which QEMU makes soon after it starts. MachineError when it does not or has ended."""
     connection = socket.socket(socket.AF_UNIX)
     deadline = time.monotonic() + timeout_s
     try:
@@ -155,7 +155,7 @@ def connect(path: Path, *, timeout_s: float) -> Iterator[Serial]:
                 connection.connect(str(path))
                 break
             except OSError as error:
-                if time.monotonic() > deadline:
+                if ended() or time.monotonic() > deadline:
                     raise MachineError(f"QEMU did not open its console within {timeout_s:g} s ({error})") from None
                 time.sleep(0.02)
         yield Serial(connection)

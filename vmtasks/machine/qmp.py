@@ -1,10 +1,9 @@
 """QEMU's control socket, used synchronously. Owns qemu.qmp."""
 
-import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +36,11 @@ class Qmp:
         from qemu.qmp import QMPError  # noqa: PLC0415
 
         found: list[dict[str, Any]] = []
-        with contextlib.suppress(QMPError, OSError, EOFError, asyncio.TimeoutError):
+        with contextlib.suppress(QMPError, OSError, EOFError):
             first = self._protocol.pull_event(wait=wait_s if wait_s > 0 else False)
             if first is not None:
                 found.append(dict(first))
-        with contextlib.suppress(QMPError, OSError, EOFError, asyncio.TimeoutError):
+        with contextlib.suppress(QMPError, OSError, EOFError):
             found += [dict(event) for event in self._protocol.get_events()]
         return found
 
@@ -54,8 +53,8 @@ class Qmp:
 
 
 @contextlib.contextmanager
-def connect(path: Path, *, timeout_s: float) -> Iterator[Qmp]:
-    """Open QEMU's control socket, retrying until `timeout_s` because QEMU makes it soon after it starts."""
+def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda: False) -> Iterator[Qmp]:
+    """Open QEMU's control socket, which it makes soon after it starts. MachineError when it does not or has ended."""
     from qemu.qmp import QMPError  # noqa: PLC0415
     from qemu.qmp.legacy import QEMUMonitorProtocol  # noqa: PLC0415
 
@@ -70,7 +69,7 @@ def connect(path: Path, *, timeout_s: float) -> Iterator[Qmp]:
         except (TimeoutError, QMPError, OSError, EOFError) as error:
             with contextlib.suppress(Exception):
                 protocol.close()
-            if time.monotonic() > deadline:
+            if ended() or time.monotonic() > deadline:
                 raise MachineError(f"QEMU's control socket did not answer within {timeout_s:g} s ({error})") from None
             time.sleep(0.05)
     try:

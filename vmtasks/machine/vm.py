@@ -58,8 +58,8 @@ def boot(spec: argv.Spec, output: Path, *, pass_fds: Sequence[int] = ()) -> Iter
         contextlib.ExitStack() as stack,
     ):
         try:
-            serial = stack.enter_context(console.connect(spec.console_socket, timeout_s=_patience(child)))
-            control = stack.enter_context(qmp.connect(spec.qmp_socket, timeout_s=LAUNCH_S))
+            serial = stack.enter_context(console.connect(spec.console_socket, timeout_s=LAUNCH_S, ended=_ended(child)))
+            control = stack.enter_context(qmp.connect(spec.qmp_socket, timeout_s=LAUNCH_S, ended=_ended(child)))
         except MachineError as error:
             proc.end(child)
             said = output.read_text(errors="replace").strip()
@@ -67,12 +67,8 @@ def boot(spec: argv.Spec, output: Path, *, pass_fds: Sequence[int] = ()) -> Iter
         yield Booted(child, serial, control)
 
 
-def _patience(child: subprocess.Popen[bytes]) -> float:
-    """Seconds to wait for QEMU's sockets; hardly any when it has already ended."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        child.wait(0.15)
-        return 0.0
-    return LAUNCH_S
+def _ended(child: subprocess.Popen[bytes]) -> Callable[[], bool]:
+    return lambda: child.poll() is not None
 
 
 def launch(spec: argv.Spec, output: Path) -> Pid:
@@ -84,7 +80,7 @@ def launch(spec: argv.Spec, output: Path) -> Pid:
     with output.open("wb") as sink:
         child = proc.detach(argv.command(spec), sink)
     try:
-        with qmp.connect(spec.qmp_socket, timeout_s=_patience(child)) as control:
+        with qmp.connect(spec.qmp_socket, timeout_s=LAUNCH_S, ended=_ended(child)) as control:
             control.cmd("query-status")
     except BaseException as error:
         proc.end(child)

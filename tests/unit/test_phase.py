@@ -1,0 +1,538 @@
+"""The phase engine on real QEMU, with guests of one boot sector that fail in each of the ways a guest can."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bootsector import (
+    ask,
+    forever,
+    hang,
+    phase,
+    power_off,
+    reboot,
+    say,
+    sector,
+    triple_fault,
+    wait_key,
+    wait_ticks,
+    write_disk,
+)
+from vmtasks import proc
+from vmtasks.errors import MachineError, PhaseError
+from vmtasks.machine import argv, vm
+from vmtasks.machine.argv import Spec
+from vmtasks.model import Exchange, FailureText
+from vmtasks.phase import CAUSES, Limits, Phase
+
+pytestmark = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
+
+TOKEN = "0123456789abcdef"  # noqa: S105
+KEY = "ssh-ed25519 AAAAC3Nza+/="
+BRIEF = Limits(total_s=15.0, silence_s=5.0, poweroff_s=5.0)
+BOUND_S = 12.0
+"""No phase of this file may take longer, whatever happens to it."""
+
+FAILURES = [
+    FailureText(expect="(?m)^panic: |Kernel panic", cause="panic", says="panicked"),
+    FailureText(expect=r"(?m)^boot: $", cause="loader", says="stopped at the boot loader's prompt"),
+    FailureText(expect="(?m)login: $", cause="login", says="booted to its login prompt"),
+    FailureText(expect="single-user", cause="single-user", says="went to single-user mode"),
+    FailureText(expect="mountroot> $", cause="mountroot", says="did not find its root"),
+    FailureText(expect="db> $", cause="debugger", says="stopped in its debugger"),
+]
+TALK = [
+    Exchange(expect=r"Booting in \d+ seconds", send="9", timeout_s=5),
+    Exchange(expect="(?m)^OK $", send="set console=comconsole\r", timeout_s=5),
+    Exchange(expect="(?m)^OK $", send="boot\r", timeout_s=5),
+]
+LOADER = say("Booting in 9 seconds\r\n") + wait_key("9") + ask("OK ", "set console=comconsole") + ask("OK ", "boot")
+
+
+@dataclass
+class Went:
+    """How a phase went."""
+
+    error: PhaseError | None = None
+    host_keys: list[str] = field(default_factory=list)
+    steps: list[str] = field(default_factory=list)
+    pid: int = 0
+    took_s: float = 0.0
+    log: str = ""
+
+
+def machine(folder: Path, image: bytes, **changes: Any) -> Spec:
+    raw, disk = folder / "disk.raw", folder / "disk.qcow2"
+    raw.write_bytes(image.ljust(1 << 20, b"\0"))
+    subprocess.run(["qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, changes.get("disk", disk)], check=True)
+    values: dict[str, Any] = {
+        "name": "test", "accel": "tcg", "cpu": "max", "machine_type": "pc", "memory": 16 << 20, "cpus": 1, "disk": disk,
+        "disk_bus": "virtio-blk", "disk_serial": "x", "nic": "virtio-net-pci", "rng": False, "throwaway": True,
+        "console_log": folder / "console.log", "firmware_log": folder / "firmware.log",
+    }  # fmt: skip
+    with vm.temporary_sockets() as sockets:
+        pass
+    sockets.mkdir(mode=0o700)
+    return Spec(**{**values, "console_socket": sockets / "c", "qmp_socket": sockets / "q", **changes})
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Callable[..., Went]]:
+    folders: list[Path] = []
+
+    def boot(
+        image: bytes,
+        *,
+        limits: Limits = BRIEF,
+        talk: list[Exchange] | None = None,
+        failures: list[FailureText] = FAILURES,
+        meanwhile: Callable[[Went], object] | None = None,
+        after: str = "",
+        **changes: Any,
+    ) -> Went:
+        """Run a phase; `meanwhile` is called when the step `after` was heard, or at once."""
+        spec, went = machine(tmp_path, image, **changes), Went()
+        folders.append(spec.qmp_socket.parent)
+        began = time.monotonic()
+
+        def on_step(title: str) -> None:
+            went.steps.append(title)
+            if meanwhile is not None and title == after:
+                threading.Timer(0.2, meanwhile, [went]).start()
+
+        try:
+            with vm.boot(spec, tmp_path / "qemu.log") as booted:
+                went.pid = booted.process.pid
+                if meanwhile is not None and not after:
+                    threading.Timer(0.2, meanwhile, [went]).start()
+                run = Phase(
+                    title="phase 1-test",
+                    token=TOKEN,
+                    booted=booted,
+                    limits=limits,
+                    dialogue=talk or [],
+                    failures=failures,
+                    firmware_log=spec.firmware_log,
+                    on_step=on_step,
+                )
+                went.host_keys = run.run()
+        except PhaseError as error:
+            went.error = error
+        went.took_s = time.monotonic() - began
+        went.log = spec.console_log.read_text(errors="replace")
+        assert not Path(f"/proc/{went.pid}").exists(), "QEMU is left over"
+        assert went.took_s < BOUND_S
+        return went
+
+    yield boot
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def failed(went: Went, cause: str, sentence: str, *, last: str | None = None) -> None:
+    """Check the account of a failure; `last` is the last line of the console that it shows."""
+    assert went.error is not None, "it was believed"
+    assert cause in CAUSES
+    assert (went.error.cause, went.error.message) == (cause, f"phase 1-test: {sentence}")
+    if last is not None:
+        assert went.error.console[-1:] == ((last,) if last else ())
+
+
+# ---- it passes
+
+
+def test_a_phase_that_passes(run):
+    went = run(sector(phase(TOKEN, steps=("one", "two"), hostkey=KEY)))
+    assert went.error is None
+    assert went.host_keys == [KEY]
+    assert went.steps == ["the script runs", "one", "two"]
+    assert went.took_s < 5
+    assert f"::vmtasks:{TOKEN}:exit 0" in went.log
+
+
+def test_many_times_in_a_row_the_end_is_understood(run):
+    """QEMU tells why it ends in the moment when it closes the connection."""
+    for _ in range(6):
+        assert run(sector(phase(TOKEN))).error is None
+
+
+def test_a_verdict_said_three_times_counts_once(run):
+    went = run(sector(phase(TOKEN, verdict="0", power=False), phase(TOKEN, verdict="0", hostkey=KEY)))
+    assert went.error is None
+    assert went.host_keys == [KEY]
+
+
+def test_the_first_verdict_counts(run):
+    went = run(sector(phase(TOKEN, verdict="3 one", power=False), phase(TOKEN, verdict="0")))
+    failed(went, "verdict", "its script exited with 3 at step 'one'")
+
+
+def test_words_of_failure_in_the_scripts_own_output_are_not_a_failure(run):
+    words = say(f"::vmtasks:{TOKEN}:begin\r\nrecovering: single-user mode\r\nroot login: \r\nboot: \r\n")
+    assert run(sector(words, wait_ticks(4), phase(TOKEN))).error is None
+
+
+def test_words_of_failure_after_the_verdict_are_not_a_failure(run):
+    went = run(sector(phase(TOKEN, power=False), say("panic: at the disco\r\n"), wait_ticks(4), power_off()))
+    assert went.error is None
+
+
+# ---- verdicts
+
+
+def test_a_script_that_fails_at_a_step(run):
+    went = run(sector(phase(TOKEN, steps=("one", "two words"), verdict="7 two words")))
+    failed(went, "verdict", "its script exited with 7 at step 'two words'", last="")
+
+
+def test_the_last_command_is_named(run):
+    image = sector(
+        phase(TOKEN, verdict=None, power=False),
+        say("+ 12: cp a b\r\ncp: no such file\r\n"),
+        phase(TOKEN, steps=(), verdict="1"),
+    )
+    failed(run(image), "verdict", "its script exited with 1 (line 12: cp a b) at step 'one'")
+
+
+def test_another_phases_token_is_ignored(run):
+    other = "fedcba9876543210"
+    went = run(sector(phase(other, hostkey=KEY)))
+    failed(went, "no-verdict", "the guest powered off before its script began, without a verdict")
+    assert went.steps == went.host_keys == []
+
+
+@pytest.mark.parametrize("verdict", ["", "x", "-1", "0x0"])
+def test_a_verdict_that_is_none_is_ignored(verdict: str, run):
+    failed(
+        run(sector(phase(TOKEN, verdict=verdict))),
+        "no-verdict",
+        "the guest powered off after it began, without a verdict at step 'one'",
+    )
+
+
+def test_a_good_verdict_without_power_off(run):
+    went = run(sector(phase(TOKEN, power=False)), limits=Limits(10, 5, poweroff_s=1))
+    failed(went, "no-poweroff", "the guest said that all went well but did not power itself off at step 'one'")
+    assert went.took_s < 5
+
+
+def test_a_bad_verdict_without_power_off(run):
+    went = run(sector(phase(TOKEN, verdict="7 one", power=False)), limits=Limits(10, 5, poweroff_s=1))
+    failed(went, "verdict", "its script exited with 7 at step 'one'")
+
+
+def test_the_time_for_powering_off_is_scaled(run):
+    image = sector(phase(TOKEN, power=False), wait_ticks(36), power_off())
+    assert run(image, limits=Limits(10, 10, poweroff_s=0.5, factor=8)).error is None
+    assert run(image, limits=Limits(10, 10, poweroff_s=0.5)).error.cause == "no-poweroff"
+
+
+def test_output_after_the_verdict_does_not_put_off_the_end(run):
+    image = sector(phase(TOKEN, power=False), forever(say("still here\r\n"), wait_ticks(2)))
+    went = run(image, limits=Limits(10, 5, poweroff_s=1))
+    failed(went, "no-poweroff", "the guest said that all went well but did not power itself off at step 'one'")
+
+
+# ---- no verdict
+
+
+def test_powers_off_silently(run):
+    failed(
+        run(sector(power_off())),
+        "no-verdict",
+        "the guest powered off before its script began, without a verdict",
+        last="",
+    )
+
+
+def test_powers_off_in_the_middle(run):
+    failed(
+        run(sector(phase(TOKEN, verdict=None))),
+        "no-verdict",
+        "the guest powered off after it began, without a verdict at step 'one'",
+        last="",
+    )
+
+
+@pytest.mark.parametrize("end", [reboot(), triple_fault()], ids=["reboot", "triple fault"])
+def test_reboots(end: bytes, run):
+    failed(
+        run(sector(phase(TOKEN, verdict=None, power=False), end)),
+        "reset",
+        "the guest rebooted without a verdict at step 'one'",
+    )
+
+
+def test_reboots_after_its_verdict(run):
+    went = run(sector(phase(TOKEN, power=False), reboot()))
+    failed(went, "reset", "the guest rebooted instead of powering off at step 'one'")
+
+
+@pytest.mark.parametrize("how", ["idle", "dead", "busy"])
+def test_hangs(how: str, run):
+    went = run(sector(phase(TOKEN, verdict=None, power=False), hang(how)), limits=Limits(10, silence_s=1.5))
+    failed(went, "silence", "the console was silent for 1.5 s at step 'one'", last="")
+    assert went.took_s < 5
+
+
+def test_talks_for_ever(run):
+    went = run(sector(forever(say("working\r\n"), wait_ticks(3))), limits=Limits(total_s=2, silence_s=5))
+    failed(went, "timeout", "the guest did not finish within 2.0 s")
+    assert went.error.console[:3] == ("working",) * 3
+
+
+def test_floods_the_console(run):
+    went = run(sector(forever(say("x" * 300))), limits=Limits(total_s=2, silence_s=5))
+    failed(went, "timeout", "the guest did not finish within 2.0 s")
+
+
+def test_the_account_shows_the_last_thirty_lines(run):
+    image = sector(*(say(f"line {n}\r\n") for n in range(50)), phase(TOKEN, verdict="2"))
+    console = run(image).error.console
+    assert len(console) == 30
+    assert console == tuple(f"line {n}" for n in range(20, 50))
+
+
+# ---- what the console says
+
+
+@pytest.mark.parametrize(
+    ("text", "cause", "sentence"),
+    [
+        ("Kernel panic - not syncing: no init\r\n", "panic", "the guest panicked"),
+        ("OpenLoader\r\nboot: ", "loader", "the guest stopped at the boot loader's prompt"),
+        ("Welcome\r\n\r\ntiny login: ", "login", "the guest booted to its login prompt"),
+        ("Enter full path for single-user shell", "single-user", "the guest went to single-user mode"),
+        ("\r\nmountroot> ", "mountroot", "the guest did not find its root"),
+        ("Fatal trap\r\ndb> ", "debugger", "the guest stopped in its debugger"),
+    ],
+)
+def test_words_of_failure(text: str, cause: str, sentence: str, run):
+    went = run(sector(say(text), hang()))
+    failed(went, cause, sentence, last=text.splitlines()[-1])
+    assert went.took_s < 4
+
+
+def test_a_panic_while_the_script_runs(run):
+    went = run(
+        sector(
+            phase(TOKEN, verdict=None, power=False), say("panic: page fault\r\n"), say("trace 1\r\ntrace 2\r\n"), hang()
+        )
+    )
+    failed(went, "panic", "the guest panicked at step 'one'", last="trace 2")
+
+
+def test_a_panic_device_tells_too(run):
+    image = sector(say("before\r\n"), b"\xba\x05\x05\xb0\x01\xee", hang())  # mov dx, 0x505; mov al, 1; out dx, al
+    failed(run(image), "panic", "the guest's kernel panicked", last="before")
+
+
+def test_nothing_to_boot_from(run):
+    went = run(b"", limits=Limits(12, 11))
+    failed(went, "loader", "the firmware found nothing to boot from", last="")
+
+
+def test_nothing_to_boot_from_although_a_dialogue_is_waited_for(run):
+    went = run(b"", limits=Limits(12, 11), talk=[Exchange(expect="OK ", send="x", timeout_s=10)])
+    failed(went, "loader", "the firmware found nothing to boot from")
+
+
+# ---- dialogues
+
+
+def test_a_dialogue_is_answered_line_by_line(run):
+    went = run(sector(LOADER, phase(TOKEN)), talk=TALK)
+    assert went.error is None
+    assert went.log.count("OK set console=comconsole") == went.log.count("OK boot") == 1
+    assert "unknown command" not in went.log
+
+
+def test_a_prompt_that_comes_late(run):
+    assert run(sector(wait_ticks(30), LOADER, phase(TOKEN)), talk=TALK).error is None
+
+
+def test_a_prompt_that_never_comes(run):
+    talk = [Exchange(expect="(?m)^OK $", send="boot\r", timeout_s=1)]
+    went = run(sector(say("other prompt> "), hang()), talk=talk)
+    assert went.error.cause == "dialogue"
+    assert went.error.message.endswith(" s for '(?m)^OK $', which did not come")
+    assert went.error.console == ("other prompt> ",)
+    assert 1 < went.took_s < 4
+
+
+def test_the_time_for_a_prompt_is_scaled(run):
+    talk = [Exchange(expect="OK ", send="boot\r", timeout_s=1)]
+    image = sector(wait_ticks(40), ask("OK ", "boot"), phase(TOKEN))
+    assert run(image, talk=talk, limits=Limits(10, 10, factor=6)).error is None
+
+
+def test_a_prompt_in_an_endless_stream_does_not_come_either(run):
+    talk = [Exchange(expect="OK ", send="boot\r", timeout_s=1)]
+    went = run(sector(forever(say("working\r\n"), wait_ticks(2))), talk=talk)
+    assert went.error.cause == "dialogue"
+
+
+def test_words_of_failure_in_a_dialogue_are_part_of_it(run):
+    talk = [Exchange(expect="boot: $", send="single-user\r", timeout_s=5)]
+    assert run(sector(ask("boot: ", "single-user"), phase(TOKEN)), talk=talk).error is None
+
+
+def test_a_panic_in_the_middle_of_a_dialogue(run):
+    went = run(sector(say("Booting in 9 seconds\r\n"), wait_key("9"), say("panic: no memory\r\n"), hang()), talk=TALK)
+    failed(went, "panic", "the guest panicked", last="panic: no memory")
+
+
+def test_the_guest_powers_off_in_the_middle_of_a_dialogue(run):
+    went = run(sector(say("Booting in 9 seconds\r\n"), wait_key("9"), power_off()), talk=TALK)
+    failed(went, "no-verdict", "the guest powered off before its script began, without a verdict")
+
+
+# ---- from outside
+
+
+@pytest.mark.parametrize(
+    ("number", "how"), [(signal.SIGKILL, "signal 9 (Killed)"), (signal.SIGTERM, "status 0 (host-signal)")]
+)
+def test_qemu_is_killed(number: signal.Signals, how: str, run):
+    went = run(
+        sector(phase(TOKEN, verdict=None, power=False), hang()),
+        meanwhile=lambda went: os.kill(went.pid, number),
+        after="one",
+    )
+    failed(went, "qemu-died", f"QEMU ended with {how} while the guest was running at step 'one'")
+    assert went.took_s < 4
+
+
+def test_qemu_is_killed_after_a_good_verdict(run):
+    went = run(
+        sector(phase(TOKEN, power=False), hang()), meanwhile=lambda went: os.kill(went.pid, signal.SIGKILL), after="one"
+    )
+    failed(went, "qemu-died", "QEMU ended with signal 9 (Killed) while the guest was running at step 'one'")
+
+
+def test_qemu_stops_answering(run):
+    """A stopped process neither talks nor answers: the phase ends all the same, and so does QEMU."""
+    went = run(
+        sector(phase(TOKEN, verdict=None, power=False), hang()),
+        meanwhile=lambda went: os.kill(went.pid, signal.SIGSTOP),
+        after="one",
+        limits=Limits(5, silence_s=1.5),
+    )
+    failed(went, "silence", "the console was silent for 1.5 s at step 'one'")
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=False, capture_output=True
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"a small file system needs the right to mount: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_the_host_has_no_space_left(run, tmp_path: Path):
+    with small_disk(tmp_path / "full", "600k") as folder:
+        went = run(
+            sector(
+                phase(TOKEN, verdict=None, power=False),
+                *(write_disk(b"x" * 512, lba=128 * n) for n in range(1, 15)),
+                hang(),
+            ),
+            disk=folder / "disk.qcow2",
+        )
+    failed(went, "host-disk", "QEMU could not write the guest's disk: no space left on this host at step 'one'")
+
+
+# ---- QEMU itself
+
+
+def test_qemu_that_does_not_start_says_why_at_once(run, tmp_path: Path):
+    began = time.monotonic()
+    with pytest.raises(MachineError, match=r"^QEMU did not start: .*unsupported machine type") as caught:
+        run(b"", machine_type="no-such-machine")
+    assert caught.value.log == tmp_path / "qemu.log"
+    with pytest.raises(MachineError, match=r"^QEMU did not start: .*no.iso.*No such file"):
+        run(b"", cds=(tmp_path / "no.iso",))
+    assert time.monotonic() - began < 5
+
+
+def test_qemu_that_dies_late_is_not_waited_for(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a busy host QEMU takes a while to find out what is wrong."""
+    slow = tmp_path / "bin" / argv.PROGRAM
+    slow.parent.mkdir()
+    slow.write_text("#!/bin/sh\nsleep 1\necho too late >&2\nexit 1\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{slow.parent}:{os.environ['PATH']}")
+    began = time.monotonic()
+    with pytest.raises(MachineError, match=r"^QEMU did not start: too late\n"):
+        run(b"")
+    assert time.monotonic() - began < 5
+
+
+def test_a_screenshot_of_what_the_guest_shows(tmp_path: Path):
+    spec = machine(tmp_path, sector(hang()))
+    with vm.boot(spec, tmp_path / "qemu.log") as booted:
+        assert booted.control.screenshot(tmp_path / "screen.png")
+        assert not booted.control.screenshot(tmp_path / "no/such/folder.png")
+    assert (tmp_path / "screen.png").read_bytes().startswith(b"\x89PNG")
+    shutil.rmtree(spec.qmp_socket.parent)
+
+
+CHILD = """
+    import sys, time
+    sys.path[:0] = {path!r}
+    from pathlib import Path
+    import test_phase
+    from bootsector import hang, sector
+    from vmtasks.machine import vm
+    folder = Path({folder!r})
+    with vm.boot(test_phase.machine(folder, sector(hang())), folder / "qemu.log") as booted:
+        print(booted.process.pid, flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_qemu_is_gone_soon_after_we_were_killed(tmp_path: Path):
+    text = textwrap.dedent(CHILD).format(
+        path=[str(Path(__file__).parent), str(Path(__file__).parents[1])], folder=str(tmp_path)
+    )
+    with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE) as parent:
+        pid = int(parent.stdout.readline())
+        assert "qemu" in proc.command_line(pid)
+        parent.kill()
+        parent.wait()
+    end = time.monotonic() + 2
+    while proc.started(pid):
+        assert time.monotonic() < end, "QEMU outlives us"
+        time.sleep(0.02)
+
+
+def test_sockets_of_a_killed_process_are_removed():
+    with vm.temporary_sockets() as first:
+        dead = first.with_name("p999999999-x")
+        dead.mkdir()
+        with vm.temporary_sockets() as second:
+            assert first.is_dir()
+            assert second.is_dir()
+            assert not dead.exists()
+            assert second.stat().st_mode & 0o777 == 0o700
+    assert not first.exists()
+    assert not second.exists()
