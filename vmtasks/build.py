@@ -8,79 +8,19 @@ import hashlib
 from functools import cached_property
 from pathlib import Path
 
-import msgspec
-
 from vmtasks import atomic, image, plan, proc, progress
-from vmtasks.config import Config
-from vmtasks.errors import StateError
-from vmtasks.machine.accel import Accel, probe
 from vmtasks.media import installer, template
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
-from vmtasks.model import PhaseTable
-from vmtasks.store import MediaRecord, Store, file_fault, read_record, write_record
+from vmtasks.state import PhaseRecord, State
+from vmtasks.store import MediaRecord, file_fault, read_record, write_record
 
 LOCK_S = 4 * 3600.0
 PROGRAM, PLAIN = 0o555, 0o444
 
 
-class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a build step leaves for the next one: which image, and which bytes of it."""
-
-    digest: str
-    sha256: str
-
-
-class Builder:
-    """The build steps of one guest, with the places where their results are."""
-
-    def __init__(self, config: Config) -> None:
-        """Nothing is touched until a step is called."""
-        self.config = config
-        self.state = config.guest_state
-        self.store = Store(config.store_dir)
-
-    # -- places
-
-    @property
-    def installer_record(self) -> Path:
-        """Target of `fetch`."""
-        return self.state / "installer.toml"
-
-    @property
-    def clean_record(self) -> Path:
-        """Target of `snapshot`: the image that machines start from."""
-        return self.state / "clean.toml"
-
-    @property
-    def key(self) -> Path:
-        """The user's private key; its public half is beside it with `.pub`."""
-        return self.store.root / "keys" / "id_ed25519"
-
-    def folder(self, number: int) -> Path:
-        """Rendered files of phase `number` (from 1)."""
-        return self.state / f"phase-{number}"
-
-    def iso(self, number: int) -> Path:
-        """ISO of phase `number`."""
-        return self.state / f"phase-{number}.iso"
-
-    def record(self, number: int) -> Path:
-        """Record of phase `number`; that of number 0 is the installer's."""
-        return self.state / f"phase-{number}.toml" if number else self.installer_record
-
-    def log(self, number: int) -> Path:
-        """Console of the last boot of phase `number`."""
-        return self.state / "logs" / f"{self.phase(number).name}.console.log"
-
-    def phase(self, number: int) -> PhaseTable:
-        """Phase `number` as guest.toml has it."""
-        return self.config.guest.phases[number - 1]
-
-    @cached_property
-    def accel(self) -> Accel:
-        """The accelerator that works here; probed once for each boot of the host."""
-        return probe(self.store.root / "accel.json", want=self.config.accel)
+class Builder(State):
+    """The build steps of one guest."""
 
     # -- steps
 
@@ -171,7 +111,7 @@ class Builder:
 
     def snapshot(self) -> None:
         """Name the last phase's image `clean`."""
-        last = self._phase_record(len(self.config.guest.phases))
+        last = self.phase_record(len(self.config.guest.phases))
         write_record(self.clean_record, last)
 
     # -- what the steps look at
@@ -181,37 +121,14 @@ class Builder:
         hardware, phase = self.config.guest.machine, self.phase(number)
         talk = self.config.guest.dialogue.get(phase.dialogue, [])
         facts = plan.facts(hardware, phase, talk, self.config.disk_size)
-        before = self._installer().sha256 if number == 1 else self._phase_record(number - 1).digest
+        before = self.media().sha256 if number == 1 else self.phase_record(number - 1).digest
         return plan.phase_digest(before, self._iso_files(self._sources(number)), facts)
-
-    def installer(self) -> Path:
-        """The installer's ISO in the store. StateError before `fetch`."""
-        return self.store.download(self._installer().sha256)
-
-    def why_stale(self, number: int) -> str:
-        """Why the record of phase `number` (0: the installer) cannot be believed; empty when it can. Reads no image."""
-        if number == 0:
-            media = read_record(self.installer_record, MediaRecord)
-            if media is None:
-                return "there is no record of the installer"
-            return file_fault(self.store.download(media.sha256), media.size, media.mtime_ns)
-        return self.image_fault(self.record(number))
-
-    def image_fault(self, record: Path) -> str:
-        """Why the image that `record` names cannot be believed; empty when it can."""
-        named = read_record(record, PhaseRecord)
-        if named is None:
-            return f"there is no record {record.name}"
-        image, why = self.store.find(named.digest)
-        if image is None:
-            return why
-        return "" if image.sha256 == named.sha256 else "the image was built anew"
 
     def _sources(self, number: int) -> dict[str, tuple[int, Path]]:
         """Path on the phase ISO -> (mode, where its bytes are), without the token."""
         folder = self.folder(number)
         found = {path.name: (path.stat().st_mode & 0o777, path) for path in sorted(folder.iterdir())}
-        for item in self._installer().local_packages.get(self.phase(number).name, []):
+        for item in self.media().local_packages.get(self.phase(number).name, []):
             sha256, _, name = item.partition(" ")
             found[f"packages/{name}"] = (PLAIN, self.store.download(sha256))
         return found
@@ -222,18 +139,6 @@ class Builder:
             plan.IsoFile(path, mode, hashlib.sha256(source.read_bytes()).hexdigest())
             for path, (mode, source) in sources.items()
         ]
-
-    def _installer(self) -> MediaRecord:
-        record = read_record(self.installer_record, MediaRecord)
-        if record is None:
-            raise StateError(f"there is no usable record {self.installer_record}", hint="doit fetch")
-        return record
-
-    def _phase_record(self, number: int) -> PhaseRecord:
-        record = read_record(self.record(number), PhaseRecord)
-        if record is None:
-            raise StateError(f"there is no usable record {self.record(number)}", hint=f"doit phase:{number}")
-        return record
 
     def _media(self, recipe: str) -> MediaRecord | None:
         record = read_record(self.store.root / "media" / f"{recipe}.toml", MediaRecord)
@@ -259,7 +164,7 @@ class Builder:
         return lambda holder: progress.say(f"{what}: {holder} is making it; waiting")
 
     def _job(self, number: int, digest: str) -> image.Job:
-        below = self._phase_record(number - 1).digest if number > 1 else ""
+        below = self.phase_record(number - 1).digest if number > 1 else ""
         return image.Job(
             config=self.config,
             store=self.store,

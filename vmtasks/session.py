@@ -17,7 +17,6 @@ from typing import Literal
 import msgspec
 
 from vmtasks import atomic, proc, progress
-from vmtasks.build import Builder, PhaseRecord
 from vmtasks.config import FALLBACK_PORTS, Config, show_size
 from vmtasks.errors import MachineError, SshError, StateError, VmTasksError
 from vmtasks.machine import vm
@@ -26,32 +25,13 @@ from vmtasks.machine.console import Transcript
 from vmtasks.machine.ports import port_free, port_holder
 from vmtasks.media import disk
 from vmtasks.remote import ssh
+from vmtasks.state import CLEAN, MANUAL, MachineRecord, PhaseRecord, State
 from vmtasks.store import ImageRecord, read_record, write_record
 
-POWEROFF_S = 60.0
+POWEROFF_S = 15.0
 LOCK_S = 1800.0
-CLEAN, MANUAL = "clean", "manual"
 
 Status = Literal["absent", "booting", "running", "stale", "stopped"]
-
-
-class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a machine. `pid` 0: it was stopped in good order. `memory` in bytes."""
-
-    name: str
-    guest: str
-    snapshot: str
-    image: str
-    image_sha256: str
-    ssh_user: str
-    host_keys: list[str]
-    pid: int = 0
-    pid_started: str = ""
-    ssh_port: int = 0
-    memory: int = 0
-    cpus: int = 0
-    accel: str = ""
-    started: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -70,9 +50,9 @@ class Machine:
     def __init__(self, config: Config, name: str = "") -> None:
         """`name` is by default the configured one. Nothing is touched yet."""
         self.config = config
-        self.builder = Builder(config)
+        self.state = State(config)
         self.name = name or config.name
-        self.folder = config.vm_dir / "run" / self.name
+        self.folder = self.state.machine_folder(self.name)
 
     # -- places
 
@@ -93,22 +73,18 @@ class Machine:
 
     def record(self) -> MachineRecord | None:
         """The machine's record; None when there is no machine."""
-        return read_record(self.folder / "machine.toml", MachineRecord)
+        return self.state.machine(self.name)
 
     def target(self, record: MachineRecord) -> ssh.Target:
         """The machine as ssh sees it."""
         return ssh.Target(
-            self.name, record.ssh_port, record.ssh_user, self.builder.key, tuple(record.host_keys), self.sockets
+            self.name, record.ssh_port, record.ssh_user, self.state.key, tuple(record.host_keys), self.sockets
         )
-
-    def snapshot_record(self, name: str) -> Path:
-        """The record that says which image the snapshot `name` is."""
-        return self.config.guest_state / ("clean.toml" if name == CLEAN else f"snapshots/{name}.toml")
 
     def snapshots(self) -> list[str]:
         """Names of this guest's snapshots."""
         own = sorted(p.stem for p in (self.config.guest_state / "snapshots").glob("*.toml"))
-        return ([CLEAN] if self.snapshot_record(CLEAN).is_file() else []) + own
+        return ([CLEAN] if self.state.snapshot_record(CLEAN).is_file() else []) + own
 
     # -- looking
 
@@ -252,13 +228,13 @@ class Machine:
             raise StateError(f"machine {self.name} was busy with another command for {LOCK_S:g} s") from None
 
     def _image(self, snapshot: str) -> ImageRecord:
-        path = self.snapshot_record(snapshot)
+        path = self.state.snapshot_record(snapshot)
         named = read_record(path, PhaseRecord)
         if named is None:
             there = ", ".join(self.snapshots()) or "none"
             raise StateError(f"there is no snapshot {snapshot!r}; there is: {there}", hint="doit auto_install")
-        fault = self.builder.image_fault(path)
-        image = self.builder.store.record(named.digest)
+        fault = self.state.image_fault(path)
+        image = self.state.store.record(named.digest)
         if fault or image is None:
             raise StateError(f"snapshot {snapshot!r} cannot be used: {fault}", hint="doit auto_install")
         return image
@@ -268,7 +244,7 @@ class Machine:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.disk.unlink(missing_ok=True)
         size = max(image.virtual_size, self.config.disk_size)
-        disk.overlay(self.disk, self.builder.store.image(image.digest), size=size)
+        disk.overlay(self.disk, self.state.store.image(image.digest), size=size)
         record = MachineRecord(
             name=self.name,
             guest=self.config.label,
@@ -282,7 +258,7 @@ class Machine:
         return record
 
     def _boot(self, record: MachineRecord) -> ssh.Target:
-        config, accel = self.config, self.builder.accel
+        config, accel = self.config, self.state.accel
         for old in (self.sockets / "ssh", self.sockets / "qmp", self.sockets / "serial"):
             old.unlink(missing_ok=True)
         with progress.step(f"start {self.name}") as step:
@@ -313,7 +289,7 @@ class Machine:
         The host keys of a machine that was installed by hand are learned here, once: nobody is between us and a port
         that our own QEMU forwards.
         """
-        deadline_s = self.config.guest.ssh.ready_timeout_s * self.builder.accel.factor
+        deadline_s = self.config.guest.ssh.ready_timeout_s * self.state.accel.factor
 
         def alive() -> bool:
             return self.pid(record) is not None
@@ -346,7 +322,7 @@ class Machine:
         raise MachineError(f"port {wanted[0]} is taken{f' by {holder}' if holder else ''}", hint=offer)
 
     def _spec(self, port: int) -> Spec:
-        config, hardware, accel = self.config, self.config.guest.machine, self.builder.accel
+        config, hardware, accel = self.config, self.config.guest.machine, self.state.accel
         return Spec(
             name=self.name,
             accel=accel.name,
@@ -391,7 +367,7 @@ class Machine:
                     proc.run(target.argv(ssh.remote_line(inside)), timeout_s=20, check=False)
                 return reached
 
-            factor = self.builder.accel.factor
+            factor = self.state.accel.factor
             rung = vm.stop(
                 pid, self._mark, [("power off in the guest", power_off, POWEROFF_S * factor)], self.sockets / "qmp"
             )
@@ -406,7 +382,7 @@ class Machine:
 
     def _save(self, record: MachineRecord, name: str) -> ImageRecord:
         """Flatten the disk into the store under a digest of its own, then name it."""
-        store = self.builder.store
+        store = self.state.store
         digest = hashlib.sha256(f"{self.name} {name} {time.time_ns()}".encode()).hexdigest()
         disk.flatten(self.disk, store.partial(digest))
         virtual = int(disk.info(store.partial(digest))["virtual-size"])
@@ -426,7 +402,7 @@ class Machine:
                 created=round(time.time(), 3),
             ),
         )
-        write_record(self.snapshot_record(name), PhaseRecord(digest=digest, sha256=saved.sha256))
+        write_record(self.state.snapshot_record(name), PhaseRecord(digest=digest, sha256=saved.sha256))
         return saved
 
     def _write(self, record: MachineRecord) -> None:

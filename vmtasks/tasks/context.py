@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any, ParamSpec
 
 from doit import doit_cmd
@@ -66,6 +67,14 @@ def interrupt_on_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt(signal.Signals(number).name)
 
+    def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """Say in one line that we were interrupted; everything else is a bug and shows its traceback."""
+        if issubclass(kind, KeyboardInterrupt):
+            sys.stderr.write(f"interrupted{f' by {error}' if str(error) else ''}\n")
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.excepthook = leave
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, interrupt)

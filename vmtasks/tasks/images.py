@@ -9,8 +9,8 @@ from typing import Any
 from doit.tools import config_changed
 
 from vmtasks import progress
-from vmtasks.build import Builder
 from vmtasks.config import Config
+from vmtasks.state import State
 from vmtasks.tasks.context import CONFIG, action
 
 Task = dict[str, Any]
@@ -32,6 +32,13 @@ class Intact:
         return self._check() or "in the store, intact"
 
 
+def run_step(name: str, *arguments: int) -> None:
+    """Carry out a build step. What that needs is imported only now: most runs have nothing to build."""
+    from vmtasks.build import Builder  # noqa: PLC0415
+
+    getattr(Builder(CONFIG), name)(*arguments)
+
+
 def _numbers(config: Config) -> range:
     return range(1, len(config.guest.phases) + 1)
 
@@ -42,70 +49,70 @@ def _inputs(config: Config) -> list[str]:
 
 def task_fetch() -> Task:
     """Have the installer: download it, or compose it from packages."""
-    builder = Builder(CONFIG)
+    state = State(CONFIG)
     overlay = [str(p) for p in sorted((CONFIG.guest_dir / "files").rglob("*")) if p.is_file() and not p.is_symlink()]
     return {
-        "actions": [action(builder.fetch)],
+        "actions": [action(partial(run_step, "fetch"))],
         "file_dep": [*_inputs(CONFIG), *overlay],
-        "targets": [str(builder.installer_record)],
-        "uptodate": [Intact(partial(builder.why_stale, 0)), config_changed(CONFIG.version)],
+        "targets": [str(state.installer_record)],
+        "uptodate": [Intact(partial(state.why_stale, 0)), config_changed(CONFIG.version)],
         "io": {"capture": False},
     }
 
 
 def task_render() -> Iterator[Task]:
     """Render the phase scripts with the configuration."""
-    builder = Builder(CONFIG)
+    state = State(CONFIG)
     yield {"name": None, "doc": "render the phase scripts with the configuration"}
     for number in _numbers(CONFIG):
-        folder = builder.folder(number)
+        folder = state.folder(number)
         yield {
             "name": str(number),
-            "actions": [action(partial(builder.render, number))],
-            "file_dep": [*_inputs(CONFIG), str(CONFIG.template(builder.phase(number)))],
+            "actions": [action(partial(run_step, "render", number))],
+            "file_dep": [*_inputs(CONFIG), str(CONFIG.template(state.phase(number)))],
             "targets": [str(folder / name) for name in ("lib.sh", "pfi.conf", "phase.sh", "poweroff", "run.sh")],
-            "uptodate": [config_changed(_values(builder))],
+            "uptodate": [config_changed(_values(state))],
             "io": {"capture": False},
         }
 
 
-def _values(builder: Builder) -> str:
+def _values(state: State) -> str:
     """What a template is rendered with. Two stores have two keys, and one project may see both."""
-    config, public = CONFIG, builder.key.with_suffix(".pub")
+    config, public = CONFIG, state.key.with_suffix(".pub")
     key = public.read_text() if public.is_file() else ""
     return repr((sorted(config.vars.items()), config.version, config.guest.ssh.user, key))
 
 
 def task_phase_iso() -> Iterator[Task]:
     """Put each phase's scripts and packages on an ISO."""
-    builder = Builder(CONFIG)
+    state = State(CONFIG)
     yield {"name": None, "doc": "put each phase's scripts and packages on an ISO"}
     for number in _numbers(CONFIG):
-        folder = builder.folder(number)
+        folder = state.folder(number)
         yield {
             "name": str(number),
-            "actions": [action(partial(builder.phase_iso, number))],
+            "actions": [action(partial(run_step, "phase_iso", number))],
             "file_dep": [
                 *(str(folder / name) for name in ("lib.sh", "pfi.conf", "phase.sh", "poweroff", "run.sh")),
-                str(builder.installer_record),
+                str(state.installer_record),
             ],
-            "targets": [str(builder.iso(number))],
+            "targets": [str(state.iso(number))],
             "io": {"capture": False},
         }
 
 
 def task_phase() -> Iterator[Task]:
     """Boot each phase, unattended, and publish the image that it leaves."""
-    builder = Builder(CONFIG)
+    state = State(CONFIG)
     yield {"name": None, "doc": "boot each phase, unattended, and publish the image that it leaves"}
     for number in _numbers(CONFIG):
         yield {
             "name": str(number),
-            "doc": builder.phase(number).name,
-            "actions": [action(partial(builder.build, number))],
-            "file_dep": [*_inputs(CONFIG), str(builder.record(number - 1)), str(builder.iso(number))],
-            "targets": [str(builder.record(number))],
-            "uptodate": [Intact(partial(builder.why_stale, number)), config_changed(str(CONFIG.disk_size))],
+            "doc": state.phase(number).name,
+            "actions": [action(partial(run_step, "build", number))],
+            "file_dep": [*_inputs(CONFIG), str(state.record(number - 1)), str(state.iso(number))],
+            "targets": [str(state.record(number))],
+            "uptodate": [Intact(partial(state.why_stale, number)), config_changed(str(CONFIG.disk_size))],
             "io": {"capture": False},
         }
 
@@ -117,14 +124,14 @@ def task_auto_install() -> Task:
 
 def task_clean_phases() -> Task:
     """Remove rendered phases and phase ISOs; images stay."""
-    builder = Builder(CONFIG)
+    state = State(CONFIG)
 
     def clean() -> None:
         gone = 0
         for number in _numbers(CONFIG):
-            for path in (builder.folder(number), builder.iso(number)):
+            for path in (state.folder(number), state.iso(number)):
                 gone += _remove(path)
-        progress.say(f"clean_phases: {gone} removed below {builder.state}")
+        progress.say(f"clean_phases: {gone} removed below {state.home}")
 
     return {"actions": [action(clean)], "io": {"capture": False}}
 

@@ -2,20 +2,17 @@
 
 import shutil
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vmtasks import proc, progress
-from vmtasks.build import Builder
+from vmtasks import progress
 from vmtasks.config import help_table, show_size
 from vmtasks.errors import MissingToolError, StateError, VmTasksError
-from vmtasks.machine.accel import probe
-from vmtasks.session import CLEAN, Machine, View
+from vmtasks.state import CLEAN, State
 from vmtasks.tasks.context import CONFIG, action
-from vmtasks.tasks.images import Intact
+from vmtasks.tasks.images import Intact, run_step
 
 Task = dict[str, Any]
 EXIT = {"running": 0, "booting": 3, "stopped": 4, "stale": 5, "absent": 6}
@@ -25,23 +22,34 @@ NAME_PARAM = {"name": "name", "long": "name", "short": "n", "type": str, "defaul
 YES_PARAM = {"name": "yes", "long": "yes", "short": "y", "type": bool, "default": False, "help": "do not ask"}
 
 
+if TYPE_CHECKING:
+    from vmtasks.session import Machine, View
+
+
+def the_machine() -> "Machine":
+    """The configured machine. Imported only when it is needed: most runs have nothing to do."""
+    from vmtasks.session import Machine  # noqa: PLC0415
+
+    return Machine(CONFIG)
+
+
 def task_snapshot() -> Task:
     """Name the finished image `clean`; with --name, save the stopped machine's disk under that name."""
-    builder, last = Builder(CONFIG), len(CONFIG.guest.phases)
+    state, last = State(CONFIG), len(CONFIG.guest.phases)
 
     def snapshot(name: str) -> None:
         if not name:
-            builder.snapshot()
+            run_step("snapshot")
             progress.say(f"{CONFIG.label}: the clean image is ready")
             return
-        saved = Machine(CONFIG).snapshot(name)
+        saved = the_machine().snapshot(name)
         progress.say(f"snapshot {name}: {show_size(saved.virtual_size)} disk, {saved.size >> 20} MiB stored")
 
     return {
         "actions": [(action(snapshot),)],
-        "file_dep": [str(builder.record(last))],
-        "targets": [str(builder.clean_record)],
-        "uptodate": [Intact(partial(builder.image_fault, builder.clean_record)), _unnamed],
+        "file_dep": [str(state.record(last))],
+        "targets": [str(state.clean_record)],
+        "uptodate": [Intact(partial(state.image_fault, state.clean_record)), _unnamed],
         "params": [NAME_PARAM],
         "meta": {"fresh": lambda: f"{CONFIG.label}: the clean image is up to date"},
         "io": {"capture": False},
@@ -57,7 +65,7 @@ def task_start() -> Task:
     """Start the machine, and wait until SSH answers."""
 
     def start() -> None:
-        machine = Machine(CONFIG)
+        machine = the_machine()
         target = machine.start()
         progress.say(f"machine {machine.name}: ssh -F {machine.folder / 'ssh_config'} {target.name}")
 
@@ -68,7 +76,7 @@ def task_stop() -> Task:
     """Stop the machine: power off in the guest first, harder only if that fails."""
 
     def stop() -> None:
-        machine = Machine(CONFIG)
+        machine = the_machine()
         if machine.stop() == "already stopped":
             progress.say(f"machine {machine.name} is not running")
 
@@ -79,7 +87,7 @@ def task_restore() -> Task:
     """Go back to the clean snapshot, or to the one that --name says; what the machine has written is lost."""
 
     def restore(name: str) -> None:
-        machine = Machine(CONFIG)
+        machine = the_machine()
         image = machine.restore(name or CLEAN)
         progress.say(f"machine {machine.name}: restored to {name or CLEAN} ({image.digest[:12]})")
 
@@ -90,7 +98,7 @@ def task_destroy() -> Task:
     """Remove the machine and its disk; asks first, unless --yes is given."""
 
     def destroy(yes: bool) -> None:  # noqa: FBT001 - doit passes parameters by name
-        machine = Machine(CONFIG)
+        machine = the_machine()
         if machine.record() is None and not machine.folder.exists():
             progress.say(f"there is no machine {machine.name}; nothing was removed")
             return
@@ -114,7 +122,9 @@ def task_ssh() -> Task:
     """Log in to the running machine."""
 
     def login() -> None:
-        status = proc.attach(Machine(CONFIG).running().argv())
+        from vmtasks import proc  # noqa: PLC0415
+
+        status = proc.attach(the_machine().running().argv())
         if status != 0:
             raise SystemExit(status)
 
@@ -125,7 +135,7 @@ def task_status() -> Task:
     """Say what the machine is doing: running, booting, stopped, stale or absent; exit status 0, 3, 4, 5, 6."""
 
     def status() -> None:
-        view = Machine(CONFIG).status()
+        view = the_machine().status()
         sys.stdout.write("".join(f"{line}\n" for line in describe(view)))
         sys.stdout.flush()
         if EXIT[view.status]:
@@ -134,7 +144,7 @@ def task_status() -> Task:
     return {"actions": [action(status)], "io": {"capture": False}}
 
 
-def describe(view: View) -> list[str]:
+def describe(view: "View") -> list[str]:
     """The lines of `status`."""
     meaning = {
         "absent": "absent: no such machine yet; `doit start` makes it",
@@ -161,10 +171,10 @@ def task_install() -> Task:
     """Install by hand: boot the installer with its console here, on the machine's own empty disk."""
 
     def install() -> None:
-        machine, builder = Machine(CONFIG), Builder(CONFIG)
-        builder.make_key()
-        machine.install(builder.installer())
-        public = builder.key.with_suffix(".pub")
+        machine, state = the_machine(), State(CONFIG)
+        run_step("make_key")
+        machine.install(state.installer())
+        public = state.key.with_suffix(".pub")
         progress.say(f"if {public} may log in as {CONFIG.guest.ssh.user}: doit start, then doit snapshot --name NAME")
 
     return {"actions": [action(install)], "setup": ["fetch"], "io": {"capture": False}}
@@ -174,6 +184,8 @@ def task_check_prereqs() -> Task:
     """Check that all programs are there, that the accelerator works, and that there is space."""
 
     def check() -> None:
+        from vmtasks import proc  # noqa: PLC0415
+
         missing = []
         for program in ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "ssh-keygen"):
             try:
@@ -183,7 +195,7 @@ def task_check_prereqs() -> Task:
                 progress.say(f"✗ {error.message}; {error.hint}")
         if missing:
             raise MissingToolError(f"missing: {', '.join(missing)}", hint="./doit installs them, with your permission")
-        accel = probe(CONFIG.store_dir / "accel.json", want=CONFIG.accel)
+        accel = State(CONFIG).accel
         progress.say(f"✓ accelerator: {accel.name} ({accel.reason})")
         for what, folder in (("store", CONFIG.store_dir), ("state", CONFIG.vm_dir)):
             free, place = _free(folder)
@@ -199,6 +211,8 @@ def _free(folder: Path) -> tuple[int, Path]:
     place = folder.absolute()
     while not place.exists():
         place = place.parent
+    import tempfile  # noqa: PLC0415 - 2 ms
+
     try:
         with tempfile.TemporaryFile(dir=place):
             pass

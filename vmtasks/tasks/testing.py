@@ -4,14 +4,29 @@ import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmtasks import progress
-from vmtasks.suites import Suites, describe
+from vmtasks.results import Results, describe
 from vmtasks.tasks.context import CONFIG, action
 from vmtasks.tasks.images import Intact
 
 Task = dict[str, Any]
+
+
+if TYPE_CHECKING:
+    from vmtasks.suites import Suites
+
+
+def suites(results: Results) -> "Suites":
+    """The suites in their machine. Imported only when one is stale: most runs have nothing to do."""
+    from vmtasks.suites import Suites  # noqa: PLC0415
+
+    return Suites(results)
+
+
+def _build() -> None:
+    suites(Results(CONFIG)).build(_live)
 
 
 def _live(data: bytes) -> None:
@@ -29,7 +44,7 @@ def task_sync() -> Task:
     """Sync the source tree into the machine."""
 
     def sync() -> None:
-        progress.say(f"sync {CONFIG.sync.source}: {Suites(CONFIG).sync()}")
+        progress.say(f"sync {CONFIG.sync.source}: {suites(Results(CONFIG)).sync()}")
 
     return {"actions": [action(sync)], "task_dep": ["start"], "io": {"capture": False}}
 
@@ -37,7 +52,7 @@ def task_sync() -> Task:
 def task_build() -> Task:
     """Run the build command in the machine."""
     return {
-        "actions": [action(partial(Suites(CONFIG).build, _live))],
+        "actions": [action(_build)],
         "task_dep": ["sync"],
         "io": {"capture": False},
     }
@@ -45,37 +60,37 @@ def task_build() -> Task:
 
 def task_test() -> Iterator[Task]:
     """Run a suite in the machine, if its tree, image, command or environment changed since it last passed."""
-    suites = Suites(CONFIG)
+    results = Results(CONFIG)
     yield {"name": None, "doc": "run a suite in the machine, unless nothing that decides its result has changed"}
     for name, suite in CONFIG.suites.items():
         yield {
             "name": name,
             "doc": suite.command,
-            "actions": [action(partial(_run, suites, name))],
-            "uptodate": [Intact(partial(suites.why_stale, name))],
+            "actions": [action(partial(_run, results, name))],
+            "uptodate": [Intact(partial(results.why_stale, name))],
             "task_dep": ["snapshot"],
             "setup": ["build"],
-            "meta": {"fresh": partial(_last, suites, name)},
+            "meta": {"fresh": partial(_last, results, name)},
             "io": {"capture": False},
         }
 
 
-def _run(suites: Suites, name: str) -> Any:
+def _run(results: Results, name: str) -> Any:
     from doit.exceptions import TaskFailed  # noqa: PLC0415
 
     progress.say(f"test:{name}: {CONFIG.suites[name].command}")
-    record = suites.run(name, _live)
+    record = suites(results).run(name, _live)
     if record.status != 0:
-        log = suites.results / name / "output.log"
+        log = results.folder / name / "output.log"
         return TaskFailed(
-            f"{describe(record)} (status {record.status})\nlog: {log}\nhint: doit ssh; {suites.xml(name)}"
+            f"{describe(record)} (status {record.status})\nlog: {log}\nhint: doit ssh; {results.xml(name)}"
         )
     progress.say(f"test:{name}: {describe(record)}")
     return None
 
 
-def _last(suites: Suites, name: str) -> str:
-    record = suites.last(name)
+def _last(results: Results, name: str) -> str:
+    record = results.last(name)
     if record is None:
         return f"test:{name}"
     return (

@@ -1,0 +1,152 @@
+"""What is known of a guest's images without making any: places, records, and why one cannot be believed.
+
+Cheap to import: doit asks these questions at every run, also when nothing is to be done.
+"""
+
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from vmtasks.config import Config
+from vmtasks.errors import StateError
+from vmtasks.model import PhaseTable
+from vmtasks.store import MediaRecord, Store, file_fault, read_record
+
+CLEAN, MANUAL = "clean", "manual"
+"""The snapshot that the phases end in, and what a machine says that was installed by hand."""
+
+if TYPE_CHECKING:
+    from vmtasks.machine.accel import Accel
+
+
+class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a build step leaves for the next one: which image, and which bytes of it."""
+
+    digest: str
+    sha256: str
+
+
+class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a machine. `pid` 0: it was stopped in good order. `memory` in bytes."""
+
+    name: str
+    guest: str
+    snapshot: str
+    image: str
+    image_sha256: str
+    ssh_user: str
+    host_keys: list[str]
+    pid: int = 0
+    pid_started: str = ""
+    ssh_port: int = 0
+    memory: int = 0
+    cpus: int = 0
+    accel: str = ""
+    started: float = 0.0
+
+
+class State:
+    """One guest's folder of records, and the store that they speak of."""
+
+    def __init__(self, config: Config) -> None:
+        """`home` is the guest's folder of records and phase ISOs."""
+        self.config = config
+        self.home = config.guest_state
+        self.store = Store(config.store_dir)
+
+    # -- places
+
+    @property
+    def installer_record(self) -> Path:
+        """Target of `fetch`."""
+        return self.home / "installer.toml"
+
+    @property
+    def clean_record(self) -> Path:
+        """Target of `snapshot`: the image that machines start from."""
+        return self.home / "clean.toml"
+
+    @property
+    def key(self) -> Path:
+        """The user's private key; its public half is beside it with `.pub`."""
+        return self.store.root / "keys" / "id_ed25519"
+
+    def folder(self, number: int) -> Path:
+        """Rendered files of phase `number` (from 1)."""
+        return self.home / f"phase-{number}"
+
+    def iso(self, number: int) -> Path:
+        """ISO of phase `number`."""
+        return self.home / f"phase-{number}.iso"
+
+    def record(self, number: int) -> Path:
+        """Record of phase `number`; that of number 0 is the installer's."""
+        return self.home / f"phase-{number}.toml" if number else self.installer_record
+
+    def log(self, number: int) -> Path:
+        """Console of the last boot of phase `number`."""
+        return self.home / "logs" / f"{self.phase(number).name}.console.log"
+
+    def snapshot_record(self, name: str) -> Path:
+        """The record that says which image the snapshot `name` is."""
+        return self.home / ("clean.toml" if name == CLEAN else f"snapshots/{name}.toml")
+
+    def machine_folder(self, name: str) -> Path:
+        """The folder of the machine `name`."""
+        return self.config.vm_dir / "run" / name
+
+    def phase(self, number: int) -> PhaseTable:
+        """Phase `number` as guest.toml has it."""
+        return self.config.guest.phases[number - 1]
+
+    @cached_property
+    def accel(self) -> "Accel":
+        """The accelerator that works here; probed once for each boot of the host."""
+        from vmtasks.machine.accel import probe  # noqa: PLC0415 - 5 ms that most runs have no use for
+
+        return probe(self.store.root / "accel.json", want=self.config.accel)
+
+    # -- records
+
+    def installer(self) -> Path:
+        """The installer's ISO in the store. StateError before `fetch`."""
+        return self.store.download(self.media().sha256)
+
+    def why_stale(self, number: int) -> str:
+        """Why the record of phase `number` (0: the installer) cannot be believed; empty when it can. Reads no image."""
+        if number == 0:
+            media = read_record(self.installer_record, MediaRecord)
+            if media is None:
+                return "there is no record of the installer"
+            return file_fault(self.store.download(media.sha256), media.size, media.mtime_ns)
+        return self.image_fault(self.record(number))
+
+    def image_fault(self, record: Path) -> str:
+        """Why the image that `record` names cannot be believed; empty when it can."""
+        named = read_record(record, PhaseRecord)
+        if named is None:
+            return f"there is no record {record.name}"
+        image, why = self.store.find(named.digest)
+        if image is None:
+            return why
+        return "" if image.sha256 == named.sha256 else "the image was built anew"
+
+    def machine(self, name: str) -> MachineRecord | None:
+        """The record of the machine `name`; None when there is no machine."""
+        return read_record(self.machine_folder(name) / "machine.toml", MachineRecord)
+
+    def media(self) -> MediaRecord:
+        """The installer's record. StateError before `fetch`."""
+        record = read_record(self.installer_record, MediaRecord)
+        if record is None:
+            raise StateError(f"there is no usable record {self.installer_record}", hint="doit fetch")
+        return record
+
+    def phase_record(self, number: int) -> PhaseRecord:
+        """The record that phase `number` left. StateError before it was built."""
+        record = read_record(self.record(number), PhaseRecord)
+        if record is None:
+            raise StateError(f"there is no usable record {self.record(number)}", hint=f"doit phase:{number}")
+        return record
