@@ -12,6 +12,7 @@ from vmtasks import atomic, image, plan, proc, progress
 from vmtasks.media import installer, template
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
+from vmtasks.model import Download
 from vmtasks.state import PhaseRecord, State
 from vmtasks.store import MediaRecord, file_fault, read_record, write_record
 
@@ -39,18 +40,24 @@ class Builder(State):
             beside.with_suffix(".pub").rename(self.key.with_suffix(".pub"))
             beside.rename(self.key)
 
-    def fetch(self) -> None:
-        """Have the installer in the store and say in its record which file it is."""
+    def fetch(self, *, allow_unverified: bool = False) -> None:
+        """Have the installer in the store and say in its record which file it is.
+
+        FetchError for a download that nothing is known to hold against, unless `allow_unverified` says yes, or did so
+        in this project before.
+        """
         recipe = installer.recipe_digest(self.config)
-        record = self._media(recipe)
+        record = self._media(recipe, allow_unverified=allow_unverified)
         if record is None:
             with self.store.lock(f"media-{recipe[:32]}", timeout_s=LOCK_S, waiting=self._waiting("the installer")):
-                record = self._media(recipe)
+                record = self._media(recipe, allow_unverified=allow_unverified)
                 if record is None:
                     with progress.step(
                         "fetch: the installer", expected_s=self._history.expected_s(f"fetch {recipe[:12]}")
                     ) as step:
-                        record = installer.make(self.config, self.store, recipe, step.now)
+                        record = installer.make(
+                            self.config, self.store, recipe, step.now, allow_unverified=allow_unverified
+                        )
                     write_record(self.store.root / "media" / f"{recipe}.toml", record)
                     self._history.record(f"fetch {recipe[:12]}", step.elapsed_s)
         write_record(self.installer_record, record)
@@ -140,10 +147,14 @@ class Builder(State):
             for path, (mode, source) in sources.items()
         ]
 
-    def _media(self, recipe: str) -> MediaRecord | None:
+    def _media(self, recipe: str, *, allow_unverified: bool) -> MediaRecord | None:
         record = read_record(self.store.root / "media" / f"{recipe}.toml", MediaRecord)
         if record is None:
             return None
+        if isinstance(self.config.guest.installer, Download) and not (record.verified or allow_unverified):
+            ours = read_record(self.installer_record, MediaRecord)
+            if ours is None or ours.sha256 != record.sha256:
+                return None
         wanted = [(record.sha256, record.size, record.mtime_ns)]
         for items in record.local_packages.values():
             for item in items:

@@ -132,11 +132,48 @@ class SshTable(Table, frozen=True, kw_only=True):
     ] = "root"
 
 
+PublishedDigest = Annotated[
+    str,
+    Meta(
+        pattern=r"^(md5:[0-9a-f]{32}|sha1:[0-9a-f]{40}|sha256:[0-9a-f]{64}|sha512:[0-9a-f]{128})"
+        r" of (download|content)$(?!\n)",
+        description="'sha256:HEX of download' for the file as published, 'sha256:HEX of content' for it unpacked; "
+        "md5, sha1 and sha512 too, in lower case",
+    ),
+]
+
+
 class Download(Table, frozen=True, kw_only=True, tag_field="source", tag="download"):
     """[installer] of a guest whose maker publishes an ISO."""
 
-    url: Annotated[str, Meta(description="address of the ISO; {version} is replaced")]
-    sha256: Annotated[dict[str, str], Meta(description="digest of the file by version")] = {}
+    file: Annotated[
+        str, Meta(min_length=1, description="name of the ISO; {version} is replaced; .bz2, .gz and .xz are unpacked")
+    ]
+    mirrors: Annotated[
+        list[str],
+        Meta(
+            min_length=1,
+            description="addresses of the folder that holds the file, best first: https://, http://, file:/// "
+            "or an absolute path; {version} is replaced",
+        ),
+    ]
+    mirror_env: Annotated[
+        str, Meta(description="environment variable that names a mirror, or a folder, to use in place of `mirrors`")
+    ] = ""
+    digests: Annotated[
+        dict[str, list[PublishedDigest]], Meta(description="what is known of each version's file; all must hold")
+    ] = {}
+    sums: Annotated[
+        str,
+        Meta(
+            description="file beside the ISO with lines as in 'MD5 (file) = hex'; "
+            "used for a version that `digests` does not have"
+        ),
+    ] = ""
+    sizes: Annotated[
+        dict[str, Annotated[int, Meta(ge=1)]],
+        Meta(description="bytes of each version's ISO, unpacked, to check for free space; without it that is guessed"),
+    ] = {}
 
 
 class Exchange(Table, frozen=True, kw_only=True):

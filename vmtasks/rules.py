@@ -8,11 +8,12 @@ from pathlib import Path, PurePosixPath
 from vmtasks.config import Config, Setting, show, show_size
 from vmtasks.errors import ConfigError
 from vmtasks.explain import key_path, suggest
-from vmtasks.model import SuiteTable
+from vmtasks.model import Download, SuiteTable
 
 PORTS = (1024, 65535)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+ADDRESS = re.compile(r"https?://.|file:///|/|~", re.IGNORECASE)
 
 
 def check(config: Config) -> None:
@@ -23,7 +24,7 @@ def check(config: Config) -> None:
     for problem in (*tree(config), *build(config), *suites(config)):
         raise ConfigError(f"{file}: {problem}")
     file = show(config.guest_dir / "guest.toml")
-    for problem in (*guest(config), *expressions(config)):
+    for problem in (*guest(config), *installer(config), *expressions(config)):
         raise ConfigError(f"{file}: {problem}")
 
 
@@ -134,6 +135,38 @@ def guest(config: Config) -> Iterator[str]:
             yield f"phases.cds = {phase.cds}: beside an IDE disk there is room for {room} CDs; use another bus"
     if len({phase.name for phase in file.phases}) < len(file.phases):
         yield "phases.name: two phases have one name; rename one"
+
+
+def installer(config: Config) -> Iterator[str]:
+    """A download that could never be had, or that does not bring what a phase asks for."""
+    made = config.guest.installer
+    if not isinstance(made, Download):
+        return
+    yield from versions(made, config.version)
+    for key, text in (("file", made.file), ("sums", made.sums)):
+        if text and not NAME.fullmatch(text.replace("{version}", "v")):
+            yield f"installer.{key} = {text!r}: not a file's name; use letters, digits, '.', '_' and '-'"
+    for mirror in made.mirrors:
+        if not ADDRESS.match(mirror):
+            yield f"installer.mirrors = {mirror!r}: not an address; use https://, http://, file:/// or an absolute path"
+    if made.mirror_env and not VARIABLE.fullmatch(made.mirror_env):
+        yield f"installer.mirror_env = {made.mirror_env!r}: not a variable's name; use letters, digits and '_'"
+    for phase in config.guest.phases:
+        if phase.packages:
+            yield (
+                f"phases.packages = {phase.packages}: an installer that is downloaded brings no packages for a phase; "
+                "remove the key, and install them in the phase's script"
+            )
+
+
+def versions(made: Download, version: str) -> Iterator[str]:
+    """Texts in which a version is to be put that there is not, or something else."""
+    for key, text in (("file", made.file), *(("mirrors", mirror) for mirror in made.mirrors)):
+        rest = text.replace("{version}", "")
+        if "{" in rest or "}" in rest:
+            yield f"installer.{key} = {text!r}: only {{version}} is replaced; remove the other braces"
+        elif rest != text and not version:
+            yield f"installer.{key} = {text!r}: the guest has no version; write version = ..."
 
 
 def expressions(config: Config) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """The store: downloads and images by digest, published whole or not at all, one writer for each.
 
 downloads/<sha256>           what was fetched; its name is its digest
+downloads/<sha256>.json      where it came from, if it was downloaded
 media/<recipe>.toml          which download an installer recipe led to
 images/<digest>.qcow2        read-only, backed by the image before it (named relatively: the store can be moved)
 images/<digest>.toml         its record, written last: no record, no image
@@ -53,7 +54,10 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MediaRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """An installer: the ISO's digest and size, where it came from, and the packages that it was composed of."""
+    """An installer: the ISO's digest and size, where it came from, and the packages that it was composed of.
+
+    `verified` says what it was held against; empty: nothing was known, and the user allowed that.
+    """
 
     sha256: str
     size: int
@@ -62,6 +66,7 @@ class MediaRecord(msgspec.Struct, frozen=True, kw_only=True):
     recipe: str
     packages: list[str] = []
     local_packages: dict[str, list[str]] = {}
+    verified: str = ""
 
 
 class Store:

@@ -7,8 +7,8 @@ from pathlib import Path
 import msgspec
 
 from vmtasks.config import Config
-from vmtasks.errors import ConfigError
-from vmtasks.media import compose, debian, tree
+from vmtasks.media import compose, debian, release, tree
+from vmtasks.model import Download
 from vmtasks.recipe import Recipe
 from vmtasks.store import MediaRecord, Store
 
@@ -19,21 +19,44 @@ FORMAT = 1
 def recipe_digest(config: Config) -> str:
     """Digest of all that decides the installer: the [installer] table, its overlay files, the phases' packages."""
     guest = config.guest
+    if isinstance(guest.installer, Download):
+        wanted = release.release(guest.installer, config.version)
+        return hashlib.sha256(msgspec.json.encode([FORMAT, "download", *wanted.identity])).hexdigest()
     digest = hashlib.sha256(msgspec.json.encode([FORMAT, guest.installer, config.version], order="sorted"))
     digest.update(msgspec.json.encode([[phase.name, phase.packages] for phase in guest.phases]))
-    if isinstance(guest.installer, Recipe):
-        for folder in (guest.installer.files, guest.installer.initramfs.files):
-            for entry in tree.overlay(config.guest_dir / folder) if folder else ():
-                digest.update(f"{entry.path} {entry.kind} {entry.mode:o} {entry.target}\n".encode())
-                digest.update(hashlib.sha256(entry.read()).digest())
+    for folder in (guest.installer.files, guest.installer.initramfs.files):
+        for entry in tree.overlay(config.guest_dir / folder) if folder else ():
+            digest.update(f"{entry.path} {entry.kind} {entry.mode:o} {entry.target}\n".encode())
+            digest.update(hashlib.sha256(entry.read()).digest())
     return digest.hexdigest()
 
 
-def make(config: Config, store: Store, recipe: str, note: Callable[[str], None]) -> MediaRecord:
+def make(
+    config: Config, store: Store, recipe: str, note: Callable[[str], None], *, allow_unverified: bool = False
+) -> MediaRecord:
     """Compose or download the installer, and have the packages that phases carry. FetchError, ImageError."""
     made = config.guest.installer
-    if not isinstance(made, Recipe):
-        raise ConfigError(f"guest {config.guest.name}: an installer that is downloaded has no phases' packages yet")
+    if isinstance(made, Recipe):
+        return _compose(config, made, store, recipe, note)
+    return _download(release.release(made, config.version), store, recipe, note, allow_unverified=allow_unverified)
+
+
+def _download(
+    wanted: release.Release, store: Store, recipe: str, note: Callable[[str], None], *, allow_unverified: bool
+) -> MediaRecord:
+    note(wanted.name)
+    got, against = release.obtain(wanted, store.root / "downloads", note, allow_unverified=allow_unverified)
+    return MediaRecord(
+        sha256=got.sha256,
+        size=got.size,
+        mtime_ns=got.path.stat().st_mtime_ns,
+        origin=got.url or "the store",
+        recipe=recipe,
+        verified=against,
+    )
+
+
+def _compose(config: Config, made: Recipe, store: Store, recipe: str, note: Callable[[str], None]) -> MediaRecord:
     cache = store.root / "packages"
     note("compose it from Debian packages")
     beside = store.root / "downloads" / f"{recipe}.partial"
@@ -55,6 +78,7 @@ def make(config: Config, store: Store, recipe: str, note: Callable[[str], None])
         recipe=recipe,
         packages=[f"{p.name} {p.version} {p.sha256}" for p in composed.packages],
         local_packages=local,
+        verified="the archive's signed lists",
     )
 
 

@@ -32,11 +32,11 @@ class Intact:
         return self._check() or "in the store, intact"
 
 
-def run_step(name: str, *arguments: int) -> None:
+def run_step(name: str, *arguments: int, **options: bool) -> None:
     """Carry out a build step. What that needs is imported only now: most runs have nothing to build."""
     from vmtasks.build import Builder  # noqa: PLC0415
 
-    getattr(Builder(CONFIG), name)(*arguments)
+    getattr(Builder(CONFIG), name)(*arguments, **options)
 
 
 def _numbers(config: Config) -> range:
@@ -51,8 +51,21 @@ def task_fetch() -> Task:
     """Have the installer: download it, or compose it from packages."""
     state = State(CONFIG)
     overlay = [str(p) for p in sorted((CONFIG.guest_dir / "files").rglob("*")) if p.is_file() and not p.is_symlink()]
+
+    def fetch(allow_unverified: bool) -> None:  # noqa: FBT001 - doit passes it by name
+        run_step("fetch", allow_unverified=allow_unverified)
+
     return {
-        "actions": [action(partial(run_step, "fetch"))],
+        "actions": [action(fetch)],
+        "params": [
+            {
+                "name": "allow_unverified",
+                "long": "allow-unverified",
+                "type": bool,
+                "default": False,
+                "help": "take a download although no digest of it is known",
+            }
+        ],
         "file_dep": [*_inputs(CONFIG), *overlay],
         "targets": [str(state.installer_record)],
         "uptodate": [Intact(partial(state.why_stale, 0)), config_changed(CONFIG.version)],
@@ -63,7 +76,6 @@ def task_fetch() -> Task:
 def task_render() -> Iterator[Task]:
     """Render the phase scripts with the configuration."""
     state = State(CONFIG)
-    yield {"name": None, "doc": "render the phase scripts with the configuration"}
     for number in _numbers(CONFIG):
         folder = state.folder(number)
         yield {
@@ -86,7 +98,6 @@ def _values(state: State) -> str:
 def task_phase_iso() -> Iterator[Task]:
     """Put each phase's scripts and packages on an ISO."""
     state = State(CONFIG)
-    yield {"name": None, "doc": "put each phase's scripts and packages on an ISO"}
     for number in _numbers(CONFIG):
         folder = state.folder(number)
         yield {
@@ -104,7 +115,6 @@ def task_phase_iso() -> Iterator[Task]:
 def task_phase() -> Iterator[Task]:
     """Boot each phase, unattended, and publish the image that it leaves."""
     state = State(CONFIG)
-    yield {"name": None, "doc": "boot each phase, unattended, and publish the image that it leaves"}
     for number in _numbers(CONFIG):
         yield {
             "name": str(number),
