@@ -7,7 +7,6 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,8 +26,7 @@ FALLBACK_PORTS = range(22220, 22230)
 F = TypeVar("F", VmFile, GuestFile)
 
 
-@dataclass(frozen=True)
-class Variable:
+class Variable(msgspec.Struct, frozen=True):
     """One thing that the command line and the environment can set: `name=...`, or any of `env`."""
 
     name: str
@@ -53,8 +51,7 @@ VARIABLES = (
 )
 
 
-@dataclass(frozen=True)
-class Setting:
+class Setting(msgspec.Struct, frozen=True):
     """A value and where it came from, for `doit help_vars`."""
 
     variable: Variable
@@ -62,8 +59,7 @@ class Setting:
     source: str
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(msgspec.Struct, frozen=True):
     """All that is known before any work begins. Sizes are in bytes, paths absolute."""
 
     root: Path

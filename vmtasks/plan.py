@@ -6,7 +6,8 @@ A phase's digest says what its image is made from, never how fast: memory, CPUs 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+
+import msgspec
 
 from vmtasks.model import Exchange, HardwareTable, PhaseTable
 
@@ -14,8 +15,7 @@ FORMAT = 1
 """Raised when the meaning of a digest changes, so that no old image is taken for a new one."""
 
 
-@dataclass(frozen=True, order=True)
-class IsoFile:
+class IsoFile(msgspec.Struct, frozen=True, order=True):
     """A file on a phase ISO, as the guest will see it."""
 
     path: str
@@ -23,8 +23,7 @@ class IsoFile:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Facts:
+class Facts(msgspec.Struct, frozen=True, kw_only=True):
     """What a guest notices of its machine. Two machines with equal facts make the same image."""
 
     boot: str
@@ -70,7 +69,7 @@ def phase_digest(before: str, files: Iterable[IsoFile], machine: Facts) -> str:
 
     `before` is the digest of the image before it, or of the installer for the first.
     """
-    return _sha256([FORMAT, before, files_digest(files), asdict(machine)])
+    return _sha256([FORMAT, before, files_digest(files), msgspec.structs.asdict(machine)])
 
 
 def suite_digest(parts: Mapping[str, object]) -> str:

@@ -1,12 +1,12 @@
 """What makes a phase's image another one, and what must not."""
 
 import hashlib
-from dataclasses import fields, replace
 from pathlib import Path
 
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import fields, replace
 
 from vmtasks import plan
 from vmtasks.config import load

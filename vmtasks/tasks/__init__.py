@@ -1,54 +1,37 @@
 """The doit tasks, which a project's dodo.py imports. They hold no logic: they call build, session and suites."""
 
-from vmtasks.tasks.context import CONFIG, interrupt_on_signals
-from vmtasks.tasks.images import (
-    task_auto_install,
-    task_clean_phases,
-    task_fetch,
-    task_phase,
-    task_phase_iso,
-    task_render,
-)
-from vmtasks.tasks.machines import (
-    task_check_prereqs,
-    task_destroy,
-    task_help_vars,
-    task_install,
-    task_restore,
-    task_snapshot,
-    task_ssh,
-    task_start,
-    task_status,
-    task_stop,
-)
-from vmtasks.tasks.reporter import Reporter
-from vmtasks.tasks.testing import task_build, task_quick, task_sync, task_test, task_test_all
+from collections.abc import Iterator
+from typing import Any
 
-__all__ = [
-    "CONFIG",
-    "DOIT_CONFIG",
-    "task_auto_install",
-    "task_build",
-    "task_check_prereqs",
-    "task_clean_phases",
-    "task_destroy",
-    "task_fetch",
-    "task_help_vars",
-    "task_install",
-    "task_phase",
-    "task_phase_iso",
-    "task_quick",
-    "task_render",
-    "task_restore",
-    "task_snapshot",
-    "task_ssh",
-    "task_start",
-    "task_status",
-    "task_stop",
-    "task_sync",
-    "task_test",
-    "task_test_all",
-]
+from vmtasks.tasks import images, machines, testing
+from vmtasks.tasks.context import CONFIG, interrupt_on_signals
+from vmtasks.tasks.reporter import Reporter
+
+__all__ = ["DOIT_CONFIG", "task_vmtasks"]
+
+PREFIX = "task_"
+
+
+def task_vmtasks() -> Iterator[dict[str, Any]]:
+    """Make all tasks of vmtasks.
+
+    One creator for all: doit reads and tokenizes the source of each, which for twenty takes longer than all the rest.
+    """
+    for module in (images, machines, testing):
+        for name, creator in vars(module).items():
+            if name.startswith(PREFIX):
+                yield from _named(name.removeprefix(PREFIX), (creator.__doc__ or "").partition("\n")[0], creator())
+
+
+def _named(name: str, doc: str, made: dict[str, Any] | Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """What a creator has made, as doit would have named it."""
+    if isinstance(made, dict):
+        yield {"basename": name, "doc": doc, **made}
+        return
+    yield {"basename": name, "name": None, "doc": doc}
+    for task in made:
+        yield {"basename": name, **task}
+
 
 CONFIG.vm_dir.mkdir(parents=True, exist_ok=True)
 interrupt_on_signals()
