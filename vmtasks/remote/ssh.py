@@ -148,7 +148,7 @@ def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pi
 def end_script(pidfile: str, user: str = "") -> str:
     """A script that ends the process group which script() started: SIGTERM, 2 s, SIGKILL."""
     inner = (
-        f"group=$(cat {shlex.quote(pidfile)}) && kill -TERM -- -$group 2>/dev/null; sleep 2; "
+        f"group=$(cat {shlex.quote(pidfile)}) || exit 0; kill -TERM -- -$group 2>/dev/null && sleep 2; "
         f"kill -KILL -- -$group 2>/dev/null; rm -f {shlex.quote(pidfile)}"
     )
     return "\n".join(_become(user, inner))
@@ -168,8 +168,13 @@ def execute(
 
 
 def remote_line(text: str) -> str:
-    """A command line that any login shell, csh included, hands to sh unchanged."""
-    return "exec /bin/sh -c " + shlex.quote(text)
+    """A command line that any login shell, csh included, hands to sh unchanged.
+
+    In csh neither a line break nor `!` can stand in quotes, and some know no characters beyond ASCII. All that is not
+    plain is therefore written as printf's %b reads it.
+    """
+    plain = "".join(chr(b) if 32 <= b < 127 and b not in b"!'\\" else f"\\0{b:03o}" for b in os.fsencode(text))
+    return f"""exec /bin/sh -c 'eval "$(printf %b "$1")"' sh '{plain}'"""
 
 
 def _become(user: str, inner: str) -> list[str]:
@@ -178,11 +183,12 @@ def _become(user: str, inner: str) -> list[str]:
     if not user:
         return [f"exec /bin/sh -c {word} {home}"]
     name = shlex.quote(user)
+    as_user = shlex.quote(remote_line(f"exec /bin/sh -c {word} {home}"))
     return [
         f'if [ "$(id -un)" = {name} ]; then exec /bin/sh -c {word} {home}',
         f"elif command -v doas >/dev/null 2>&1; then exec doas -n -u {name} /bin/sh -c {word} {home}",
         f"elif command -v sudo >/dev/null 2>&1; then exec sudo -n -u {name} /bin/sh -c {word} {home}",
-        f'elif [ "$(id -u)" = 0 ]; then exec su -m {name} -c {shlex.quote("exec /bin/sh -c " + word + " " + home)}',
+        f'elif [ "$(id -u)" = 0 ]; then exec su -m {name} -c {as_user}',
         f"else echo 'the guest has neither doas nor sudo: cannot become '{name} >&2; exit 126; fi",
     ]
 

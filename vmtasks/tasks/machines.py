@@ -13,6 +13,7 @@ from vmtasks.errors import MissingToolError, StateError, VmTasksError
 from vmtasks.state import CLEAN, State
 from vmtasks.tasks.context import CONFIG, action
 from vmtasks.tasks.images import Intact, run_step
+from vmtasks.tasks.reporter import Said
 
 Task = dict[str, Any]
 EXIT = {"running": 0, "booting": 3, "stopped": 4, "stale": 5, "absent": 6}
@@ -51,7 +52,7 @@ def task_snapshot() -> Task:
         "targets": [str(state.clean_record)],
         "uptodate": [Intact(partial(state.image_fault, state.clean_record)), _unnamed],
         "params": [NAME_PARAM],
-        "meta": {"fresh": lambda: f"{CONFIG.label}: the clean image is up to date"},
+        "meta": {"fresh": Said(lambda: f"{CONFIG.label}: the clean image is up to date")},
         "io": {"capture": False},
     }
 

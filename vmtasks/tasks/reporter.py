@@ -1,10 +1,27 @@
 """What doit prints: little. Actions say themselves what they do; this adds what was left alone, and what failed."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from doit.exceptions import UnmetDependency
 from doit.reporter import ConsoleReporter
+
+
+class Said:
+    """What to say of a task that was left alone: made only when it is said, and readable in `doit info`."""
+
+    def __init__(self, sentence: Callable[[], str]) -> None:
+        """`sentence` is called each time."""
+        self._sentence = sentence
+
+    def __call__(self) -> str:
+        """The sentence."""
+        return self._sentence()
+
+    def __repr__(self) -> str:
+        """As `doit info` shows it."""
+        return self._sentence()
 
 
 class Reporter(ConsoleReporter):  # type: ignore[misc]

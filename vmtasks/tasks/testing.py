@@ -10,6 +10,7 @@ from vmtasks import progress
 from vmtasks.results import Results, describe
 from vmtasks.tasks.context import CONFIG, action
 from vmtasks.tasks.images import Intact
+from vmtasks.tasks.reporter import Said
 
 Task = dict[str, Any]
 
@@ -69,7 +70,7 @@ def task_test() -> Iterator[Task]:
             "uptodate": [Intact(partial(results.why_stale, name))],
             "task_dep": ["snapshot"],
             "setup": ["build"],
-            "meta": {"fresh": partial(_last, results, name)},
+            "meta": {"fresh": Said(partial(_last, results, name))},
             "io": {"capture": False},
         }
 
