@@ -15,7 +15,7 @@ from msgspec import UNSET
 
 from vmtasks.errors import ConfigError
 from vmtasks.explain import explain, nul, suggest
-from vmtasks.model import BuildTable, GuestFile, PhaseTable, SuiteTable, SyncTable, Value, VmFile
+from vmtasks.model import BuildTable, Download, GuestFile, PhaseTable, SuiteTable, SyncTable, Value, VmFile
 
 CONFIG_PATH = Path("config/vm.toml")
 PHASES_PATH = Path("phases")
@@ -197,12 +197,17 @@ def _assemble(
     )
 
 
-def help_table(config: Config) -> list[tuple[str, str, str, str, str]]:
+def help_table(config: Config, environ: Mapping[str, str] = os.environ) -> list[tuple[str, str, str, str, str]]:
     """Rows for `doit help_vars`: variable, environment, value, where it came from, meaning."""
     rows = []
     for s in config.settings:
         env = s.variable.env or ((config.guest.version_env,) if config.guest.version_env else ())
         rows.append((f"{s.variable.name}=", " ".join(env), s.value, s.source, s.variable.doc))
+    made = config.guest.installer
+    if isinstance(made, Download) and made.mirror_env:
+        other = environ.get(made.mirror_env, "")
+        source = f"environment {made.mirror_env}" if other else "guest.toml"
+        rows.append(("", made.mirror_env, other or made.mirrors[0], source, "where the installer is downloaded from"))
     return rows
 
 

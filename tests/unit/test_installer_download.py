@@ -14,7 +14,7 @@ import tomli_w
 from httpserver import Site, serving
 from vmtasks import rules
 from vmtasks.build import Builder
-from vmtasks.config import load, schema
+from vmtasks.config import help_table, load, schema
 from vmtasks.errors import ConfigError, FetchError
 from vmtasks.model import GuestFile
 from vmtasks.store import MediaRecord, read_record
@@ -151,6 +151,7 @@ def test_the_environment_puts_another_mirror_in_place(tmp_path: Path, monkeypatc
         builder.fetch()
         assert assert_fetched(builder).origin == other.url(f"x/{FILE}")
         assert not usual.asked
+        assert help_table(builder.config)[-1][1:4] == ("BSD_MIRROR", other.url("x"), "environment BSD_MIRROR")
 
 
 def test_two_versions_side_by_side(tmp_path: Path):
