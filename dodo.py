@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from doit.exceptions import TaskFailed
+
 from vmtasks.tasks import *  # noqa: F403
 
 TOOLS = Path(sys.executable).parent
@@ -15,7 +17,9 @@ TOOLS = Path(sys.executable).parent
 def shell_files() -> list[str]:
     """Every file that a POSIX shell runs: by its first line, since most have no ending. Templates: see tests/unit."""
     found = [Path("doit"), *Path("vmtasks").rglob("*.sh"), *Path("phases").rglob("*"), *Path("examples").rglob("*")]
-    first = ((path, path.read_bytes()[:32].split(b"\n")[0]) for path in found if path.is_file())
+    first = (
+        (path, path.read_bytes()[:32].split(b"\n")[0]) for path in found if path.is_file() and path.suffix != ".j2"
+    )
     return sorted(str(path) for path, line in first if line.startswith((b"#!/bin/sh", b"# shellcheck shell=sh")))
 
 
@@ -30,13 +34,14 @@ CHECKS = {
 }
 
 
-def check(name: str) -> bool:
-    """Run one check with its output here; whether it passed."""
+def check(name: str) -> TaskFailed | None:
+    """Run one check with its output here."""
     tool, *words = CHECKS[name]
     files = shell_files() if name == "shell" else []
     sys.stdout.write(f"check {name}: {shlex.join([tool, *words])}\n")
     sys.stdout.flush()
-    return subprocess.run([TOOLS / tool, *words, *files], stdin=subprocess.DEVNULL, check=False).returncode == 0
+    status = subprocess.run([TOOLS / tool, *words, *files], stdin=subprocess.DEVNULL, check=False).returncode
+    return TaskFailed(f"{tool} exited with {status}") if status else None
 
 
 def task_check() -> Iterator[dict[str, Any]]:

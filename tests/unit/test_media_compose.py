@@ -12,8 +12,8 @@ import pytest
 from vmtasks import proc
 from vmtasks.errors import ImageError
 from vmtasks.media import compose
-from vmtasks.recipe import Recipe
 from vmtasks.media.tree import Entry
+from vmtasks.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(
     shutil.which("apt-get") is None or shutil.which("bsdtar") is None, reason="apt and bsdtar are needed"
