@@ -148,8 +148,8 @@ def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pi
 def end_script(pidfile: str, user: str = "") -> str:
     """A script that ends the process group which script() started: SIGTERM, 2 s, SIGKILL."""
     inner = (
-        f"group=$(cat {shlex.quote(pidfile)}) || exit 0; kill -TERM -- -$group 2>/dev/null && sleep 2; "
-        f"kill -KILL -- -$group 2>/dev/null; rm -f {shlex.quote(pidfile)}"
+        f"group=$(cat {shlex.quote(pidfile)} 2>/dev/null) || exit 0; "  # no `--` before a group: dash takes none
+        f"kill -TERM -$group 2>/dev/null && sleep 2; kill -KILL -$group 2>/dev/null; rm -f {shlex.quote(pidfile)}"
     )
     return "\n".join(_become(user, inner))
 
