@@ -1,0 +1,265 @@
+"""What is sent to a guest to run: through any login shell, csh too, as another user; and ssh's own files."""
+
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from vmtasks import proc
+from vmtasks.remote import ssh
+
+LOGIN_SHELLS = {
+    name: [path, *words, "-c"]
+    for name, words in {"sh": (), "dash": (), "bash": (), "busybox": ("sh",), "csh": (), "tcsh": (), "zsh": ()}.items()
+    if (path := shutil.which(name))
+}
+ME = pwd.getpwuid(os.getuid()).pw_name
+ODD = [
+    "it's",
+    'a "b"',
+    "$HOME `id` $(id) ${x}",
+    "back\\slash \\n \\0",
+    "!! !x a!b",
+    "a\nb\n\nc",
+    "é€😀",
+    "-n",
+    "",
+    "*",
+    "~",
+    "%s %d",
+    "#",
+]
+WORDS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20) | st.sampled_from(ODD)
+
+
+def login(shell: str, line: str, *, home: Path, stdin: str = "", **environ: str) -> "subprocess.CompletedProcess[str]":
+    """Run a command line as sshd does: by the user's login shell, in the user's home."""
+    environ = {"HOME": str(home), "PATH": os.environ["PATH"], "LC_ALL": "C", **environ}
+    done = subprocess.run(
+        [*LOGIN_SHELLS[shell], line],
+        cwd=home,
+        env=environ,
+        input=stdin.encode(),
+        capture_output=True,
+        timeout=20,
+        check=False,
+    )
+    return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
+
+
+def test_shells_to_test_with():
+    assert {"sh"} <= set(LOGIN_SHELLS)
+
+
+@pytest.mark.parametrize("shell", LOGIN_SHELLS)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(words=st.lists(WORDS, max_size=4))
+@example(words=ODD)
+def test_any_login_shell_hands_a_command_on_unchanged(shell: str, words: list[str], tmp_path: Path):
+    text = f"printf '<%s>' {proc.quote(words)}; exit 7"
+    done = login(shell, ssh.remote_line(text), home=tmp_path)
+    assert (done.stdout, done.stderr, done.returncode) == ("".join(f"<{w}>" for w in words) or "<>", "", 7)
+
+
+@pytest.mark.parametrize("shell", LOGIN_SHELLS)
+def test_a_script_of_several_lines(shell: str, tmp_path: Path):
+    text = "for word in a b; do\n    # it's a comment!\n    cat <<END\n$word \\$word\nEND\ndone\ntest -z '' && exit 3"
+    done = login(shell, ssh.remote_line(text), home=tmp_path)
+    assert (done.stdout, done.returncode) == ("a $word\nb $word\n", 3)
+
+
+# ---- folder, environment, status
+
+
+@pytest.mark.parametrize("shell", LOGIN_SHELLS)
+@pytest.mark.parametrize("folder", ["src", "odd $HOME 'n\"ame'\n!", "../up", "-n"])
+def test_a_script_runs_in_its_folder_with_its_environment(shell: str, folder: str, tmp_path: Path):
+    home = tmp_path / "home"
+    (home / folder).mkdir(parents=True)
+    env = {f"V{n}": value for n, value in enumerate(ODD)}
+    command = "pwd; " + "; ".join(f'printf "<%s>" "$V{n}"' for n in range(len(ODD)))
+    for cwd in (folder, str(home / folder)):
+        done = login(shell, ssh.remote_line(ssh.script(command, cwd=cwd, env=env)), home=home)
+        assert done.stderr == ""
+        assert done.stdout == f"{os.path.normpath(home / folder)}\n" + "".join(f"<{value}>" for value in ODD)
+
+
+def test_a_script_in_a_folder_that_is_missing_does_not_run(tmp_path: Path):
+    done = login("sh", ssh.remote_line(ssh.script("echo ran", cwd="none", env={})), home=tmp_path)
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert "none" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["exit 5", "(exit 5)", "sh -c 'exit 5'", "exit 5 # comment", "f() { return 5; }\nf", "true; false || exit 5"],
+)
+def test_the_status_is_the_commands(command: str, tmp_path: Path):
+    assert login("sh", ssh.remote_line(ssh.script(command, cwd=".", env={})), home=tmp_path).returncode == 5
+
+
+def test_output_input_and_status_as_execute_sends_it(tmp_path: Path):
+    text = ssh.script("echo out; echo err >&2; cat; exit 4", cwd=".", env={})
+    done = login("sh", ssh.remote_line(f"{{ {text}\n}} 2>&1 </dev/null"), home=tmp_path, stdin="not for it")
+    assert (done.stdout, done.stderr, done.returncode) == ("out\nerr\n", "", 4)
+
+
+# ---- another user
+
+
+def stub(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+    (folder / name).chmod(0o755)
+
+
+STUB = 'printf "%s\\n" "{name}: $1 $2 $3" >&2\nshift 3\nHOME=/elsewhere exec "$@"'
+
+
+@pytest.fixture(scope="module")
+def plain_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A PATH with all that this host has, but neither doas nor sudo."""
+    folder = tmp_path_factory.mktemp("programs")
+    folder.chmod(0o755)
+    for place in map(Path, os.environ["PATH"].split(":")):
+        for program in place.iterdir() if place.is_dir() else ():
+            link = folder / program.name
+            if program.name not in {"doas", "sudo"} and not link.is_symlink():
+                link.symlink_to(program)
+    return str(folder)
+
+
+@pytest.mark.parametrize("shell", LOGIN_SHELLS)
+@pytest.mark.parametrize("name", ["doas", "sudo"])
+def test_another_user_is_reached_through_what_the_guest_has(shell: str, name: str, tmp_path: Path, plain_path: str):
+    home = tmp_path / "home"
+    (home / "src").mkdir(parents=True)
+    stub(tmp_path / "bin", name, STUB.format(name=name))
+    text = ssh.script('pwd; echo "$V"; exit 6', cwd="src", env={"V": "it's\n!"}, user="so me")
+    path = f"{tmp_path}/bin:" + plain_path
+    done = login(shell, ssh.remote_line(text), home=home, PATH=path)
+    assert done.stderr == f"{name}: -n -u so me\n"
+    assert done.stdout == f"{home}/src\nit's\n!\n", "relative to the login user's home, not to the other's"
+    assert done.returncode == 6
+
+
+def test_doas_comes_before_sudo(tmp_path: Path):
+    for name in ("doas", "sudo"):
+        stub(tmp_path / "bin", name, STUB.format(name=name))
+    done = login(
+        "sh",
+        ssh.remote_line(ssh.script("true", cwd=".", env={}, user="x")),
+        home=tmp_path,
+        PATH=f"{tmp_path}/bin:{os.environ['PATH']}",
+    )
+    assert done.stderr.startswith("doas: ")
+
+
+def test_who_is_that_user_already_needs_neither(tmp_path: Path):
+    for name in ("doas", "sudo"):
+        stub(tmp_path / "bin", name, "exit 99")
+    text = ssh.script("id -un", cwd=".", env={}, user=ME)
+    assert (
+        login("sh", ssh.remote_line(text), home=tmp_path, PATH=f"{tmp_path}/bin:{os.environ['PATH']}").stdout
+        == f"{ME}\n"
+    )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user through su")
+@pytest.mark.parametrize("shell", LOGIN_SHELLS)
+def test_root_without_doas_and_sudo_uses_su(shell: str, tmp_path: Path, plain_path: str):
+    home = tmp_path / "home"
+    (home / "src").mkdir(parents=True)
+    for folder in (home, *home.parents[:4]):
+        if str(folder).startswith("/tmp/"):  # noqa: S108 - where pytest puts its folders
+            folder.chmod(folder.stat().st_mode | 0o055)
+    text = ssh.script('id -un; pwd; echo "$V"; exit 6', cwd="src", env={"V": "it's $x\n!"}, user="nobody")
+    path, own = plain_path, "/bin/sh" if shell == "busybox" else LOGIN_SHELLS[shell][0]
+    done = login(shell, ssh.remote_line(text), home=home, PATH=path, SHELL=own)
+    assert (done.stdout, done.returncode) == (f"nobody\n{home}/src\nit's $x\n!\n", 6), done.stderr
+
+
+def test_a_guest_where_nobody_can_be_become(tmp_path: Path, plain_path: str):
+    stub(tmp_path / "bin", "id", "case $1 in -u) echo 1000 ;; *) echo dev ;; esac")
+    environ = {"HOME": str(tmp_path), "PATH": f"{tmp_path}/bin:" + plain_path}
+    line = ssh.remote_line(ssh.script("echo ran", cwd=".", env={}, user="root"))
+    done = subprocess.run(["/bin/sh", "-c", line], env=environ, capture_output=True, text=True, timeout=20, check=False)
+    assert (done.stdout, done.returncode) == ("", 126)
+    assert done.stderr == "the guest has neither doas nor sudo: cannot become root\n"
+
+
+# ---- the end of a script
+
+
+@pytest.mark.parametrize("shell", [shell for shell in ("sh", "csh") if shell in LOGIN_SHELLS])
+def test_end_script_ends_all_that_a_script_has_started(shell: str, tmp_path: Path):
+    pidfile = tmp_path / "it's a file"
+    text = ssh.script(
+        f"sleep 60 & echo $! >{tmp_path}/sleep; trap '' TERM; wait; sleep 60", cwd=".", env={}, pidfile=str(pidfile)
+    )
+    environ = {**os.environ, "HOME": str(tmp_path)}
+    with subprocess.Popen([*LOGIN_SHELLS[shell], ssh.remote_line(text)], env=environ, start_new_session=True) as child:
+        while not (tmp_path / "sleep").exists() or not (tmp_path / "sleep").read_text():
+            time.sleep(0.02)
+        assert int(pidfile.read_text()) == child.pid
+        began = time.monotonic()
+        ended = login(shell, ssh.remote_line(ssh.end_script(str(pidfile))), home=tmp_path)
+        assert ended.stderr == ""
+        assert child.wait(5) == -signal.SIGKILL
+        assert time.monotonic() - began < 6
+    assert not proc.started(int((tmp_path / "sleep").read_text()))
+    assert not pidfile.exists()
+
+
+def test_end_script_without_anything_to_end(tmp_path: Path):
+    began = time.monotonic()
+    done = login("sh", ssh.remote_line(ssh.end_script(str(tmp_path / "none"))), home=tmp_path)
+    assert done.returncode == 0
+    assert time.monotonic() - began < 1.5
+
+
+# ---- ssh's own files
+
+
+@pytest.mark.skipif(not shutil.which("ssh"), reason="OpenSSH is not installed")
+@pytest.mark.parametrize("name", ["plain", 'it\'s a "folder"', "100%h", "a\\b", "#x", "ü"])
+def test_openssh_reads_its_configuration_as_it_was_meant(name: str, tmp_path: Path):
+    folder = tmp_path / name
+    folder.mkdir()
+    target = ssh.Target("vm-1", 22220, "dev", folder / "id_ed25519", ("ssh-ed25519 AAAA", "ssh-rsa BBBB"), folder)
+    ssh.write_config(target)
+    assert target.config.stat().st_mode & 0o777 == 0o600
+    assert (folder / "known_hosts").read_text() == "vm-1 ssh-ed25519 AAAA\nvm-1 ssh-rsa BBBB\n"
+    said = subprocess.run(["ssh", "-G", "-F", target.config, "vm-1"], capture_output=True, text=True, check=True).stdout
+    known = dict(line.partition(" ")[::2] for line in said.splitlines())
+    assert known["hostname"] == "127.0.0.1"
+    assert (known["port"], known["user"], known["hostkeyalias"]) == ("22220", "dev", "vm-1")
+    assert known["stricthostkeychecking"] in {"true", "yes"}
+    assert known["batchmode"] == "yes"
+    assert known["identityfile"].replace("%%", "%") == str(folder / "id_ed25519")
+    assert known["controlpath"].replace("%%", "%") == str(folder / "ssh")
+    assert str(folder / "known_hosts") in known["userknownhostsfile"].replace("%%", "%")
+
+
+@pytest.mark.parametrize(
+    ("said", "stage"),
+    [
+        ("ssh: connect to host 127.0.0.1 port 1: Connection refused", "nothing listens on the port"),
+        ("dev@127.0.0.1: Permission denied (publickey).", "the guest refused our key"),
+        ("Host key verification failed.", "another host key"),
+        ("Connection timed out during banner exchange", "no SSH server answers"),
+        ("kex_exchange_identification: read: Connection reset by peer", "its SSH server is not up yet"),
+        ("something new\nlast line\n", "last line"),
+        ("", "ssh gave no reason"),
+    ],
+)
+def test_the_stage_of_a_connection(said: str, stage: str):
+    assert stage in ssh.explain(said)
