@@ -104,11 +104,11 @@ class Suites:
             got = proc.run(
                 [
                     "rsync",
-                    "-rlt",
+                    "-rlts",
                     "--files-from=-",
                     "-e",
-                    f"ssh -F {target.config}",
-                    f"{target.name}:{shlex.quote(cwd)}/",
+                    f"ssh -F {shlex.quote(str(target.config))}",
+                    f"{target.name}:{cwd}/",
                     f"{folder}/",
                 ],
                 timeout_s=ARTIFACTS_S,

@@ -35,17 +35,17 @@ def sync(target: Target, source: Path, dest: str, exclude: Sequence[str], *, del
     """
     argv = [
         "rsync",
-        "-rlptD",
+        "-rlptDs",  # s: paths go past the remote shell, and so need no quoting for it, which versions of rsync differ in
         "--out-format=%i %n",
         *(["--delete"] if delete else []),
         *(f"--exclude={pattern}" for pattern in exclude),
         "-e",
-        f"ssh -F {target.config}",
+        f"ssh -F {shlex.quote(str(target.config))}",
         "--rsync-path",
         f"mkdir -p {shlex.quote(dest)} && rsync",
         "--",
         f"{source}/",
-        f"{target.name}:{shlex.quote(dest)}/",
+        f"{target.name}:{dest}/",
     ]
     try:
         out = proc.run(argv, timeout_s=TIMEOUT_S).stdout
@@ -61,10 +61,10 @@ def sync(target: Target, source: Path, dest: str, exclude: Sequence[str], *, del
 def itemised(out: str) -> Synced:
     """What `--out-format='%i %n'` says: files and links that were sent (folders left out), and what was deleted."""
     sent, deleted = [], []
-    for line in out.splitlines():
+    for line in out.split("\n"):
         flags, _, name = line.partition(" ")
         if flags == "*deleting":
-            deleted.append(name.strip())
+            deleted.append(name.removeprefix("  "))  # %i is 11 wide
         elif flags[:1] in "<>ch" and flags[1:2] in "fLDS" and len(flags) > 9:
             sent.append(name)
     return Synced(tuple(sent), tuple(deleted))
