@@ -62,7 +62,7 @@ def tree(config: Config) -> Iterator[str]:
         yield f"sync.source = {config.sync.source!r}: there is no folder {show(source)}; name the tree to sync"
     yield from destination(config.sync.dest)
     for pattern in config.sync.exclude:
-        if not pattern.strip() or "\n" in pattern:
+        if not pattern.removeprefix("+ ").removeprefix("- ").strip() or "\n" in pattern:
             yield f"sync.exclude = {pattern!r}: an empty pattern or one with a line break; remove it"
     for name in config.vars:
         if name not in config.guest.vars:

@@ -35,7 +35,7 @@ def sync(target: Target, source: Path, dest: str, exclude: Sequence[str], *, del
     """
     argv = [
         "rsync",
-        "-rlptDs",  # s: paths go past the remote shell, and so need no quoting for it, which versions of rsync differ in
+        "-rlptDs",  # s: names go past the remote shell; how they are quoted for it differs between versions
         "--out-format=%i %n",
         *(["--delete"] if delete else []),
         *(f"--exclude={pattern}" for pattern in exclude),

@@ -18,13 +18,12 @@ SETTLED_NS = 2_000_000_000
 def excluder(patterns: Sequence[str]) -> re.Pattern[bytes] | None:
     """An expression for the whole paths, as bytes (folders end in `/`), that simple rsync patterns exclude.
 
-    What is not simple is left out, and after a `+` also what follows: it may be kept by that. A digest that sees too
-    much only runs a suite once more.
+    What is not simple is left out, after a `+` also what follows, which it may keep, and what is before a `!`, which
+    clears the list. A digest that sees too much only runs a suite once more.
     """
     parts = []
-    for pattern in map(os.fsencode, patterns):
-        if pattern == b"!":
-            parts.clear()
+    cleared = max((n for n, pattern in enumerate(patterns, 1) if pattern == "!"), default=0)
+    for pattern in map(os.fsencode, patterns[cleared:]):
         if pattern.startswith(b"+ "):
             break
         body = pattern.removeprefix(b"/").removesuffix(b"/")
@@ -33,7 +32,7 @@ def excluder(patterns: Sequence[str]) -> re.Pattern[bytes] | None:
         words = {b"*": b"[^/]*", b"?": b"[^/]"}
         simple = b"".join(words.get(c, re.escape(c)) for c in (body[i : i + 1] for i in range(len(body))))
         start = b"" if pattern.startswith(b"/") else b"(?:.*/)?"
-        parts.append(start + simple + (b"/" if pattern.endswith(b"/") else b"/?"))
+        parts.append(start + simple + rb"(?<!/)" + (b"/" if pattern.endswith(b"/") else b"/?"))
     return re.compile(b"|".join(parts), re.DOTALL) if parts else None
 
 

@@ -1,0 +1,322 @@
+"""What rsync really sends, against what we say of it: itemised, excluded, and in the tree's digest."""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import strategies as st
+
+from vmtasks.errors import CommandError, SshError
+from vmtasks.remote import tree
+from vmtasks.remote.ssh import Target
+from vmtasks.remote.sync import Synced, itemised, sync
+from vmtasks.remote.tree import excluder, tree_digest
+
+pytestmark = pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
+
+REMOTE = """#!/bin/sh
+# In the place of ssh: runs the command here, as sshd would in the user's home. Arguments: -F config name command...
+test "$1" = -F || exit 98
+test "$2" = "$EXPECTED_CONFIG" || exit 99
+shift 3
+cd "$HOME" && exec ${LOGIN_SHELL:-/bin/sh} -c "$*"
+"""
+
+
+@pytest.fixture(params=["plain", "odd 'name', $x \"y\""])
+def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/ssh").write_text(REMOTE)
+    (tmp_path / "bin/ssh").chmod(0o755)
+    folder = tmp_path / request.param
+    folder.mkdir()
+    target = Target("vm", 22220, "dev", folder / "key", (), folder)
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("EXPECTED_CONFIG", str(target.config))
+    return target
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    root = tmp_path / "source"
+    (root / "sub").mkdir(parents=True)
+    (root / "a").write_text("a")
+    (root / "sub/b c").write_text("b")
+    (root / "link").symlink_to("a")
+    (root / "empty").mkdir()
+    return root
+
+
+def listing(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+# ---- sync
+
+
+@pytest.mark.parametrize("dest", ["src", "new/deep/folder", "a folder 'x' $HOME *"])
+def test_sync_makes_the_folder_equal(dest: str, target: Target, source: Path, tmp_path: Path):
+    there = tmp_path / "home" / dest
+    assert len(sync(target, source, dest, []).sent) == 3
+    assert listing(there) == listing(source)
+    assert str(sync(target, source, dest, [])) == "nothing to send"
+    (source / "a").write_text("changed")
+    (source / "sub/b c").unlink()
+    assert str(sync(target, source, dest, [])) == "1 sent, 1 deleted"
+    assert (there / "a").read_text() == "changed"
+    assert listing(there) == listing(source)
+
+
+def test_sync_to_an_absolute_folder_and_through_csh(
+    target: Target, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    if csh := shutil.which("csh"):
+        monkeypatch.setenv("LOGIN_SHELL", csh)
+    sync(target, source, str(tmp_path / "else where"), [])
+    assert listing(tmp_path / "else where") == listing(source)
+
+
+def test_sync_without_delete(target: Target, source: Path, tmp_path: Path):
+    sync(target, source, "src", [])
+    (tmp_path / "home/src/made there").touch()
+    assert sync(target, source, "src", [], delete=False) == Synced((), ())
+    assert sync(target, source, "src", []) == Synced((), ("made there",))
+
+
+def test_what_is_excluded_is_neither_sent_nor_deleted(target: Target, source: Path, tmp_path: Path):
+    sync(target, source, "src", ["/build/"])
+    (tmp_path / "home/src/build").mkdir()
+    (source / "build").mkdir()
+    (source / "build/x").touch()
+    assert sync(target, source, "src", ["/build/"]) == Synced((), ())
+    assert (tmp_path / "home/src/build").exists()
+
+
+def test_sync_that_loses_its_connection(target: Target, source: Path, tmp_path: Path):
+    (tmp_path / "bin/ssh").write_text("#!/bin/sh\necho 'Connection refused' >&2\nexit 255\n")
+    with pytest.raises(SshError, match="Connection refused"):
+        sync(target, source, "src", [])
+
+
+def test_sync_that_cannot_write(target: Target, source: Path, tmp_path: Path):
+    (tmp_path / "home/src").write_text("a file")
+    with pytest.raises((CommandError, SshError)):
+        sync(target, source, "src", [])
+
+
+# ---- itemised
+
+
+ODD_NAMES = [
+    "plain",
+    " leading",
+    "trailing ",
+    "two  spaces",
+    "*deleting x",
+    "<f+++++++++ x",
+    "\u2028line",
+    "\x85next",
+    "a\\#b",
+    "é",
+    "x\x0cy",
+]
+
+
+def test_itemised_names_are_those_of_the_files(tmp_path: Path):
+    for name in ODD_NAMES:
+        (tmp_path / "from" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "from" / name).touch()
+    (tmp_path / "from/dir").mkdir()
+
+    def run() -> Synced:
+        argv = ["rsync", "-rlptD8", "--delete", "--out-format=%i %n", f"{tmp_path}/from/", f"{tmp_path}/to/"]
+        return itemised(subprocess.run(argv, capture_output=True, check=True).stdout.decode())
+
+    printable = {name for name in ODD_NAMES if name not in {"x\x0cy", "a\\#b"}}  # rsync writes those in its own way
+    assert printable <= set(run().sent)
+    assert itemised("") == Synced((), ())
+    shutil.rmtree(tmp_path / "from")
+    (tmp_path / "from").mkdir()
+    deleted = run().deleted
+    assert printable | {"dir/"} <= set(deleted)
+    assert len(deleted) == len(ODD_NAMES) + 1
+
+
+def test_itemised_counts_files_and_links_not_folders_and_times():
+    out = (
+        "cd+++++++++ ./\n<f+++++++++ new\n<f.st...... changed\ncL+++++++++ link -> new\n.d..t...... dir/\n"
+        ".f...p..... only mode\nhf+++++++++ hard => new\n*deleting   old\nnoise\n"
+    )
+    assert itemised(out) == Synced(("new", "changed", "link -> new", "hard => new"), ("old",))
+
+
+# ---- exclude patterns
+
+NAMES = ["a", "b", "ab", "a.o", "b.c", "é.o", "a.o\n", "A", "build"]
+SPECIAL = [
+    "*", "?", "/", "//", "a/", "/a/", "*/", "/*", "/*/", "a/b", "a/*", "/a/b", "*.o", "build/", "/build", "!", "a//",
+    "//a", "./a", "a/.", "a/b/", "**", "a**", "**/a", "[ab]", "\\a", "a\\*", ".", "..", "a/../b", "?.o", "é*", "***",
+    "a/***",
+]  # fmt: skip
+PATTERN = st.text("ab.*?/o+-! é", min_size=1, max_size=6) | st.sampled_from([*SPECIAL, "+ a", "- a", "+ *.o", "+ /a/"])
+
+
+@pytest.fixture(scope="module")
+def forest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders, files and links of the same few names, three deep."""
+    root = tmp_path_factory.mktemp("forest")
+    for outer in ("a", "b", "build"):
+        for inner in ("a", "ab", "build"):
+            folder = root / outer / inner
+            folder.mkdir(parents=True)
+            for name in NAMES:
+                if not (folder / name).exists():
+                    (folder / name).touch()
+        (root / outer / "b").symlink_to("a")
+        (root / outer / "x.o").symlink_to("nowhere")
+    for name in NAMES:
+        if not (root / name).exists():
+            (root / name).touch()
+    (root / "links").symlink_to("a")
+    return root
+
+
+def sent_by_rsync(root: Path, patterns: list[str], to: Path) -> set[str] | None:
+    """What rsync would send to an empty place, with the options that sync() uses; None when it takes no such pattern."""
+    argv = ["rsync", "-rlptDs8n", "--out-format=%n", *(f"--exclude={p}" for p in patterns), f"{root}/", f"{to}/"]
+    done = subprocess.run(argv, capture_output=True, check=False)
+    if done.returncode == 1:
+        return None
+    said = done.stdout.decode()
+    return {line.replace("\\#012", "\n").rstrip("/") for line in said.split("\n")} - {
+        "",
+        ".",
+        "created directory " + str(to),
+    }
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(patterns=st.lists(PATTERN, max_size=4))
+@example(patterns=["*.o"])
+@example(patterns=["+ a.o", "*.o"])
+@example(patterns=["*.o", "!"])
+@example(patterns=["?", "+ ?", "!"])
+@example(patterns=["?.o"])
+@example(patterns=["b/"])
+@example(patterns=["a//"])
+@example(patterns=["//a"])
+def test_the_digest_never_omits_what_rsync_sends(patterns: list[str], forest: Path, tmp_path: Path):
+    sent = sent_by_rsync(forest, patterns, tmp_path / "to")
+    assume(sent is not None)
+    seen = {name for name, _ in tree._walk(forest, excluder(patterns))}
+    assert sent - seen == set(), "a change of these would not be noticed"
+    if all(p in {"*.o", "/build/", "build", "a/", "/a/b", "?"} for p in patterns):
+        assert seen - sent == set(), "usual patterns are understood exactly"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*.o", "/build/", "build", "a/", "/a/b", "b", "a/b", "?", "/*", "*/", "é*", "a*", "/a/*"]
+)
+def test_usual_patterns_are_understood_exactly(pattern: str, forest: Path, tmp_path: Path):
+    assert {name for name, _ in tree._walk(forest, excluder([pattern]))} == sent_by_rsync(
+        forest, [pattern], tmp_path / "to"
+    )
+
+
+# ---- the digest of a tree
+
+
+def settle(root: Path, cache: Path) -> str:
+    """The digest, with all files remembered as if they had not changed for long."""
+    tree.SETTLED_NS, before = -(10**12), tree.SETTLED_NS
+    try:
+        return tree_digest(root, [], cache)
+    finally:
+        tree.SETTLED_NS = before
+
+
+CHANGES = {
+    "content": lambda root: (root / "a").write_text("A"),
+    "content longer": lambda root: (root / "a").write_text("aa"),
+    "mode": lambda root: (root / "a").chmod(0o755),
+    "mode of a folder": lambda root: (root / "empty").chmod(0o700),
+    "link": lambda root: ((root / "link").unlink(), (root / "link").symlink_to("b")),
+    "link to file": lambda root: ((root / "link").unlink(), (root / "link").write_text("a")),
+    "rename": lambda root: (root / "a").rename(root / "A"),
+    "move": lambda root: (root / "a").rename(root / "sub/a"),
+    "new": lambda root: (root / "new").touch(),
+    "new folder": lambda root: (root / "sub/new").mkdir(),
+    "gone": lambda root: (root / "a").unlink(),
+    "folder to fifo": lambda root: (
+        (root / "empty").rmdir(), os.mkfifo(root / "empty"), (root / "empty").chmod(0o755),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("cached", [False, True])
+def test_any_change_shows(change: str, cached: bool, source: Path, tmp_path: Path):  # noqa: FBT001
+    cache = tmp_path / "cache.json" if cached else None
+    before = settle(source, cache) if cache else tree_digest(source, [])
+    assert tree_digest(source, [], cache) == before
+    CHANGES[change](source)
+    assert tree_digest(source, [], cache) != before
+
+
+def test_times_and_places_do_not_show(source: Path, tmp_path: Path):
+    before = tree_digest(source, [])
+    os.utime(source / "a", (0, 0))
+    assert tree_digest(source, []) == before
+    assert tree_digest(source.rename(tmp_path / "moved"), []) == before
+
+
+def test_what_is_excluded_does_not_show(source: Path):
+    before = tree_digest(source, ["*.o"])
+    (source / "x.o").touch()
+    assert tree_digest(source, ["*.o"]) == before
+
+
+def test_a_change_that_keeps_size_and_time_shows(source: Path, tmp_path: Path):
+    """As `sed -i` followed by `touch -r` makes it, or an unpacked archive."""
+    path, cache = source / "a", tmp_path / "cache.json"
+    before, stat = settle(source, cache), path.stat()
+    time.sleep(0.02)
+    path.write_text("A")
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert tree_digest(source, [], cache) != before
+
+
+def test_a_second_change_in_the_same_moment_shows(source: Path, tmp_path: Path):
+    cache = tmp_path / "cache.json"
+    digests = set()
+    for n in range(50):
+        (source / "a").write_text(f"{n:02d}")
+        digests.add(tree_digest(source, [], cache))
+    assert len(digests) == 50
+
+
+def test_the_cache_is_used(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    cache = tmp_path / "cache.json"
+    before = settle(source, cache)
+    monkeypatch.setattr(tree, "_sha256", lambda path: pytest.fail(f"{path} was read"))
+    assert tree_digest(source, [], cache) == before
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{", '{"a": 5}', '{"a": []}', '{"a": null}', '{"a": ["x"]}', "\0"]
+)
+def test_a_damaged_cache_costs_only_time(content: str, source: Path, tmp_path: Path):
+    cache = tmp_path / "cache.json"
+    cache.write_text(content)
+    assert tree_digest(source, [], cache) == tree_digest(source, [])
+
+
+def test_names_that_are_no_text(source: Path, tmp_path: Path):
+    (Path(os.fsdecode(os.fsencode(source) + b"/\xff"))).touch()
+    assert tree_digest(source, ["*.o"], tmp_path / "c") == tree_digest(source, ["*.o"], tmp_path / "c")
