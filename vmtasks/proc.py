@@ -30,6 +30,9 @@ PACKAGES = {
 }
 """Program -> Debian package; other distributions name them alike or in docs/."""
 
+Child = subprocess.Popen[bytes]
+"""A process of ours that must be reaped."""
+
 TIMED_OUT = 124
 """The status of a command that was ended at its deadline, as timeout(1) has it."""
 
@@ -141,7 +144,7 @@ def spawn(
     pass_fds: Sequence[int] = (),
     pipe: bool = False,
     stdin: bool = False,
-) -> Iterator[subprocess.Popen[bytes]]:
+) -> Iterator[Child]:
     """Start a helper and see to it that it is gone when the block ends.
 
     Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`), and otherwise nowhere. The child
@@ -171,7 +174,7 @@ def spawn(
                 stream.close()
 
 
-def detach(argv: Sequence[str | Path], output: IO[bytes]) -> subprocess.Popen[bytes]:
+def detach(argv: Sequence[str | Path], output: IO[bytes]) -> Child:
     """Start a process that outlives us, in a session of its own; what it says goes to `output`."""
     words = [str(word) for word in argv]
     words[0] = find(words[0])
@@ -181,7 +184,16 @@ def detach(argv: Sequence[str | Path], output: IO[bytes]) -> subprocess.Popen[by
     )
 
 
-def end(child: subprocess.Popen[bytes], grace_s: float = 2.0) -> int:
+def wait(child: Child, timeout_s: float) -> bool:
+    """Whether the child ended within `timeout_s`."""
+    try:
+        child.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def end(child: Child, grace_s: float = 2.0) -> int:
     """Make sure that a child and its process group are gone: SIGTERM, `grace_s`, SIGKILL. Returns its status."""
     if child.poll() is None:
         _signal(child, signal.SIGTERM)
@@ -192,7 +204,7 @@ def end(child: subprocess.Popen[bytes], grace_s: float = 2.0) -> int:
     return shell_status(child.wait())
 
 
-def _signal(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
+def _signal(child: Child, number: signal.Signals) -> None:
     """Signal the process group that `child` leads. Not after it was reaped: its number may be somebody else's then."""
     if child.returncode is None:
         with suppress(ProcessLookupError):

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,6 +19,7 @@ import msgspec
 from vmtasks import atomic, proc, progress
 from vmtasks.config import FALLBACK_PORTS, Config, show_size
 from vmtasks.errors import MachineError, SshError, StateError, VmTasksError
+from vmtasks.lock import lock
 from vmtasks.machine import vm
 from vmtasks.machine.argv import Spec, on_terminal
 from vmtasks.machine.console import Transcript
@@ -196,7 +197,7 @@ class Machine:
             record = self.record()
             if record is not None:
                 self._stop(record, note)
-            gone = [path for path in sorted(self.folder.iterdir()) if path.name != "lock"]
+            gone = sorted(self.folder.iterdir())
             shutil.rmtree(self.sockets, ignore_errors=True)
             shutil.rmtree(self.folder)
         return gone
@@ -208,24 +209,15 @@ class Machine:
         """What only this machine's QEMU has in its command line."""
         return str(self.sockets / "qmp")
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
-        from filelock import FileLock, Timeout  # noqa: PLC0415
-
-        self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(self.folder / "lock")
-            try:
-                lock.acquire(timeout=0)
-            except Timeout:
-                progress.say(f"machine {self.name}: another command is at work on it; waiting")
-                lock.acquire(timeout=LOCK_S)
-            try:
-                yield
-            finally:
-                lock.release()
-        except Timeout:
-            raise StateError(f"machine {self.name} was busy with another command for {LOCK_S:g} s") from None
+    def _lock(self) -> contextlib.AbstractContextManager[int]:
+        """Be the only command at work on the machine. The lock is beside its folder, which destroy() removes."""
+        what = f"machine {self.name}"
+        return lock(
+            self.folder.with_name(f".{self.name}.lock"),
+            what,
+            timeout_s=LOCK_S,
+            waiting=lambda holder: progress.say(f"{what}: {holder} is at work on it; waiting"),
+        )
 
     def _image(self, snapshot: str) -> ImageRecord:
         path = self.state.snapshot_record(snapshot)

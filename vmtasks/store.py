@@ -14,7 +14,7 @@ import contextlib
 import hashlib
 import os
 import tomllib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeVar
 
@@ -22,6 +22,7 @@ import msgspec
 
 from vmtasks import atomic
 from vmtasks.errors import StateError
+from vmtasks.lock import Waiting, lock
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -177,40 +178,11 @@ class Store:
 
     # -- locks
 
-    @contextlib.contextmanager
-    def lock(self, name: str, *, timeout_s: float, waiting: Callable[[str], None] | None = None) -> Iterator[int]:
-        """Be the only writer of `name`; gives the lock's file descriptor.
-
-        `waiting` is told once who holds it. StateError after `timeout_s` seconds. The kernel drops the lock when its
-        last holder dies, however that happens.
-        """
-        from filelock import FileLock, Timeout  # noqa: PLC0415
-
-        path = self.root / "locks" / f"{name}.lock"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        owner = path.with_suffix(".owner")
-        lock = FileLock(path)
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            holder = _read_text(owner) or "another process"
-            if waiting is not None and timeout_s > 0:
-                waiting(holder)
-            try:
-                lock.acquire(timeout=timeout_s, poll_interval=0.2)
-            except Timeout:
-                raise StateError(
-                    f"{name} is locked by {holder}, and was for {timeout_s:g} s",
-                    hint=f"wait for it, or end that process; the lock is {path}",
-                ) from None
-        # A copy of the descriptor, for a QEMU to inherit: filelock closes its own in every forked child.
-        shared = os.dup(int(lock._context.lock_file_fd))  # type: ignore[arg-type]  # noqa: SLF001 - it has no other door
-        try:
-            owner.write_text(f"process {os.getpid()}")
-            yield shared
-        finally:
-            os.close(shared)
-            lock.release()
+    def lock(
+        self, name: str, *, timeout_s: float, waiting: Waiting | None = None
+    ) -> contextlib.AbstractContextManager[int]:
+        """Be the only writer of `name`; see vmtasks.lock."""
+        return lock(self.root / "locks" / f"{name}.lock", name, timeout_s=timeout_s, waiting=waiting)
 
 
 def file_fault(path: Path, size: int, mtime_ns: int, sha256: str = "") -> str:
@@ -243,10 +215,3 @@ def write_record(path: Path, record: msgspec.Struct) -> None:
     import tomli_w  # noqa: PLC0415
 
     atomic.write(path, tomli_w.dumps(msgspec.to_builtins(record)))
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 
 from httpserver import Reply, Site, serving
 from vmtasks.errors import FetchError, StateError
+from vmtasks.lock import lock
 from vmtasks.media import decompress, transfer
-from vmtasks.media import fetch as module
 from vmtasks.media.digest import Digest, parse_bsd_sums
 from vmtasks.media.fetch import fetch
 from vmtasks.media.meter import Meter
@@ -60,7 +60,7 @@ def get(wanted: Want, folder: Path, **more) -> Fetched:
 
 def names(folder: Path, pattern: str = "*") -> list[str]:
     """What is left, but for the lock."""
-    return sorted(path.name for path in folder.glob(pattern) if path.suffix != ".lock")
+    return sorted(path.name for path in folder.glob(pattern) if path.suffix not in {".lock", ".owner"})
 
 
 def assert_whole(got: Fetched, folder: Path, plain: bytes = PLAIN) -> None:
@@ -512,12 +512,12 @@ def test_two_at_once_fetch_once(folder: Path):
         assert len(site.asked) == 1
     assert len(results) == 2
     assert_whole(results[0], folder)
-    assert said == [f"{NAME} is being fetched by another process; waiting for it"]
+    assert said == [f"{NAME}: process {os.getpid()} is fetching it; waiting"]
 
 
 def test_waiting_for_another_has_a_deadline(folder: Path):
-    with serving({NAME: PACKED}) as site, module._locked(_lock(folder, want(site)), NAME, 0, None):
-        with pytest.raises(StateError, match="another process is fetching"):
+    with serving({NAME: PACKED}) as site, lock(_lock(folder, want(site)), NAME, timeout_s=0):
+        with pytest.raises(StateError, match=f"{NAME} is locked by process {os.getpid()}"):
             get(want(site), folder, limits=Limits(total_s=0.2))
         assert not site.asked
 

@@ -11,7 +11,6 @@ import logging
 import os
 import selectors
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -300,7 +299,7 @@ def boot(qemu: Path, image: Path, name: Name, cpu: str, limit_s: float) -> Run:
     return Run(status, total_s, seen["E"] - seen["B"] if done else None, said)
 
 
-def marks(child: subprocess.Popen[bytes], deadline_s: float) -> dict[str, float]:
+def marks(child: proc.Child, deadline_s: float) -> dict[str, float]:
     """When (monotonic seconds) the sector wrote each of its letters; returns when QEMU has ended or at the deadline."""
     seen: dict[str, float] = {}
     if child.stdout is None:
@@ -313,15 +312,13 @@ def marks(child: subprocess.Popen[bytes], deadline_s: float) -> dict[str, float]
                 break
             for letter in data.decode("latin-1"):
                 seen.setdefault(letter, time.monotonic())
-    try:
-        # The pipe closes a moment before the process ends.
-        child.wait(max(0.1, deadline_s - time.monotonic()))
-    except subprocess.TimeoutExpired:
+    # The pipe closes a moment before the process ends.
+    if not proc.wait(child, max(0.1, deadline_s - time.monotonic())):
         log.debug("QEMU %d still runs at its deadline", child.pid)
     return seen
 
 
-def kill(child: subprocess.Popen[bytes]) -> None:
+def kill(child: proc.Child) -> None:
     """SIGKILL, because a QEMU stuck in KVM heeds nothing less; to the group, because QEMU may be behind a wrapper."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGKILL)

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ SOCKET_PATH_BYTES = 107
 class Booted:
     """A QEMU that is our child, with its console and its control socket open."""
 
-    process: subprocess.Popen[bytes]
+    process: proc.Child
     serial: console.Serial
     control: qmp.Qmp
 
@@ -67,7 +66,7 @@ def boot(spec: argv.Spec, output: Path, *, pass_fds: Sequence[int] = ()) -> Iter
         yield Booted(child, serial, control)
 
 
-def _ended(child: subprocess.Popen[bytes]) -> Callable[[], bool]:
+def _ended(child: proc.Child) -> Callable[[], bool]:
     return lambda: child.poll() is not None
 
 

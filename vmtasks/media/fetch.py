@@ -8,14 +8,13 @@
 <name>.<key>.lock       held by the one process that fetches this
 """
 
-import contextlib
 import errno
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
-from vmtasks.errors import FetchError, StateError
+from vmtasks.errors import FetchError
+from vmtasks.lock import lock
 from vmtasks.media.digest import Digest, holds
 from vmtasks.media.meter import megabytes
 from vmtasks.media.transfer import Progress, Record, Transfer, free_bytes, read_json
@@ -48,7 +47,9 @@ def fetch(
         if (found := _reuse(want, folder)) is not None:
             return found
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f"{stem(want)}.lock", want.name, deadline, waiting):
+        left = max(0.0, deadline - time.monotonic())
+        told = None if waiting is None else lambda holder: waiting(f"{want.name}: {holder} is fetching it; waiting")
+        with lock(folder / f"{stem(want)}.lock", want.name, timeout_s=left, waiting=told):
             return _reuse(want, folder) or Transfer(want, folder, limits, progress, deadline).run()
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
@@ -58,29 +59,6 @@ def fetch(
             f"{want.name} could not be stored in {folder}: {reason}",
             hint=f"{hint}, then run it again: what has arrived is kept",
         ) from error
-
-
-@contextlib.contextmanager
-def _locked(path: Path, name: str, deadline: float, waiting: Say | None) -> Iterator[None]:
-    from filelock import FileLock, Timeout  # noqa: PLC0415
-
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if waiting is not None:
-            waiting(f"{name} is being fetched by another process; waiting for it")
-        try:
-            lock.acquire(timeout=max(0.0, deadline - time.monotonic()), poll_interval=0.1)
-        except Timeout:
-            raise StateError(
-                f"another process is fetching {name} and did not end in time",
-                hint=f"wait for it, or end that process; the lock is {path}",
-            ) from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _reuse(want: Want, folder: Path) -> Fetched | None:
