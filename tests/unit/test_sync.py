@@ -188,7 +188,7 @@ def forest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sent_by_rsync(root: Path, patterns: list[str], to: Path) -> set[str] | None:
-    """What rsync would send to an empty place, with the options that sync() uses; None when it takes no such pattern."""
+    """What rsync would send to an empty place, as sync() runs it; None when it takes no such pattern."""
     argv = ["rsync", "-rlptDs8n", "--out-format=%n", *(f"--exclude={p}" for p in patterns), f"{root}/", f"{to}/"]
     done = subprocess.run(argv, capture_output=True, check=False)
     if done.returncode == 1:
