@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmtasks import atomic, proc, progress
+from vmtasks import atomic, hardware, proc, progress
 from vmtasks.config import Config
 from vmtasks.errors import PhaseError, VmTasksError
 from vmtasks.machine import vm
@@ -76,22 +76,13 @@ def make(job: Job, lock: int) -> ImageRecord:
 
 def spec(job: Job, partial: Path, sockets: Path, firmware: Path | None) -> Spec:
     """The machine that the phase boots on."""
-    hardware = job.config.guest.machine
-    return Spec(
+    return hardware.spec(
+        job.config,
+        job.accel,
         name=f"{job.config.label}-{job.phase.name}",
-        accel=job.accel.name,
-        cpu=hardware.cpu.get(job.accel.name, job.accel.cpu),
-        machine_type=hardware.type,
-        memory=job.config.memory,
-        cpus=job.config.cpus,
         disk=partial,
-        disk_bus=hardware.disk_bus,
-        disk_serial=hardware.disk_serial,
         cds=tuple(job.isos[cd] for cd in job.phase.cds),
-        cd_bus=hardware.cd_bus,
         boot=job.phase.boot,
-        nic=hardware.nic,
-        rng=hardware.rng,
         console_socket=sockets / "console",
         console_log=job.console_log,
         qmp_socket=sockets / "qmp",

@@ -5,18 +5,17 @@
 """
 
 import contextlib
-import dataclasses
 import hashlib
 import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 
-from vmtasks import atomic, proc, progress
+from vmtasks import atomic, hardware, proc, progress
 from vmtasks.config import FALLBACK_PORTS, Config, show_size
 from vmtasks.errors import MachineError, SshError, StateError, VmTasksError
 from vmtasks.lock import lock
@@ -154,9 +153,7 @@ class Machine:
                     host_keys=[],
                 )
             )
-            spec = dataclasses.replace(
-                self._spec(self._free_port()), cds=(installer,), cd_bus=self.config.guest.machine.cd_bus, boot="cd"
-            )
+            spec = self._spec(self._free_port(), cds=(installer,), boot="cd")
             note("the installer's console is here; Ctrl-A X ends the machine, Ctrl-A C is QEMU's monitor")
             proc.attach(on_terminal(spec))
 
@@ -313,26 +310,19 @@ class Machine:
         offer = f"doit port={free} start, or port=auto" if free else "ports 22220 to 22229 are taken too; choose port=N"
         raise MachineError(f"port {wanted[0]} is taken{f' by {holder}' if holder else ''}", hint=offer)
 
-    def _spec(self, port: int) -> Spec:
-        config, hardware, accel = self.config, self.config.guest.machine, self.state.accel
-        return Spec(
+    def _spec(self, port: int, **more: Any) -> Spec:
+        return hardware.spec(
+            self.config,
+            self.state.accel,
             name=self.name,
-            accel=accel.name,
-            cpu=hardware.cpu.get(accel.name, accel.cpu),
-            machine_type=hardware.type,
-            memory=config.memory,
-            cpus=config.cpus,
             disk=self.disk.absolute(),
-            disk_bus=hardware.disk_bus,
-            disk_serial=hardware.disk_serial,
-            nic=hardware.nic,
-            network=config.network,
+            network=self.config.network,
             ssh_port=port,
-            rng=hardware.rng,
             console_socket=self.sockets / "serial",
             console_log=self.console_log.absolute(),
             qmp_socket=self.sockets / "qmp",
             pidfile=(self.folder / f"{self.name}.pid").absolute(),
+            **more,
         )
 
     def _free_port(self) -> int:
