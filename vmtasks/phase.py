@@ -3,6 +3,7 @@
 A phase is believed only if the guest's verdict is 0 and the guest powered itself off. Everything else has a cause.
 """
 
+import re
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -199,11 +200,19 @@ class Phase:
             what = f" ({self.transcript.last_command})" if self.transcript.last_command else ""
             self._fail("verdict", f"its script exited with {self.status}{what}")
 
+    def _reason(self) -> str:
+        """The kernel's own word for why it panicked, which the trace that follows may have scrolled away."""
+        texts = [failure.expect for failure in self.failures if failure.cause == "panic"]
+        said = next((line for line in self.transcript.lines if any(re.search(text, line) for text in texts)), "")
+        return f" ({re.sub(r'^\[ *[0-9.]+\] ', '', said).strip()})" if said else ""
+
     def _fail(self, cause: str, sentence: str, *, linger_s: float = 0.0) -> None:
         """Raise PhaseError; first listen a little longer where more is likely to come."""
         until = time.monotonic() + linger_s
         while linger_s and (left := until - time.monotonic()) > 0 and self.booted.process.poll() is None:
             self._take(self.booted.serial.read(left))
+        if cause == "panic":
+            sentence += self._reason()
         where = f" at step '{self.step}'" if self.step else ""
         raise PhaseError(f"{self.title}: {sentence}{where}", cause=cause, console=self.transcript.tail())
 

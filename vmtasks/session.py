@@ -231,7 +231,8 @@ class Machine:
     def _make(self, snapshot: str, image: ImageRecord) -> MachineRecord:
         """A fresh overlay and a record: a stopped machine that was never started."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.disk.unlink(missing_ok=True)
+        for old in (self.disk, self.folder / "ready"):
+            old.unlink(missing_ok=True)
         size = max(image.virtual_size, self.config.disk_size)
         disk.overlay(self.disk, self.state.store.image(image.digest), size=size)
         record = MachineRecord(
@@ -248,6 +249,7 @@ class Machine:
 
     def _boot(self, record: MachineRecord) -> ssh.Target:
         config, accel = self.config, self.state.accel
+        vm.end_stray(self.sockets / "qmp")
         for old in (self.sockets / "ssh", self.sockets / "qmp", self.sockets / "serial"):
             old.unlink(missing_ok=True)
         with progress.step(f"start {self.name}") as step:
@@ -354,6 +356,9 @@ class Machine:
                 pid, self._mark, [("power off in the guest", power_off, POWEROFF_S * factor)], self.sockets / "qmp"
             )
             note(f"machine {self.name} stopped ({rung})")
+        elif vm.end_stray(self.sockets / "qmp"):
+            rung = "QMP quit"
+            note(f"machine {self.name} stopped ({rung}): whoever started it was killed before it was recorded")
         ssh.close(self.target(record))
         for leftover in (f"{self.name}.pid", f"{self.name}.ports"):
             (self.folder / leftover).unlink(missing_ok=True)

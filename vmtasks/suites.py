@@ -1,13 +1,14 @@
 """Sync, build and run the user's suites in a machine, and collect what they leave."""
 
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from vmtasks import atomic, plan, proc
-from vmtasks.errors import CommandError, SshError
+from vmtasks.errors import CommandError, SshError, StateError
 from vmtasks.model import SuiteTable
 from vmtasks.remote import ssh
 from vmtasks.remote.sync import Synced, sync
@@ -16,6 +17,9 @@ from vmtasks.session import Machine
 from vmtasks.store import write_record
 
 ARTIFACTS_S = 600.0
+CHOWN_S = 300.0
+RSYNC_PARTIAL = 23
+"""rsync's status when some files could not be written or removed; see rsync(1), EXIT VALUES."""
 
 
 class Suites:
@@ -28,29 +32,41 @@ class Suites:
         self.machine = Machine(results.config)
 
     def sync(self) -> Synced:
-        """Bring the tree into the machine."""
+        """Bring the tree into the machine. What a suite that ran as root has left in it is taken back first, if need be."""
         target = self.machine.running()
-        table = self.config.sync
-        return sync(target, self.results.source(), table.dest, self.results.excludes(), delete=table.delete)
+        self._ready.unlink(missing_ok=True)
+        try:
+            return self._send(target)
+        except CommandError as error:
+            if error.status != RSYNC_PARTIAL:
+                raise
+            take = ssh.script(f"chown -R -h {target.user} .", cwd=self.config.sync.dest, env={}, user="root")
+            proc.run(target.argv(ssh.remote_line(take)), timeout_s=CHOWN_S, check=False)
+            return self._send(target)
 
     def build(self, sink: Callable[[bytes], None]) -> None:
         """Run the build command, if there is one. CommandError when it fails."""
         table = self.config.build
-        if not table.command.strip():
-            return
-        text = ssh.script(table.command, cwd=self.config.sync.dest, env=table.env, pidfile="/tmp/.vmtasks-build")  # noqa: S108 - in the guest
-        status = self._execute(text, sink, table.timeout_s, "/tmp/.vmtasks-build", "")  # noqa: S108
-        if status != 0:
-            how = f"did not end within {table.timeout_s} s" if status == proc.TIMED_OUT else f"exited with {status}"
-            raise CommandError(f"build: {table.command!r} {how} in the guest", status=status)
+        self._ready.unlink(missing_ok=True)
+        if table.command.strip():
+            text = ssh.script(table.command, cwd=self.config.sync.dest, env=table.env, pidfile="/tmp/.vmtasks-build")  # noqa: S108 - in the guest
+            status = self._execute(text, sink, table.timeout_s, "/tmp/.vmtasks-build", "")  # noqa: S108
+            if status != 0:
+                how = f"did not end within {table.timeout_s} s" if status == proc.TIMED_OUT else f"exited with {status}"
+                raise CommandError(f"build: {table.command!r} {how} in the guest", status=status)
+        self._ready.touch()
 
     def run(self, name: str, sink: Callable[[bytes], None]) -> ResultRecord:
         """Run a suite, collect its artifacts and its JUnit file, and keep the result. Failure is a result too."""
         from vmtasks import junit  # noqa: PLC0415
 
         suite, parts = self.config.suites[name], self.results.parts(name)
+        # With --continue doit also runs a task whose setup has failed.
+        if not self._ready.exists():
+            raise StateError(f"suite {name} was not run: the machine does not hold the tree, built", hint="doit build")
         folder = self.results.folder / name
-        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
         pidfile = f"/tmp/.vmtasks-{name}"  # noqa: S108 - in the guest
         cwd = self.config.sync.dest if suite.cwd == "." else f"{self.config.sync.dest}/{suite.cwd}"
         fresh = f"rm -f {shlex.quote(suite.junit)}; " if suite.junit else ""
@@ -79,6 +95,15 @@ class Suites:
         )
         write_record(self.results.folder / f"{name}.toml", record)
         return record
+
+    @property
+    def _ready(self) -> Path:
+        """There while the machine holds the tree and it was built; gone as soon as either is begun anew."""
+        return self.machine.folder / "ready"
+
+    def _send(self, target: ssh.Target) -> Synced:
+        table = self.config.sync
+        return sync(target, self.results.source(), table.dest, self.results.excludes(), delete=table.delete)
 
     def _execute(self, text: str, sink: Callable[[bytes], None], timeout_s: float, pidfile: str, user: str) -> int:
         target = self.machine.running()

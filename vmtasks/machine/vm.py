@@ -17,6 +17,7 @@ from vmtasks.errors import CommandError, MachineError
 from vmtasks.machine import argv, console, qmp
 
 LAUNCH_S = 30.0
+STRAY_S = 10.0
 SOCKET_PATH_BYTES = 107
 """A UNIX socket's address holds no longer path; see unix(7)."""
 
@@ -88,6 +89,21 @@ def launch(spec: argv.Spec, output: Path) -> Pid:
             raise MachineError(f"QEMU did not start: {said or error.message}", log=output) from None
         raise
     return Pid(child.pid, proc.started(child.pid))
+
+
+def end_stray(qmp_socket: Path) -> bool:
+    """End a QEMU that serves this socket and stands in no record: its starter was killed too soon. True if there was one.
+
+    A QEMU behind a socket in our private folder is ours, whatever its process id.
+    """
+    if not qmp_socket.exists():
+        return False
+    try:
+        with qmp.connect(qmp_socket, timeout_s=0, ended=lambda: True) as control:
+            control.cmd("quit")
+    except MachineError:
+        return False
+    return wait_until(lambda: not qmp_socket.exists(), STRAY_S)
 
 
 def port_taken(error: MachineError) -> bool:

@@ -1,0 +1,240 @@
+"""The whole way from an installer to results: what runs, and what does not run again."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import pytest
+from conftest import Ended, Project, copy_store, listeners
+
+LOOPBACK = "0100007F"
+THREE = ["1-install", "2-packages", "3-provision"]
+INSTALL, ALL = ("auto_install",), ("auto_install", "quick")
+PHASE_3 = "phases/tiny/3-provision.sh.j2"
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture(scope="module")
+def seen() -> set[str]:
+    """Addresses on which anything of the first run listened."""
+    return set()
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Project]:
+    """A project with a store of its own, in which there is only the installer."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    project = Project(folder / "project", copy_store(store, folder / "store", images=False))
+    yield project
+    project.clean_up()
+
+
+@pytest.fixture(scope="module")
+def first(built: Project, seen: set[str]) -> Ended:
+    """The first run: installs, starts, syncs, tests."""
+    run = built.start(*ALL)
+    while run.process.poll() is None:
+        seen |= listeners([run.process.pid, *built.qemus()])
+        time.sleep(0.2)
+    return run.wait()
+
+
+@pytest.fixture
+def project(built: Project, first: Ended) -> Project:
+    """The project after its first run. Each test leaves it as it was."""
+    first.good()
+    return built
+
+
+def test_the_first_run_ends_with_the_results_of_the_example(project: Project, first: Ended, seen: set[str]) -> None:
+    assert [boot.phase for boot in project.boots()] == THREE
+    assert project.published() == {boot.digest for boot in project.boots()}
+    counts = {}
+    for name in ("unit", "mount"):
+        suite = ET.parse(project.state / "results" / f"{name}.xml").getroot()  # noqa: S314 - ours
+        cases = suite.findall(".//testcase")
+        assert not suite.findall(".//failure")
+        assert not suite.findall(".//error")
+        counts[name] = len(cases)
+    assert counts == {"unit": 14, "mount": 11}
+    assert "14 passed" in first.output
+    assert "11 passed" in first.output
+    assert seen == {LOOPBACK}
+
+
+def test_the_second_run_boots_nothing_and_runs_no_suite(project: Project) -> None:
+    boots, results, pid = project.boots(), project.results(), project.machine()["pid"]
+    output = project.doit(*ALL).good()
+    assert "nothing has changed" in output
+    assert "14 passed" in output, "the last result is shown"
+    assert (project.boots(), project.results(), project.machine()["pid"]) == (boots, results, pid)
+
+
+def test_one_byte_in_a_phase_boots_only_that_phase_and_back_nothing(project: Project) -> None:
+    before, old = len(project.boots()), project.digest(3)
+    project.append(PHASE_3, "#\n")
+    project.doit(*INSTALL).good()
+    assert [boot.phase for boot in project.boots()[before:]] == ["3-provision"]
+    assert project.digest(3) != old
+    text = (project.root / PHASE_3).read_text()
+    (project.root / PHASE_3).write_text(text.removesuffix("#\n"))
+    project.doit(*INSTALL).good()
+    assert len(project.boots()) == before + 1
+    assert project.digest(3) == old
+
+
+@pytest.mark.parametrize("variable", ["memory=300M", "cpus=2", "port=auto", "name=other", "network=none"])
+def test_what_the_machine_is_made_of_boots_no_phase(project: Project, variable: str) -> None:
+    before = project.boots()
+    project.doit(variable, *INSTALL).good()
+    assert project.boots() == before
+
+
+def test_a_changed_source_syncs_and_tests_only(project: Project) -> None:
+    boots, results = project.boots(), project.results()
+    project.append("examples/project/README.md", "more\n")
+    output = project.doit(*ALL).good()
+    assert "1 sent, 0 deleted" in output
+    assert project.boots() == boots
+    assert all(project.results()[name] > when for name, when in results.items())
+
+
+def test_what_is_gone_from_the_source_goes_from_the_guest(project: Project) -> None:
+    extra = project.root / "examples/project/extra"
+    extra.write_text("here\n")
+    project.doit("sync").good()
+    assert project.ssh("cat project/extra").stdout == "here\n"
+    extra.unlink()
+    assert "1 deleted" in project.doit("sync").good()
+    assert project.ssh("cat project/extra").returncode != 0
+    assert project.ssh("test -x project/build/ringlog").returncode == 0, "what is excluded stays"
+
+
+def test_a_lost_database_boots_nothing_and_runs_no_suite(project: Project) -> None:
+    project.doit("quick").good()
+    boots, results = project.boots(), project.results()
+    for path in project.state.glob("doit.sqlite3*"):
+        path.unlink()
+    project.doit(*ALL).good()
+    assert (project.boots(), project.results()) == (boots, results)
+
+
+def suite(project: Project, text: str) -> None:
+    """Add suites to the project's configuration, in place of those that a test before has added."""
+    path = project.root / "config/vm.toml"
+    path.write_text(path.read_text().partition("# here\n")[0] + "# here\n" + text)
+
+
+def test_a_failing_suite_runs_again_and_a_passing_one_does_not(project: Project) -> None:
+    suite(
+        project,
+        """
+[suites.bad]
+command = "echo ran bad; exit 3"
+[suites.good]
+command = "echo ran good; echo $WORD >made.txt; mkdir -p out; echo a >out/a.txt; id -un >out/b.txt"
+user = "root"
+env = {WORD = "it's"}
+artifacts = ["made.txt", "out/*"]
+""",
+    )
+    output = project.doit("test:bad", "test:good").bad()
+    assert "ran bad" in output
+    assert "(status 3)" in output
+    assert "ran good" not in output, "doit stops at the first failure"
+    output = project.doit("--continue", "test:bad", "test:good").bad()
+    assert "ran bad" in output
+    assert "ran good" in output
+    fetched = project.state / "results" / "good"
+    assert (fetched / "made.txt").read_text() == "it's\n"
+    assert (fetched / "out/a.txt").read_text() == "a\n"
+    assert (fetched / "out/b.txt").read_text() == "root\n"
+    output = project.doit("--continue", "test:bad", "test:good").bad()
+    assert "ran bad" in output
+    assert "ran good" not in output
+    assert "ran good" in project.doit("-a", "test:good").good()
+    bad = ET.parse(project.state / "results" / "bad.xml").getroot()  # noqa: S314 - ours
+    assert len(bad.findall(".//failure")) + len(bad.findall(".//error")) == 1
+
+
+def test_a_suite_says_itself_how_it_went(project: Project) -> None:
+    report = '<testsuite name=\\"own\\"><testcase name=\\"one\\"/><testcase name=\\"two\\"><failure/></testcase></testsuite>'
+    suite(
+        project,
+        f"""
+[suites.own]
+command = "echo '{report}' >own.xml"
+junit = "own.xml"
+[suites.tap]
+command = "echo 1..2; echo ok 1 - a; echo not ok 2 - b"
+""",
+    )
+    output = project.doit("--continue", "test:own", "test:tap").bad()
+    assert output.count("1 passed, 1 failed") >= 2, output
+    names = ET.parse(project.state / "results" / "own.xml").getroot().findall(".//testcase")  # noqa: S314 - ours
+    assert [case.get("name") for case in names] == ["one", "two"]
+
+
+@pytest.mark.parametrize("user", ["", "root"])
+def test_a_deadline_ends_in_the_guest_what_the_suite_has_started(project: Project, user: str) -> None:
+    suite(
+        project,
+        f"""
+[suites.slow]
+command = "sleep 3131 & (sleep 3131; true) | sleep 3131"
+user = "{user}"
+timeout_s = 2
+""",
+    )
+    output = project.doit("test:slow").bad()
+    assert "2 s" in output
+    assert project.ssh("ps -o args | grep '[s]leep 3131'").stdout == ""
+
+
+def test_a_build_that_fails_runs_no_suite(project: Project) -> None:
+    project.edit("config/vm.toml", 'command = "make"  ', 'command = "make nothing-of-this-name"  ')
+    try:
+        output = project.doit("-a", "test:unit").bad()
+    finally:
+        project.edit("config/vm.toml", 'command = "make nothing-of-this-name"  ', 'command = "make"  ')
+    assert "nothing-of-this-name" in output
+    assert "ok 1 - makes a ring" not in output
+
+
+def test_state_that_was_removed_costs_no_boot(project: Project) -> None:
+    project.doit("stop").good()
+    boots = len(project.boots())
+    assert boots
+    shutil.rmtree(project.state)
+    project.doit(*INSTALL).good()
+    assert project.boots() == []
+    assert (project.tiny / "clean.toml").exists()
+
+
+def test_an_image_that_lost_a_byte_is_noticed_and_built_again(project: Project) -> None:
+    project.doit(*INSTALL).good()
+    before, image = len(project.boots()), project.image(2)
+    image.chmod(0o644)
+    size = image.stat().st_size
+    with image.open("rb+") as file:
+        file.truncate(size - 1)
+    output = project.doit(*INSTALL).good()
+    assert f"has {size - 1} bytes, its record says {size}" in output
+    assert [boot.phase for boot in project.boots()[before:]] == ["2-packages", "3-provision"]
+    project.doit("start").good()
+    assert project.ssh("true").returncode == 0
+
+
+def test_another_store_has_another_key_and_still_logs_in(tmp_path: Path, project: Project) -> None:
+    other = copy_store(project.store, tmp_path / "store", images=True)
+    shutil.rmtree(other / "keys")
+    before = len(project.boots())
+    project.doit("stop").good()
+    output = project.doit("start", env={"VMTASKS_STORE": str(other)}).good()
+    assert [boot.phase for boot in project.boots()[before:]] == ["3-provision"]
+    assert "starts afresh" in output
+    assert project.ssh("true").returncode == 0
+    assert (other / "keys/id_ed25519").read_bytes() != (project.store / "keys/id_ed25519").read_bytes()
