@@ -204,7 +204,8 @@ class Phase:
         """The kernel's own word for why it panicked, which the trace that follows may have scrolled away."""
         texts = [failure.expect for failure in self.failures if failure.cause == "panic"]
         said = next((line for line in self.transcript.lines if any(re.search(text, line) for text in texts)), "")
-        return f" ({re.sub(r'^\[ *[0-9.]+\] ', '', said).strip()})" if said else ""
+        plain = re.sub(r"^\[ *[0-9.]+\] ", "", said).strip()
+        return f" ({plain})" if plain else ""
 
     def _fail(self, cause: str, sentence: str, *, linger_s: float = 0.0) -> None:
         """Raise PhaseError; first listen a little longer where more is likely to come."""

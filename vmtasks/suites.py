@@ -32,7 +32,7 @@ class Suites:
         self.machine = Machine(results.config)
 
     def sync(self) -> Synced:
-        """Bring the tree into the machine. What a suite that ran as root has left in it is taken back first, if need be."""
+        """Bring the tree into the machine. What a suite that ran as root has left there is taken back if need be."""
         target = self.machine.running()
         self._ready.unlink(missing_ok=True)
         try:

@@ -33,7 +33,9 @@ def _left_alone(project: Project) -> Iterator[None]:
     assert project.published() == before
     assert project.qemus() == []
     digests = {boot.digest for boot in project.boots()}
-    assert not [path for path in (project.store / "images").iterdir() if path.name.partition(".")[0] in digests - before]
+    assert not [
+        path for path in (project.store / "images").iterdir() if path.name.partition(".")[0] in digests - before
+    ]
 
 
 def script(project: Project, path: str, text: str) -> None:
@@ -151,7 +153,11 @@ def test_a_phase_cd_whose_script_may_not_be_executed(project: Project) -> None:
 
 
 def test_a_prompt_that_never_comes(project: Project) -> None:
-    project.edit(GUEST, 'expect = \'(?m)^OK $\'\nsend = "boot\\r"', "expect = 'nobody says this'\ntimeout_s = 1\nsend = \"boot\\r\"")
+    project.edit(
+        GUEST,
+        "expect = '(?m)^OK $'\nsend = \"boot\\r\"",
+        "expect = 'nobody says this'\ntimeout_s = 1\nsend = \"boot\\r\"",
+    )
     seen = fail(project)
     assert "'nobody says this', which did not come" in seen.sentence
     assert "OK" in seen.console

@@ -92,9 +92,9 @@ def launch(spec: argv.Spec, output: Path) -> Pid:
 
 
 def end_stray(qmp_socket: Path) -> bool:
-    """End a QEMU that serves this socket and stands in no record: its starter was killed too soon. True if there was one.
+    """End a QEMU that serves this socket and stands in no record. True if there was one.
 
-    A QEMU behind a socket in our private folder is ours, whatever its process id.
+    Whoever started it was killed before it could write the record. A QEMU behind a socket in our private folder is ours, whatever its process id.
     """
     if not qmp_socket.exists():
         return False

@@ -78,13 +78,15 @@ def task_test() -> Iterator[Task]:
 def _run(results: Results, name: str) -> Any:
     from doit.exceptions import TaskFailed  # noqa: PLC0415
 
+    from vmtasks.proc import TIMED_OUT  # noqa: PLC0415
+
     progress.say(f"test:{name}: {CONFIG.suites[name].command}")
     record = suites(results).run(name, _live)
     if record.status != 0:
-        log = results.folder / name / "output.log"
-        return TaskFailed(
-            f"{describe(record)} (status {record.status})\nlog: {log}\nhint: doit ssh; {results.xml(name)}"
-        )
+        log, limit = results.folder / name / "output.log", CONFIG.suites[name].timeout_s
+        late = record.status == TIMED_OUT and record.duration_s >= limit
+        how = f"ended at its deadline of {limit} s" if late else f"status {record.status}"
+        return TaskFailed(f"{describe(record)} ({how})\nlog: {log}\nhint: doit ssh; {results.xml(name)}")
     progress.say(f"test:{name}: {describe(record)}")
     return None
 
