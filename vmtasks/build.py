@@ -8,7 +8,7 @@ import hashlib
 from functools import cached_property
 from pathlib import Path
 
-from vmtasks import atomic, image, plan, proc, progress
+from vmtasks import atomic, image, plan, proc, progress, tidy
 from vmtasks.media import installer, template
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
@@ -46,6 +46,7 @@ class Builder(State):
         FetchError for a download that nothing is known to hold against, unless `allow_unverified` says yes, or did so
         in this project before.
         """
+        tidy.register(self.store, self.config.vm_dir)
         recipe = installer.recipe_digest(self.config)
         record = self._media(recipe, allow_unverified=allow_unverified)
         if record is None:
@@ -99,17 +100,18 @@ class Builder(State):
             entries.append(Entry("packages", "dir", 0o555))
         write_iso(self.iso(number), entries, label=f"PHASE{number}")
 
-    def build(self, number: int) -> None:
+    def build(self, number: int, *, anew: bool = False) -> None:
         """Have the image of phase `number` in the store and say in its record which it is.
 
-        Boots a guest only if the store holds no intact image for the digest. PhaseError when the guest fails.
+        Boots a guest only if the store holds no intact image for the digest, or `anew`. PhaseError when it fails.
         """
         digest, title = self.digest(number), f"phase {self.phase(number).name} of {self.config.label}"
         record, why = self.store.find(digest)
-        if record is None:
+        if record is None or anew:
             with self.store.lock(f"image-{digest}", timeout_s=LOCK_S, waiting=self._waiting(title)) as lock:
                 record, why = self.store.find(digest)
-                if record is None:
+                if record is None or anew:
+                    why = why or "asked for anew"
                     if why != "not built yet":
                         progress.say(f"{title}: {why}; building it again")
                     self.store.drop(digest)
@@ -118,6 +120,7 @@ class Builder(State):
 
     def snapshot(self) -> None:
         """Name the last phase's image `clean`."""
+        tidy.register(self.store, self.config.vm_dir)
         last = self.phase_record(len(self.config.guest.phases))
         write_record(self.clean_record, last)
 

@@ -1,5 +1,6 @@
 """`vmtasks ...`: what is wanted outside a project's task graph; `init` starts one."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -42,6 +43,24 @@ def init(
     for path in scaffold(folder, guest):
         typer.echo(f"wrote {path}")
     typer.echo(f"next: cd {folder} && doit auto_install quick", err=True)
+
+
+@app.command()
+def prune(
+    store: Annotated[
+        Path | None, typer.Option(envvar="VMTASKS_STORE", help="The store; by default the user's cache folder.")
+    ] = None,
+) -> None:
+    """Remove images and installers that no project's record names."""
+    from vmtasks.config import default_store  # noqa: PLC0415
+    from vmtasks.store import Store  # noqa: PLC0415
+    from vmtasks.tidy import prune as tidy  # noqa: PLC0415
+
+    root = store or default_store(os.environ)
+    gone, size = tidy(Store(root))
+    for path in gone:
+        typer.echo(f"removed {path}")
+    typer.echo(f"{len(gone)} removed, {size >> 20} MiB, from {root}", err=True)
 
 
 @app.command()

@@ -156,7 +156,7 @@ def _assemble(
         version, version_source = version_from_env, f"environment {guest.version_env}"
     port = _or(machine.ssh_port, 2222)
     folder = _folder(*given["dir"]) if "dir" in given else Path(".vm")
-    store = _folder(*given["store"]) if "store" in given else _default_store(environ)
+    store = _folder(*given["store"]) if "store" in given else default_store(environ)
     values: dict[str, tuple[str, str]] = {
         "accel": _from(machine.accel, "auto", path, "default"),
         "cpus": _from(machine.cpus, hardware.cpus, path, "guest.toml"),
@@ -307,7 +307,7 @@ def _from(value: Any, default: Any, path: Path, otherwise: str) -> tuple[str, st
     return (str(default), otherwise) if value is UNSET else (str(value), show(path))
 
 
-def _default_store(environ: Mapping[str, str]) -> Path:
+def default_store(environ: Mapping[str, str]) -> Path:
     """The user's cache folder, as platformdirs has it; its import is not worth 15 ms on Linux."""
     if os.uname().sysname == "Linux":
         base = environ.get("XDG_CACHE_HOME", "")

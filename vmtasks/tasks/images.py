@@ -1,7 +1,7 @@
 """Tasks that make images: fetch, render, phase_iso, phase, snapshot, auto_install, clean_phases."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,38 @@ def task_phase() -> Iterator[Task]:
         yield {
             "name": str(number),
             "doc": state.phase(number).name,
-            "actions": [action(partial(run_step, "build", number))],
+            "actions": [action(partial(_build, number))],
+            "params": [
+                {
+                    "name": "anew",
+                    "long": "anew",
+                    "type": bool,
+                    "default": False,
+                    "help": "boot it although its image is there: for packages that have changed elsewhere",
+                }
+            ],
             "file_dep": [*_inputs(CONFIG), str(state.record(number - 1)), str(state.iso(number))],
             "targets": [str(state.record(number))],
-            "uptodate": [Intact(partial(state.why_stale, number)), config_changed(str(CONFIG.disk_size))],
+            "uptodate": [
+                Intact(partial(state.why_stale, number)),
+                config_changed(str(CONFIG.disk_size)),
+                without_option("anew"),
+            ],
             "io": {"capture": False},
         }
+
+
+def _build(number: int, anew: bool) -> None:  # noqa: FBT001 - doit passes it by name
+    run_step("build", number, anew=anew)
+
+
+def without_option(name: str) -> Callable[[Any, Any], bool]:
+    """Up to date only if the task was not given the option `name`."""
+
+    def check(task: Any, values: Any) -> bool:  # noqa: ARG001 - doit passes them by name
+        return not (task.options or {}).get(name)
+
+    return check
 
 
 def task_auto_install() -> Task:

@@ -12,7 +12,7 @@ from vmtasks.config import help_table, show_size
 from vmtasks.errors import MissingToolError, StateError, VmTasksError
 from vmtasks.state import CLEAN, State
 from vmtasks.tasks.context import CONFIG, action
-from vmtasks.tasks.images import Intact, run_step
+from vmtasks.tasks.images import Intact, run_step, without_option
 from vmtasks.tasks.reporter import Said
 
 Task = dict[str, Any]
@@ -50,16 +50,11 @@ def task_snapshot() -> Task:
         "actions": [(action(snapshot),)],
         "file_dep": [str(state.record(last))],
         "targets": [str(state.clean_record)],
-        "uptodate": [Intact(partial(state.image_fault, state.clean_record)), _unnamed],
+        "uptodate": [Intact(partial(state.image_fault, state.clean_record)), without_option("name")],
         "params": [NAME_PARAM],
         "meta": {"fresh": Said(lambda: f"{CONFIG.label}: the clean image is up to date")},
         "io": {"capture": False},
     }
-
-
-def _unnamed(task: Any, values: Any) -> bool:  # noqa: ARG001 - doit passes them by name
-    """A snapshot with a name is always saved."""
-    return not (task.options or {}).get("name")
 
 
 def task_start() -> Task:
@@ -157,7 +152,8 @@ def describe(view: "View") -> list[str]:
     lines = [f"machine {view.name} is {meaning[view.status]}"]
     record = view.record
     if record is not None:
-        lines.append(f"  image    {record.guest} {record.snapshot} ({record.image[:12]})")
+        made = f"{record.snapshot} ({record.image[:12]})" if record.image else "installed by hand"
+        lines.append(f"  image    {record.guest} {made}")
     if record is not None and view.ssh:
         up = progress.seconds(time.time() - record.started)
         lines += [
