@@ -252,7 +252,8 @@ class Machine:
         vm.end_stray(self.sockets / "qmp")
         for old in (self.sockets / "ssh", self.sockets / "qmp", self.sockets / "serial"):
             old.unlink(missing_ok=True)
-        with progress.step(f"start {self.name}") as step:
+        history, key = progress.History(self.state.store.root / "history.json"), f"start {self.config.label}"
+        with progress.step(f"start {self.name}", expected_s=history.expected_s(key)) as step:
             step.now(f"boot ({accel.name}, {config.cpus} CPU, {show_size(config.memory)})")
             pid, port = self._launch()
             record = msgspec.structs.replace(
@@ -267,12 +268,14 @@ class Machine:
             )
             self._write(record)
             try:
-                return self._wait(record)
+                target = self._wait(record)
             except BaseException as error:
-                self._stop(record, lambda _: None)
+                self._stop(record, lambda _: None, gentle=False)
                 if isinstance(error, VmTasksError):
                     raise SshError(error.message, log=self.console_log, console=self._tail()) from None
                 raise
+        history.record(key, step.elapsed_s)
+        return target
 
     def _wait(self, record: MachineRecord) -> ssh.Target:
         """Wait until SSH answers.
@@ -336,25 +339,29 @@ class Machine:
         note(f"machine {self.name} is running (pid {record.pid}, port {record.ssh_port})")
         return target
 
-    def _stop(self, record: MachineRecord, note: Callable[[str], None]) -> str:
+    def _gentle(self, record: MachineRecord) -> list[vm.Rung]:
+        """The rungs that let the guest put its file systems in order."""
+        target, factor = self.target(record), self.state.accel.factor
+        inside = ssh.script(self.config.guest.poweroff, cwd="/", env={}, user="root")
+
+        def power_off() -> bool:
+            reached = ssh.is_ready(target)
+            if reached:
+                proc.run(target.argv(ssh.remote_line(inside)), timeout_s=20, check=False)
+            return reached
+
+        return [
+            ("power off in the guest", power_off, POWEROFF_S * factor),
+            ("ACPI power button", vm.control(self.sockets / "qmp", "system_powerdown"), POWEROFF_S * factor / 2),
+        ]
+
+    def _stop(self, record: MachineRecord, note: Callable[[str], None], *, gentle: bool = True) -> str:
         """Down the ladder; afterwards the record says that the machine is at rest."""
         pid = self.pid(record)
         rung = "already stopped"
         if pid is not None:
-            target = self.target(record)
-            command = self.config.guest.poweroff
-            inside = ssh.script(command, cwd="/", env={}, user="root")
-
-            def power_off() -> bool:
-                reached = ssh.is_ready(target)
-                if reached:
-                    proc.run(target.argv(ssh.remote_line(inside)), timeout_s=20, check=False)
-                return reached
-
-            factor = self.state.accel.factor
-            rung = vm.stop(
-                pid, self._mark, [("power off in the guest", power_off, POWEROFF_S * factor)], self.sockets / "qmp"
-            )
+            rungs = self._gentle(record) if gentle else []
+            rung = vm.stop(pid, self._mark, rungs, self.sockets / "qmp")
             note(f"machine {self.name} stopped ({rung})")
         elif vm.end_stray(self.sockets / "qmp"):
             rung = "QMP quit"

@@ -45,6 +45,10 @@ class Pid:
         )
 
 
+Rung = tuple[str, Callable[[], object], float]
+"""A step of the ladder by which a machine is stopped: name, action, seconds to wait unless the action gave False."""
+
+
 @contextlib.contextmanager
 def boot(spec: argv.Spec, output: Path, *, pass_fds: Sequence[int] = ()) -> Iterator[Booted]:
     """Run QEMU as our child for the length of the block; it never outlives us. What it says itself goes to `output`.
@@ -94,7 +98,8 @@ def launch(spec: argv.Spec, output: Path) -> Pid:
 def end_stray(qmp_socket: Path) -> bool:
     """End a QEMU that serves this socket and stands in no record. True if there was one.
 
-    Whoever started it was killed before it could write the record. A QEMU behind a socket in our private folder is ours, whatever its process id.
+    Whoever started it was killed before it could write the record. A QEMU behind a socket in our private folder is
+    ours, whatever its process id.
     """
     if not qmp_socket.exists():
         return False
@@ -111,27 +116,18 @@ def port_taken(error: MachineError) -> bool:
     return "Could not set up host forwarding rule" in error.message
 
 
-def stop(pid: Pid, mark: str, rungs: Sequence[tuple[str, Callable[[], object], float]], qmp_socket: Path) -> str:
+def stop(pid: Pid, mark: str, rungs: Sequence[Rung], qmp_socket: Path) -> str:
     """Climb the ladder until the machine is gone; returns the rung that was needed.
 
-    `rungs` come first, each (name, action, seconds to wait unless it returns False); then the ACPI button, QMP quit,
-    SIGTERM and SIGKILL. Nothing is sent to a process that is not provably ours.
+    `rungs` come first; then QMP quit, SIGTERM and SIGKILL. Nothing is sent to a process that is not provably ours.
     """
-
-    def control(command: str) -> Callable[[], object]:
-        def send() -> None:
-            with qmp.connect(qmp_socket, timeout_s=5) as connection:
-                connection.cmd(command)
-
-        return send
 
     def send_signal(number: int) -> Callable[[], object]:
         return lambda: os.kill(pid.number, number) if pid.alive(mark) else None
 
     ladder = [
         *rungs,
-        ("ACPI power button", control("system_powerdown"), 30.0),
-        ("QMP quit", control("quit"), 10.0),
+        ("QMP quit", control(qmp_socket, "quit"), 10.0),
         ("SIGTERM", send_signal(signal.SIGTERM), 5.0),
         ("SIGKILL", send_signal(signal.SIGKILL), 5.0),
     ]
@@ -146,6 +142,16 @@ def stop(pid: Pid, mark: str, rungs: Sequence[tuple[str, Callable[[], object], f
         if wait_until(lambda: not pid.alive(mark), wait_s, every_s=0.05):
             return name
     raise MachineError(f"process {pid.number} did not end even after SIGKILL", hint="is it stuck in the kernel? see ps")
+
+
+def control(qmp_socket: Path, command: str) -> Callable[[], None]:
+    """An action for a rung: run one QMP command."""
+
+    def send() -> None:
+        with qmp.connect(qmp_socket, timeout_s=5) as connection:
+            connection.cmd(command)
+
+    return send
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, *, every_s: float = 0.1) -> bool:
