@@ -5,7 +5,6 @@
 """
 
 import contextlib
-import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from vmtasks import atomic, hardware, proc, progress
+from vmtasks import atomic, hardware, proc, progress, snapshots
 from vmtasks.config import FALLBACK_PORTS, Config, show_size
 from vmtasks.errors import MachineError, SshError, StateError, VmTasksError
 from vmtasks.lock import lock
@@ -184,7 +183,7 @@ class Machine:
                 raise StateError(f"machine {self.name} has no disk to save", hint="doit start")
             if self.pid(record) is not None:
                 raise StateError(f"machine {self.name} is running: its disk is not at rest", hint="doit stop")
-            return self._save(record, name)
+            return snapshots.save(self.state, self.disk, record, name)
 
     def destroy(self, note: Callable[[str], None] = progress.say) -> list[Path]:
         """Stop the machine and remove all that belongs to it; returns what was removed."""
@@ -373,31 +372,6 @@ class Machine:
             (self.sockets / leftover).unlink(missing_ok=True)
         self._write(msgspec.structs.replace(record, pid=0, pid_started=""))
         return rung
-
-    def _save(self, record: MachineRecord, name: str) -> ImageRecord:
-        """Flatten the disk into the store under a digest of its own, then name it."""
-        store = self.state.store
-        digest = hashlib.sha256(f"{self.name} {name} {time.time_ns()}".encode()).hexdigest()
-        disk.flatten(self.disk, store.partial(digest))
-        virtual = int(disk.info(store.partial(digest))["virtual-size"])
-        saved = store.publish(
-            digest,
-            lambda stat, sha256: ImageRecord(
-                digest=digest,
-                guest=self.config.guest.name,
-                version=self.config.version,
-                name=name,
-                size=stat.st_size,
-                mtime_ns=stat.st_mtime_ns,
-                sha256=sha256,
-                virtual_size=virtual,
-                ssh_user=record.ssh_user,
-                host_keys=record.host_keys,
-                created=round(time.time(), 3),
-            ),
-        )
-        write_record(self.state.snapshot_record(name), PhaseRecord(digest=digest, sha256=saved.sha256))
-        return saved
 
     def _write(self, record: MachineRecord) -> None:
         write_record(self.folder / "machine.toml", record)
