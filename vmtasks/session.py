@@ -178,6 +178,8 @@ class Machine:
     def snapshot(self, name: str) -> ImageRecord:
         """Save the stopped machine's disk as a snapshot of its own, which needs no other image."""
         with self._lock():
+            if self.state.snapshot_record(name) == self.state.clean_record:
+                raise StateError("'clean' is the image that the phases end in; save the machine under another name")
             record = self.record()
             if record is None or not self.disk.is_file():
                 raise StateError(f"machine {self.name} has no disk to save", hint="doit start")

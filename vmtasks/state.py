@@ -3,6 +3,7 @@
 Cheap to import: doit asks these questions at every run, also when nothing is to be done.
 """
 
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from vmtasks.config import Config
-from vmtasks.errors import StateError
+from vmtasks.errors import ConfigError, StateError
 from vmtasks.model import PhaseTable
 from vmtasks.store import MediaRecord, Store, file_fault, read_record
 
+SNAPSHOT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 CLEAN, MANUAL = "clean", "manual"
 """The snapshot that the phases end in, and what a machine says that was installed by hand."""
 
@@ -90,7 +92,9 @@ class State:
         return self.home / "logs" / f"{self.phase(number).name}.console.log"
 
     def snapshot_record(self, name: str) -> Path:
-        """The record that says which image the snapshot `name` is."""
+        """The record that says which image the snapshot `name` is. ConfigError for what is no name."""
+        if not re.fullmatch(SNAPSHOT, name):
+            raise ConfigError(f"{name!r} is no name for a snapshot; use letters, digits, '.', '_' and '-'")
         return self.home / ("clean.toml" if name == CLEAN else f"snapshots/{name}.toml")
 
     def machine_folder(self, name: str) -> Path:
