@@ -89,8 +89,9 @@ def machine(folder: Path, image: bytes, **changes: Any) -> Spec:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Callable[..., Went]]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Went]]:
     folders: list[Path] = []
+    monkeypatch.setattr("vmtasks.phase.PANIC_LINES_S", 0.3)
 
     def boot(
         image: bytes,
@@ -234,9 +235,9 @@ def test_a_bad_verdict_without_power_off(run):
 
 
 def test_the_time_for_powering_off_is_scaled(run):
-    image = sector(phase(TOKEN, power=False), wait_ticks(36), power_off())
-    assert run(image, limits=Limits(10, 10, poweroff_s=0.5, factor=8)).error is None
-    assert run(image, limits=Limits(10, 10, poweroff_s=0.5)).error.cause == "no-poweroff"
+    image = sector(phase(TOKEN, power=False), wait_ticks(18), power_off())
+    assert run(image, limits=Limits(10, 10, poweroff_s=0.3, factor=20)).error is None
+    assert run(image, limits=Limits(10, 10, poweroff_s=0.3)).error.cause == "no-poweroff"
 
 
 def test_output_after_the_verdict_does_not_put_off_the_end(run):
@@ -311,7 +312,11 @@ def test_the_account_shows_the_last_thirty_lines(run):
 @pytest.mark.parametrize(
     ("text", "cause", "sentence"),
     [
-        ("Kernel panic - not syncing: no init\r\n", "panic", "the guest panicked"),
+        (
+            "Kernel panic - not syncing: no init\r\n",
+            "panic",
+            "the guest panicked (Kernel panic - not syncing: no init)",
+        ),
         ("OpenLoader\r\nboot: ", "loader", "the guest stopped at the boot loader's prompt"),
         ("Welcome\r\n\r\ntiny login: ", "login", "the guest booted to its login prompt"),
         ("Enter full path for single-user shell", "single-user", "the guest went to single-user mode"),
@@ -331,7 +336,7 @@ def test_a_panic_while_the_script_runs(run):
             phase(TOKEN, verdict=None, power=False), say("panic: page fault\r\n"), say("trace 1\r\ntrace 2\r\n"), hang()
         )
     )
-    failed(went, "panic", "the guest panicked at step 'one'", last="trace 2")
+    failed(went, "panic", "the guest panicked (panic: page fault) at step 'one'", last="trace 2")
 
 
 def test_a_panic_device_tells_too(run):
@@ -360,7 +365,7 @@ def test_a_dialogue_is_answered_line_by_line(run):
 
 
 def test_a_prompt_that_comes_late(run):
-    assert run(sector(wait_ticks(30), LOADER, phase(TOKEN)), talk=TALK).error is None
+    assert run(sector(wait_ticks(12), LOADER, phase(TOKEN)), talk=TALK).error is None
 
 
 def test_a_prompt_that_never_comes(run):
@@ -374,7 +379,7 @@ def test_a_prompt_that_never_comes(run):
 
 def test_the_time_for_a_prompt_is_scaled(run):
     talk = [Exchange(expect="OK ", send="boot\r", timeout_s=1)]
-    image = sector(wait_ticks(40), ask("OK ", "boot"), phase(TOKEN))
+    image = sector(wait_ticks(24), ask("OK ", "boot"), phase(TOKEN))
     assert run(image, talk=talk, limits=Limits(10, 10, factor=6)).error is None
 
 
@@ -391,7 +396,7 @@ def test_words_of_failure_in_a_dialogue_are_part_of_it(run):
 
 def test_a_panic_in_the_middle_of_a_dialogue(run):
     went = run(sector(say("Booting in 9 seconds\r\n"), wait_key("9"), say("panic: no memory\r\n"), hang()), talk=TALK)
-    failed(went, "panic", "the guest panicked", last="panic: no memory")
+    failed(went, "panic", "the guest panicked (panic: no memory)", last="panic: no memory")
 
 
 def test_the_guest_powers_off_in_the_middle_of_a_dialogue(run):
