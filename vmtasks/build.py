@@ -86,9 +86,9 @@ class Builder(State):
         }
         for name, (text, mode) in texts.items():
             atomic.write_if_changed(folder / name, text, mode)
-        for path in folder.iterdir():
+        for path in _whole(folder):
             if path.name not in texts:
-                path.unlink()
+                path.unlink(missing_ok=True)
 
     def phase_iso(self, number: int) -> None:
         """Put the phase's files, its packages and its token on an ISO."""
@@ -137,7 +137,7 @@ class Builder(State):
     def _sources(self, number: int) -> dict[str, tuple[int, Path]]:
         """Path on the phase ISO -> (mode, where its bytes are), without the token."""
         folder = self.folder(number)
-        found = {path.name: (path.stat().st_mode & 0o777, path) for path in sorted(folder.iterdir())}
+        found = {path.name: (path.stat().st_mode & 0o777, path) for path in _whole(folder)}
         for item in self.media().local_packages.get(self.phase(number).name, []):
             sha256, _, name = item.partition(" ")
             found[f"packages/{name}"] = (PLAIN, self.store.download(sha256))
@@ -190,3 +190,8 @@ class Builder(State):
             isos={"installer": self.installer(), "phase": self.iso(number)},
             below=self.store.record(below) if below else None,
         )
+
+
+def _whole(folder: Path) -> list[Path]:
+    """The files in a folder, without those that another run is writing just now: their names begin with a dot."""
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))

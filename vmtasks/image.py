@@ -159,7 +159,12 @@ def _publish(job: Job, host_keys: Sequence[str], took_s: float) -> ImageRecord:
 def _keep(job: Job, error: VmTasksError) -> None:
     """Keep the failed disk with a script that boots it, and tell the error about both."""
     error.log = job.console_log if job.console_log.exists() else error.log
-    if not job.store.partial(job.digest).exists():
+    partial = job.store.partial(job.digest)
+    if not partial.exists():
+        return
+    if isinstance(error, PhaseError) and error.cause == "host-disk":
+        partial.unlink()  # it tells nothing about the guest, and takes what space there is
+        error.hint = "free some space, or put the store elsewhere with VMTASKS_STORE=/path (or store=)"
         return
     try:
         kept = job.store.keep_failed(job.digest)

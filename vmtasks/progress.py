@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,8 @@ class History:
 
     def record(self, key: str, took_s: float) -> None:
         """Remember that `key` took `took_s` seconds."""
-        atomic.write(self.path, json.dumps({**self._read(), key: round(took_s, 1)}, indent=1, sort_keys=True))
+        with suppress(OSError):  # a full disk must not cost what has just succeeded
+            atomic.write(self.path, json.dumps({**self._read(), key: round(took_s, 1)}, indent=1, sort_keys=True))
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -239,7 +239,7 @@ class Project:
 def copy_store(source: Path, target: Path, *, images: bool) -> Path:
     """A store with the same installer and keys, and with or without the same images; times of files are kept."""
     for part in ("downloads", "media", "packages", "keys", *(["images"] if images else [])):
-        shutil.copytree(source / part, target / part, symlinks=True)
+        shutil.copytree(source / part, target / part, symlinks=True, dirs_exist_ok=True)
     for name in ("accel.json", "history.json"):
         if (source / name).exists():
             shutil.copy2(source / name, target / name)

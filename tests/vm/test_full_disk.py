@@ -1,0 +1,61 @@
+"""A store on a file system that fills up: a clear error, nothing half-written believed; with more space it goes on."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Project, copy_store
+
+from vmtasks.store import Store
+
+pytestmark = [
+    pytest.mark.timeout(280),
+    pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small file system"),
+]
+
+ROOM = 20 << 20
+"""Bytes that are left for images of 40 MB."""
+
+
+@pytest.fixture
+def small(tmp_path: Path, store: Path) -> Iterator[Path]:
+    """A store with the installer in it and little room besides."""
+    root = tmp_path / "small"
+    root.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=2G", "tmpfs", root], capture_output=True, text=True, check=False
+    )
+    if mount.returncode != 0:
+        pytest.skip(f"cannot mount a file system here: {mount.stderr.strip()}")
+    try:
+        copy_store(store, root, images=False)
+        used = os.statvfs(root)
+        resize(root, (used.f_blocks - used.f_bfree) * used.f_frsize + ROOM)
+        yield root
+    finally:
+        subprocess.run(["umount", "-l", root], check=True)
+
+
+def resize(root: Path, size: int) -> None:
+    """Change the size of a mounted tmpfs."""
+    subprocess.run(["mount", "-o", f"remount,size={size >> 10}k", root], check=True)
+
+
+def test_a_store_that_fills_up(tmp_path: Path, small: Path) -> None:
+    project = Project(tmp_path / "project", small)
+    output = project.doit("auto_install").bad()
+    assert "o space left on" in output
+    assert "VMTASKS_STORE" in output
+    assert project.published() == set()
+    assert [path for path in (small / "images").iterdir() if path.suffix == ".qcow2"] == []
+    assert not list(small.glob("failed/*")), "no disk is kept that tells nothing"
+    assert project.qemus() == []
+    output = project.doit("auto_install").bad()
+    assert "o space left on" in output, "and again, with what the first has left behind"
+    resize(small, 2 << 30)
+    project.doit("phase:1").good()
+    (digest,) = project.published()
+    assert Store(small).find(digest, full=True)[1] == ""
+    project.clean_up()

@@ -1,0 +1,248 @@
+"""A machine's life: start, look, stop, restore, snapshot, remove; and what is not ours is left alone."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Project, copy_store, until
+
+pytestmark = pytest.mark.timeout(240)
+
+RUNNING, BOOTING, STOPPED, STALE, ABSENT = 0, 3, 4, 5, 6
+"""Exit statuses of `doit status`."""
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Project]:
+    """One machine for many tests; each finds it running."""
+    made = Project(tmp_path_factory.mktemp("machines") / "project", store)
+    yield made
+    made.clean_up()
+
+
+@pytest.fixture
+def running(shared: Project) -> Project:
+    """The shared machine, running."""
+    shared.doit("start").good()
+    return shared
+
+
+def status(project: Project, expected: int) -> str:
+    """What `doit status` says, which must end with the expected status."""
+    ended = project.doit("status", timeout_s=60)
+    assert ended.status == expected, ended.output
+    return ended.output
+
+
+def disk(project: Project) -> Path:
+    return project.state / "run/tiny/disk.qcow2"
+
+
+def forge(project: Project, **values: object) -> None:
+    """Change keys of the machine's record."""
+    path = project.state / "run/tiny/machine.toml"
+    text = path.read_text()
+    for key, value in values.items():
+        text = re.sub(rf"(?m)^{key} = .*$", f"{key} = {json.dumps(value)}", text)
+    path.write_text(text)
+
+
+def test_status_has_five_answers(project: Project) -> None:
+    assert "absent" in status(project, ABSENT)
+    run = project.start("start")
+    until(project.qemus, 60, "QEMU")
+    until(lambda: (project.state / "run/tiny/tiny.ports").exists() or run.process.poll() is not None, 60, "a record")
+    assert "is booting" in status(project, BOOTING)
+    run.wait().good()
+    shown = status(project, RUNNING)
+    assert f"127.0.0.1:{project.port}" in shown
+    (pid,) = project.qemus()
+    assert f"pid {pid}" in shown
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not project.qemus(), 10, "QEMU to end")
+    assert "stale" in status(project, STALE)
+    project.doit("start").good()
+    assert project.qemus() != [pid]
+    assert project.ssh("true").returncode == 0
+    project.doit("stop").good()
+    assert "stopped" in status(project, STOPPED)
+    assert project.qemus() == []
+
+
+def test_a_second_start_finds_the_first(running: Project) -> None:
+    before = running.qemus()
+    output = running.doit("start").good()
+    assert f"is running (pid {before[0]}" in output
+    assert running.qemus() == before
+
+
+def test_stop_is_gentle_and_leaves_a_clean_disk(running: Project) -> None:
+    running.ssh("echo kept >kept; sync")
+    assert "stopped (power off in the guest)" in running.doit("stop").good()
+    assert "not running" in running.doit("stop").good()
+    checked = subprocess.run(["qemu-img", "check", disk(running)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
+    running.doit("start").good()
+    assert running.ssh("cat kept").stdout == "kept\n"
+    # The state at the last mount, as the kernel found it: it says so where it has to recover.
+    journal = running.ssh("doas dmesg | grep -i ext4").stdout
+    assert "mounted filesystem" in journal
+    assert "recover" not in journal
+    assert "not cleanly" not in journal
+
+
+def test_the_port_of_another(tmp_path: Path, store: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        project = Project(tmp_path / "project", store)
+        project.port = listener.getsockname()[1]
+        output = project.doit("start").bad()
+        assert f"port {project.port} is taken by " in output
+        assert f"(pid {os.getpid()})" in output
+        assert re.search(r"doit port=2222\d start", output)
+        assert "port=auto" in output
+        assert project.qemus() == []
+    project.clean_up()
+
+
+def test_port_auto_takes_a_free_one(tmp_path: Path, store: Path) -> None:
+    """2222, or one of the ten that are kept for this; whoever else uses this host may hold some of them."""
+    project = Project(tmp_path / "project", store)
+    try:
+        project.doit("port=auto", "start").good()
+        assert project.machine()["ssh_port"] in (2222, *range(22220, 22230))
+        assert project.ssh("true").returncode == 0
+    finally:
+        project.clean_up()
+
+
+def test_another_host_key_is_refused(running: Project) -> None:
+    right = running.machine()["host_keys"]
+    wrong = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIII"
+    running.doit("stop").good()
+    path = running.state / "run/tiny/machine.toml"
+    path.write_text(path.read_text().replace(right[0], wrong))  # type: ignore[index]
+    guest = running.root / "phases/tiny/guest.toml"
+    text = guest.read_text()
+    guest.write_text(text.replace("ready_timeout_s = 20", "ready_timeout_s = 1"))
+    try:
+        output = running.doit("start").bad()
+    finally:
+        guest.write_text(text)
+        path.write_text(path.read_text().replace(wrong, right[0]))  # type: ignore[index]
+    assert "another host key" in output
+    assert running.qemus() == []
+
+
+@pytest.mark.parametrize("known", ["pid", "pid and start"])
+def test_a_process_that_is_not_ours_is_left_alone(running: Project, known: str) -> None:
+    """As after a restart of the host: the number of our QEMU belongs to somebody else now."""
+    running.doit("stop").good()
+    with subprocess.Popen(["sleep", "300"]) as other:
+        try:
+            began = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+            forge(running, pid=other.pid, pid_started=began if known == "pid and start" else "1")
+            (running.state / "run/tiny/tiny.pid").write_text(f"{other.pid}\n")
+            status(running, STALE)
+            running.doit("stop").good()
+            assert other.poll() is None
+            status(running, STOPPED)
+        finally:
+            other.kill()
+
+
+def test_snapshots_come_back_and_stand_alone(running: Project) -> None:
+    output = running.doit("snapshot", "--name", "early").bad()
+    assert "is running: its disk is not at rest" in output
+    running.ssh("echo one >marker")
+    running.doit("stop").good()
+    running.doit("snapshot", "--name", "one").good()
+    running.doit("restore").good()
+    running.doit("start").good()
+    assert running.ssh("cat marker").returncode != 0, "clean is clean"
+    running.doit("restore", "--name", "one").good()
+    info = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", disk(running)]))
+    saved = Path(info["full-backing-filename"])
+    assert saved.parent == running.store / "images"
+    below = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", saved]))
+    assert "backing-filename" not in below
+    # Saved once more from a machine that stands on the snapshot, under the same name.
+    running.doit("start").good()
+    assert running.ssh("cat marker").stdout == "one\n"
+    running.ssh("echo two >marker")
+    running.doit("stop").good()
+    running.doit("snapshot", "--name", "one").good()
+    running.doit("start").good()
+    running.doit("restore", "--name", "one").good()
+    running.doit("start").good()
+    assert running.ssh("cat marker").stdout == "two\n"
+    again = json.loads(subprocess.check_output(["qemu-img", "info", "-U", "--output=json", disk(running)]))
+    assert again["full-backing-filename"] != str(saved)
+    assert again["full-backing-filename"] != str(disk(running))
+    output = running.doit("restore", "--name", "none-such").bad()
+    assert "there is no snapshot 'none-such'; there is: clean, one" in output
+    running.doit("restore", "--name", "clean").good()
+
+
+def test_a_guest_that_powers_itself_off_is_started_again(running: Project) -> None:
+    (pid,) = running.qemus()
+    running.ssh("doas poweroff")
+    until(lambda: not running.qemus(), 60, "QEMU to end")
+    status(running, STALE)
+    running.doit("start").good()
+    assert running.qemus() != [pid]
+
+
+def test_ssh_ends_as_the_command_does(running: Project) -> None:
+    assert running.ssh("exit 7").returncode == 7
+    login = subprocess.run(
+        [sys.executable, "-m", "doit", "ssh"],
+        input=b"exit 9\n",
+        cwd=running.root,
+        env=running.env(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert login.returncode == 9, login.stdout + login.stderr
+
+
+def test_destroy_asks_first(running: Project) -> None:
+    output = running.doit("destroy").bad()
+    assert "nothing was removed" in output
+    assert "--yes" in output
+    assert running.ssh("true").returncode == 0
+    output = running.doit("destroy", "--yes").good()
+    assert "disk.qcow2" in output
+    assert not (running.state / "run/tiny").exists()
+    assert running.qemus() == []
+    assert "nothing was removed" in running.doit("destroy", "--yes").good()
+
+
+def test_a_project_in_a_folder_with_a_name_that_needs_quoting(tmp_path: Path, store: Path) -> None:
+    odd = Project(tmp_path / 'it\'s a "project", 100% of it', store)
+    try:
+        output = odd.doit("quick").good()
+        assert "14 passed" in output
+        assert odd.ssh("true").returncode == 0
+    finally:
+        odd.clean_up()
+
+
+def test_a_store_in_a_folder_with_a_name_that_needs_quoting(tmp_path: Path, store: Path) -> None:
+    odd = Project(tmp_path / "project", copy_store(store, tmp_path / 'it\'s a "store", 100%', images=True))
+    try:
+        odd.append("phases/tiny/3-provision.sh.j2", "#\n")
+        odd.doit("start").good()
+        assert [boot.phase for boot in odd.boots()] == ["3-provision"]
+        assert odd.ssh("true").returncode == 0
+    finally:
+        odd.clean_up()
