@@ -171,25 +171,43 @@ def _keep(job: Job, error: VmTasksError) -> None:
         if job.below is not None:
             disk.reback(kept, job.store.image(job.below.digest))
         look = job.config.guest_state / f"look-{job.number}"
-        atomic.write(look, look_script(spec(job, kept, job.logs, None)), 0o755)
+        disk_only = replace(spec(job, kept, job.logs, None), cds=(), boot="disk")
+        live = replace(disk_only, cds=(job.isos["installer"],), boot="cd")
+        first = job.config.guest.phases[0].dialogue
+        typed = [exchange.send.strip() for exchange in job.config.guest.dialogue.get(first, [])]
+        atomic.write(look, look_script(live, disk_only, typed), 0o755)
     except (OSError, VmTasksError) as trouble:
         error.hint = error.hint or f"the disk could not be kept: {trouble}"
         return
     screen = job.console_log.with_suffix(".png")
     seen = f"; its screen: {screen}" if screen.exists() else ""
-    error.hint = error.hint or f"look inside with {look} (boots the kept disk, changes nothing){seen}"
+    error.hint = error.hint or f"look inside with {look} (or {look} boot); the kept disk stays as it is{seen}"
 
 
-def look_script(spec: Spec) -> str:
-    """A script that boots `spec` with the console on the terminal, on a throw-away overlay of its disk."""
-    words = on_terminal(replace(spec, disk=Path("@DISK@")))
-    run = proc.quote(words).replace("@DISK@", "'\"$folder\"'/disk.qcow2")
-    make = proc.quote(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(spec.disk.absolute())])
+def look_script(live: Spec, disk_only: Spec, typed: Sequence[str]) -> str:
+    """A script to look inside a kept disk from the installer's live system, or, with `boot`, to start the disk itself.
+
+    The phase's own CD is left out, so that the phase does not run again. What is written goes to a throw-away overlay.
+    `typed` is what makes the installer's loader use the console.
+    """
+    told = "The installer starts. " + (f"To its loader, type: {', '.join(typed)}." if typed else "")
+    make = proc.quote(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(live.disk.absolute())])
     return (
         "#!/bin/sh\n"
-        "# Boots the disk of the failed phase with its console here. Ctrl-A X ends it; the kept disk stays as it is.\n"
+        "# Looks inside the disk of the failed phase; the kept disk stays as it is. Ctrl-A X ends QEMU.\n"
         "folder=$(mktemp -d) || exit 1\n"
         "trap 'rm -rf \"$folder\"' 0 1 2 15\n"
         f'{make} "$folder/disk.qcow2" || exit 1\n'
-        f'{run} "$@"\n'
+        'if [ "${1:-}" = boot ]; then\n'
+        f"    {_on_overlay(disk_only)}\n"
+        "else\n"
+        f"    echo {proc.quote([told])}\n"
+        "    echo 'The kept disk is attached: log in as root and mount it. To boot it instead:' \"$0 boot\"\n"
+        f"    {_on_overlay(live)}\n"
+        "fi\n"
     )
+
+
+def _on_overlay(machine: Spec) -> str:
+    words = proc.quote(on_terminal(replace(machine, disk=Path("@DISK@"))))
+    return words.replace("@DISK@", "'\"$folder\"'/disk.qcow2")

@@ -47,30 +47,37 @@ def scaffold(folder: Path, guest: str) -> list[Path]:
     )
     atomic.write(guest_toml, text)
     atomic.write(dodo, DODO)
+    contract = shipped() / PHASES_PATH / "README.md"
+    if contract.is_file():
+        atomic.write(phases.parent / "README.md", contract.read_bytes())
+    ignore = folder / ".gitignore"
+    if not ignore.exists():
+        atomic.write(ignore, "/.vm/\n")
     return [dodo, config, phases, *write_schemas(config.parent, phases.parent)]
 
 
 def first_config(folder: Path, guest: str) -> dict[str, object]:
     """A vm.toml that works at once: syncs the project and runs its tests as far as they can be guessed."""
+    name, command = first_suite(folder)
     return {
         "guest": guest,
-        "machine": {"ssh_port": 2222},
-        "sync": {"source": ".", "dest": "src", "exclude": ["/.venv/", "__pycache__/"]},
-        "suites": {"unit": {"command": test_command(folder), "timeout_s": 600}},
-        "quick": {"suites": ["unit"]},
+        "machine": {"ssh_port": "auto"},
+        "sync": {"source": ".", "dest": "src", "exclude": ["/.git/", "/.venv/", "__pycache__/"]},
+        "suites": {name: {"command": command, "timeout_s": 600}},
+        "quick": {"suites": [name]},
     }
 
 
-def test_command(folder: Path) -> str:
-    """How this project seems to run its tests."""
+def first_suite(folder: Path) -> tuple[str, str]:
+    """Name and command of how this project seems to run its tests; a mere sign of life where it cannot be told."""
     makefile = folder / "Makefile"
     if makefile.is_file():
         targets = re.findall(r"^(test|check)\s*:", makefile.read_text(errors="replace"), re.MULTILINE)
         if targets:
-            return f"make {targets[0]}"
+            return "unit", f"make {targets[0]}"
     if (folder / "go.mod").is_file():
-        return "go test ./..."
-    return "echo 'config/vm.toml: say in suites.unit.command what runs your tests'; ls"
+        return "unit", "go test ./..."
+    return "smoke", "uname -a"
 
 
 def write_schemas(vm_folder: Path, guest_folder: Path) -> list[Path]:

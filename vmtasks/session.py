@@ -29,6 +29,7 @@ from vmtasks.store import ImageRecord, read_record, write_record
 
 POWEROFF_S = 15.0
 LOCK_S = 1800.0
+CONSOLE_BYTES = 1 << 20
 
 Status = Literal["absent", "booting", "running", "stale", "stopped"]
 
@@ -52,6 +53,7 @@ class Machine:
         self.state = State(config)
         self.name = name or config.name
         self.folder = self.state.machine_folder(self.name)
+        self._console_from = 0
 
     # -- places
 
@@ -100,7 +102,7 @@ class Machine:
         if self.pid(record) is None:
             return View(self.name, "stale" if record.pid else "stopped", record, "")
         target = self.target(record)
-        line = proc.quote(target.argv())
+        line = proc.quote(["ssh", "-F", str(self.folder / "ssh_config"), self.name])
         return View(self.name, "running" if ssh.is_ready(target) else "booting", record, line)
 
     def running(self) -> ssh.Target:
@@ -256,6 +258,7 @@ class Machine:
         history, key = progress.History(self.state.store.root / "history.json"), f"start {self.config.label}"
         with progress.step(f"start {self.name}", expected_s=history.expected_s(key)) as step:
             step.now(f"boot ({accel.name}, {config.cpus} CPU, {show_size(config.memory)})")
+            self._console_from = self.console_log.stat().st_size if self.console_log.exists() else 0
             pid, port = self._launch()
             record = msgspec.structs.replace(
                 record,
@@ -265,6 +268,7 @@ class Machine:
                 memory=config.memory,
                 cpus=config.cpus,
                 accel=accel.name,
+                network=config.network,
                 started=round(time.time(), 1),
             )
             self._write(record)
@@ -287,6 +291,7 @@ class Machine:
         deadline_s = self.config.guest.ssh.ready_timeout_s * self.state.accel.factor
 
         def alive() -> bool:
+            self._heed()
             return self.pid(record) is not None
 
         if not record.host_keys:
@@ -298,6 +303,16 @@ class Machine:
         self._links(record)
         ssh.wait_ready(target, timeout_s=deadline_s, alive=alive)
         return target
+
+    def _heed(self) -> None:
+        """SshError when the console says that the boot has failed: no need to wait for the deadline."""
+        transcript = Transcript()
+        with contextlib.suppress(OSError), self.console_log.open("rb") as console:
+            console.seek(self._console_from)
+            transcript.feed(console.read(CONSOLE_BYTES))
+        for failure in self.config.guest.failures:
+            if failure.cause != "login" and transcript.match(failure.expect):
+                raise SshError(f"machine {self.name}: the guest {failure.says}")
 
     def _launch(self) -> tuple[vm.Pid, int]:
         """Start QEMU on the configured port, or with `auto` on the first free one of 2222 and the fallback range."""
@@ -338,6 +353,11 @@ class Machine:
         """Use a machine that runs already; it may still be booting."""
         target = self._wait(record)
         note(f"machine {self.name} is running (pid {record.pid}, port {record.ssh_port})")
+        has = {"memory": show_size(record.memory), "cpus": record.cpus, "network": record.network}
+        asked = {"memory": show_size(self.config.memory), "cpus": self.config.cpus, "network": self.config.network}
+        for key, value in has.items():
+            if value != asked[key]:
+                note(f"machine {self.name} keeps {key} {value} until it is stopped and started; asked was {asked[key]}")
         return target
 
     def _gentle(self, record: MachineRecord) -> list[vm.Rung]:

@@ -46,6 +46,7 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     memory: int = 0
     cpus: int = 0
     accel: str = ""
+    network: str = ""
     started: float = 0.0
 
 

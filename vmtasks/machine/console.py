@@ -99,7 +99,10 @@ class Transcript:
         return lines[-count:]
 
     def _remember(self, line: str) -> None:
-        """Keep the last command that the phase's trace showed, for the account of a failure."""
+        """Keep what fail() said, or else the last command that the trace showed, for the account of a failure."""
+        if line.startswith("FAILED: "):
+            self.last_command = line.removeprefix("FAILED: ").strip()
+            return
         trace = _TRACE.fullmatch(line.strip())
         if trace is not None and not trace[2].startswith(("exit ", "step ", "fail ")):
             self.last_command = f"line {trace[1]}: {trace[2]}" if trace[1] else trace[2]  # dash does not count lines

@@ -64,7 +64,10 @@ def _compose(config: Config, made: Recipe, store: Store, recipe: str, note: Call
     composed = compose.compose(made, config.guest_dir, cache, beside)
     path = store.download(composed.sha256)
     beside.chmod(0o444)
-    beside.rename(path)
+    if path.exists() and debian.digest(path) == composed.sha256:  # another recipe, the same bytes
+        beside.unlink()
+    else:
+        beside.rename(path)
     local = {
         phase.name: [_keep(store, deb) for deb in compose.local_packages(made, phase.packages, cache)]
         for phase in config.guest.phases

@@ -38,6 +38,7 @@ interrupt_on_signals()
 
 DOIT_CONFIG = {
     "backend": "sqlite3",
+    "continue": True,  # a suite that fails does not keep the others from running
     "default_tasks": ["quick"],
     "dep_file": str(CONFIG.vm_dir / "doit.sqlite3"),
     "reporter": Reporter,

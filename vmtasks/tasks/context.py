@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -71,6 +72,8 @@ def interrupt_on_signals() -> None:
         """Say in one line that we were interrupted; everything else is a bug and shows its traceback."""
         if issubclass(kind, KeyboardInterrupt):
             sys.stderr.write(f"interrupted{f' by {error}' if str(error) else ''}\n")
+        elif issubclass(kind, BrokenPipeError):
+            os._exit(141)  # as a program that SIGPIPE ended: whoever read our output has gone away
         else:
             sys.__excepthook__(kind, error, trace)
 

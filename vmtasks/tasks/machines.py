@@ -99,17 +99,17 @@ def task_destroy() -> Task:
             progress.say(f"there is no machine {machine.name}; nothing was removed")
             return
         if not yes:
-            _confirm(f"Remove machine {machine.name} and its disk?")
+            _confirm(f"Remove machine {machine.name} and its disk?", "doit destroy --yes")
         gone = machine.destroy()
         progress.say(f"machine {machine.name}: removed {', '.join(path.name for path in gone)}")
 
     return {"actions": [(action(destroy),)], "params": [YES_PARAM], "io": {"capture": False}}
 
 
-def _confirm(question: str) -> None:
+def _confirm(question: str, otherwise: str) -> None:
     """Ask a person. StateError when there is none to ask, or the answer is not yes."""
     if not sys.stdin or sys.stdin.closed or not sys.stdin.isatty():
-        raise StateError("nothing was removed: nobody is there to ask", hint="doit destroy --yes")
+        raise StateError("nothing was removed: nobody is there to ask", hint=otherwise)
     if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
         raise StateError("nothing was removed")
 
@@ -167,14 +167,16 @@ def describe(view: "View") -> list[str]:
 def task_install() -> Task:
     """Install by hand: boot the installer with its console here, on the machine's own empty disk."""
 
-    def install() -> None:
+    def install(yes: bool) -> None:  # noqa: FBT001 - doit passes it by name
         machine, state = the_machine(), State(CONFIG)
+        if machine.disk.exists() and not yes:
+            _confirm(f"Machine {machine.name} has a disk already. Install over it?", "doit install --yes")
         run_step("make_key")
         machine.install(state.installer())
         public = state.key.with_suffix(".pub")
         progress.say(f"if {public} may log in as {CONFIG.guest.ssh.user}: doit start, then doit snapshot --name NAME")
 
-    return {"actions": [action(install)], "setup": ["fetch"], "io": {"capture": False}}
+    return {"actions": [action(install)], "params": [YES_PARAM], "setup": ["fetch"], "io": {"capture": False}}
 
 
 def task_check_prereqs() -> Task:

@@ -38,13 +38,23 @@ fail() {
 
 # retry TIMES COMMAND...: runs it until it succeeds, with a growing pause.
 retry() {
+    { set +x; } 2>/dev/null
     vmtasks_left=$1
     vmtasks_pause=1
     shift
-    until "$@"; do
+    until vmtasks_try "$@"; do
         vmtasks_left=$((vmtasks_left - 1))
-        [ "$vmtasks_left" -gt 0 ] || return 1
+        if [ "$vmtasks_left" -le 0 ]; then
+            set -x
+            return 1
+        fi
         sleep "$vmtasks_pause"
         vmtasks_pause=$((vmtasks_pause * 2))
     done
+    set -x
+}
+
+vmtasks_try() {
+    printf '+ : retry %s\n' "$*"
+    "$@"
 }
