@@ -206,7 +206,7 @@ def test_a_phase_that_fails_publishes_nothing_and_keeps_its_disk(tmp_path: Path)
     look = Path(error.hint.split()[3])
     before = kept.read_bytes()
     subprocess.run(["sh", "-n", look], check=True)
-    seen = subprocess.run([look], stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=20)
+    seen = subprocess.run([look, "boot"], stdin=subprocess.DEVNULL, capture_output=True, check=True, timeout=20)
     assert b"about to fail" in seen.stdout
     assert kept.read_bytes() == before
     guest.prepare()
