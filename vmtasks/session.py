@@ -20,7 +20,7 @@ from vmtasks.errors import MachineError, SshError, StateError, VmTasksError
 from vmtasks.lock import lock
 from vmtasks.machine import vm
 from vmtasks.machine.argv import Spec, on_terminal
-from vmtasks.machine.console import Transcript
+from vmtasks.machine.console import read_log
 from vmtasks.machine.ports import port_free, port_holder
 from vmtasks.media import disk
 from vmtasks.remote import ssh
@@ -29,7 +29,6 @@ from vmtasks.store import ImageRecord, read_record, write_record
 
 POWEROFF_S = 15.0
 LOCK_S = 1800.0
-CONSOLE_BYTES = 1 << 20
 
 Status = Literal["absent", "booting", "running", "stale", "stopped"]
 
@@ -306,10 +305,7 @@ class Machine:
 
     def _heed(self) -> None:
         """SshError when the console says that the boot has failed: no need to wait for the deadline."""
-        transcript = Transcript()
-        with contextlib.suppress(OSError), self.console_log.open("rb") as console:
-            console.seek(self._console_from)
-            transcript.feed(console.read(CONSOLE_BYTES))
+        transcript = read_log(self.console_log, self._console_from)
         for failure in self.config.guest.failures:
             if failure.cause != "login" and transcript.match(failure.expect):
                 raise SshError(f"machine {self.name}: the guest {failure.says}")
@@ -412,7 +408,4 @@ class Machine:
             link.symlink_to(self.sockets / socket_name)
 
     def _tail(self) -> list[str]:
-        transcript = Transcript()
-        with contextlib.suppress(OSError):
-            transcript.feed(self.console_log.read_bytes()[-65536:] + b"\n")
-        return transcript.tail()
+        return read_log(self.console_log, self._console_from).tail()

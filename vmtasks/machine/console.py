@@ -16,6 +16,8 @@ from vmtasks.errors import MachineError
 TAIL_LINES = 30
 """How much of the console an error shows."""
 
+LOG_BYTES = 1 << 20
+
 KEEP_CHARS = 1 << 16
 """How much unmatched text is kept to look for prompts in."""
 
@@ -112,6 +114,15 @@ def parse_sentinel(line: str) -> Sentinel | None:
     """The sentinel that `line` is; None when it is anything else, an echo of the script included."""
     found = _SENTINEL.fullmatch(line.rstrip())
     return Sentinel(found[1], found[2], found[3] or "") if found else None
+
+
+def read_log(path: Path, start: int = 0) -> Transcript:
+    """The transcript of a recorded console from byte `start`, at most its last MiB; empty when there is no such file."""
+    transcript = Transcript()
+    with contextlib.suppress(OSError), path.open("rb") as console:
+        console.seek(max(start, path.stat().st_size - LOG_BYTES))
+        transcript.feed(console.read(LOG_BYTES))
+    return transcript
 
 
 class Serial:
