@@ -117,7 +117,7 @@ def parse_sentinel(line: str) -> Sentinel | None:
 
 
 def read_log(path: Path, start: int = 0) -> Transcript:
-    """The transcript of a recorded console from byte `start`, at most its last MiB; empty when there is no such file."""
+    """The transcript of a recorded console from byte `start`, at most its last MiB; empty where there is none."""
     transcript = Transcript()
     with contextlib.suppress(OSError), path.open("rb") as console:
         console.seek(max(start, path.stat().st_size - LOG_BYTES))
