@@ -114,7 +114,8 @@ class Builder(State):
                     why = why or "asked for anew"
                     if why != "not built yet":
                         progress.say(f"{title}: {why}; building it again")
-                    self.store.drop(digest)
+                    if record is None:
+                        self.store.drop(digest)
                     record = image.make(self._job(number, digest), lock)
         write_record(self.record(number), PhaseRecord(digest=record.digest, sha256=record.sha256))
 
