@@ -209,11 +209,12 @@ def test_end_script_ends_all_that_a_script_has_started(shell: str, tmp_path: Pat
     with subprocess.Popen([*LOGIN_SHELLS[shell], ssh.remote_line(text)], env=environ, start_new_session=True) as child:
         while not (tmp_path / "sleep").exists() or not (tmp_path / "sleep").read_text():
             time.sleep(0.02)
-        assert int(pidfile.read_text()) == child.pid
+        group = int(pidfile.read_text())
+        assert os.getpgid(int((tmp_path / "sleep").read_text())) == group
         began = time.monotonic()
         ended = login(shell, ssh.remote_line(ssh.end_script(str(pidfile))), home=tmp_path)
         assert ended.stderr == ""
-        assert child.wait(5) == -signal.SIGKILL
+        assert proc.shell_status(child.wait(5)) == 128 + signal.SIGKILL
         assert time.monotonic() - began < 6
     assert not proc.started(int((tmp_path / "sleep").read_text()))
     assert not pidfile.exists()

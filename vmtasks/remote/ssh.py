@@ -141,8 +141,16 @@ def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pi
     exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
     place = shlex.quote(cwd) if cwd.startswith("/") else '"$0"/' + shlex.quote(cwd)  # $0: the login user's home
     inner = f"{exports}cd {place} && {{ {command}\n}}"
-    lines = [f"echo $$ >{shlex.quote(pidfile)}"] if pidfile else []
-    return "\n".join([*lines, *_become(user, inner)])
+    body = "\n".join(_become(user, inner))
+    if not pidfile:
+        return body
+    # A group of its own: OpenSSH's server makes one for each command, dropbear does not, and not every system has
+    # setsid. In the background it need not fork, so that the shell can wait for it.
+    return (
+        "if command -v setsid >/dev/null 2>&1; then\n"
+        f"setsid /bin/sh -c {shlex.quote(body)} & echo $! >{shlex.quote(pidfile)}; wait $!\n"
+        f"else echo $$ >{shlex.quote(pidfile)}\n{body}\nfi"
+    )
 
 
 def end_script(pidfile: str, user: str = "") -> str:
