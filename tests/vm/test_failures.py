@@ -8,12 +8,12 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from conftest import Ended, Project, until
+from conftest import Ended, Project
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -178,34 +178,49 @@ def test_a_qemu_that_is_killed_from_outside(project: Project) -> None:
 def test_the_kept_disk_can_be_looked_at(project: Project) -> None:
     script(project, PACKAGES, 'step "stop here"\nexit 1\n')
     seen = fail(project, 2)
-    assert "exited with 1" in seen.sentence
+    assert seen.sentence.endswith("its script exited with 1 at step 'stop here'")
     kept = next(iter((project.store / "failed").glob(f"{project.boots()[-1].digest}.qcow2")))
     before = kept.stat().st_mtime_ns
-    text = on_a_terminal(seen.look, "login: ")
-    assert "SYSLINUX" in text
+    on_a_terminal([seen.look, "boot"], [("SYSLINUX", ""), ("login: ", LEAVE)])
+    live = [
+        ("Booting in", "9"),
+        ("OK ", "set console=comconsole\r"),
+        ("OK ", "boot\r"),
+        ("login: ", "root\r"),
+        ("# ", "mount /dev/sda1 /mnt && cat /mnt/etc/rc.conf\r"),
+        ("hostname='tiny'", LEAVE),
+    ]
+    on_a_terminal([seen.look], live)
     assert kept.stat().st_mtime_ns == before
 
 
-def on_a_terminal(program: Path, text: str, timeout_s: float = 60) -> str:
-    """Run a program on a terminal until it has shown `text`, then leave QEMU by its own key. Returns what it showed."""
+LEAVE = "\x01x"
+"""Ctrl-A X: QEMU's own key."""
+
+
+def on_a_terminal(argv: Sequence[str | Path], talk: Sequence[tuple[str, str]], timeout_s: float = 90) -> None:
+    """Run a command on a terminal and talk to it as a person would: wait for a text, then type."""
     master, slave = pty.openpty()
-    process = subprocess.Popen([program], stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    process = subprocess.Popen(argv, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
     os.close(slave)
-    data, left = b"", False
+    text, since = "", ""
     deadline = time.monotonic() + timeout_s
+    left = list(talk)
     try:
         while process.poll() is None and time.monotonic() < deadline:
             if select.select([master], [], [], 0.1)[0]:
                 with contextlib.suppress(OSError):
-                    data += os.read(master, 65536)
-            if text.encode() in data and not left:
-                os.write(master, b"\x01x")
-                left = True
-        assert left, data.decode(errors="replace")
-        until(lambda: process.poll() is not None, 10, "QEMU to end by Ctrl-A X")
+                    data = os.read(master, 65536).decode(errors="replace")
+                    text, since = text + data, since + data
+            if left and left[0][0] in since:
+                since = since.partition(left[0][0])[2]
+                for character in left.pop(0)[1]:
+                    os.write(master, character.encode())
+                    time.sleep(0.03)
+        assert not left, f"waited for {left[0][0]!r}:\n{text}"
+        assert process.poll() is not None, "Ctrl-A X ends QEMU"
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         os.close(master)
-    return data.decode(errors="replace")

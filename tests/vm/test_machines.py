@@ -34,6 +34,15 @@ def running(shared: Project) -> Project:
     return shared
 
 
+@pytest.fixture
+def stopped(shared: Project) -> Project:
+    """The shared machine, at rest, and not for the first time."""
+    if not disk(shared).exists():
+        shared.doit("start").good()
+    shared.doit("stop").good()
+    return shared
+
+
 def status(project: Project, expected: int) -> str:
     """What `doit status` says, which must end with the expected status."""
     ended = project.doit("status", timeout_s=60)
@@ -43,6 +52,17 @@ def status(project: Project, expected: int) -> str:
 
 def disk(project: Project) -> Path:
     return project.state / "run/tiny/disk.qcow2"
+
+
+def image_info(path: Path) -> dict[str, object]:
+    """What qemu-img knows of an image, also of one in use."""
+    out = subprocess.check_output(["qemu-img", "info", "-U", "--output=json", path])
+    return dict(json.loads(out))
+
+
+def backing(project: Project) -> Path:
+    """The image that the machine's disk stands on."""
+    return Path(str(image_info(disk(project))["full-backing-filename"]))
 
 
 def forge(project: Project, **values: object) -> None:
@@ -124,37 +144,35 @@ def test_port_auto_takes_a_free_one(tmp_path: Path, store: Path) -> None:
         project.clean_up()
 
 
-def test_another_host_key_is_refused(running: Project) -> None:
-    right = running.machine()["host_keys"]
+def test_another_host_key_is_refused(stopped: Project) -> None:
+    right = stopped.machine()["host_keys"]
     wrong = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIII"
-    running.doit("stop").good()
-    path = running.state / "run/tiny/machine.toml"
+    path = stopped.state / "run/tiny/machine.toml"
     path.write_text(path.read_text().replace(right[0], wrong))  # type: ignore[index]
-    guest = running.root / "phases/tiny/guest.toml"
+    guest = stopped.root / "phases/tiny/guest.toml"
     text = guest.read_text()
     guest.write_text(text.replace("ready_timeout_s = 20", "ready_timeout_s = 1"))
     try:
-        output = running.doit("start").bad()
+        output = stopped.doit("start").bad()
     finally:
         guest.write_text(text)
         path.write_text(path.read_text().replace(wrong, right[0]))  # type: ignore[index]
     assert "another host key" in output
-    assert running.qemus() == []
+    assert stopped.qemus() == []
 
 
 @pytest.mark.parametrize("known", ["pid", "pid and start"])
-def test_a_process_that_is_not_ours_is_left_alone(running: Project, known: str) -> None:
+def test_a_process_that_is_not_ours_is_left_alone(stopped: Project, known: str) -> None:
     """As after a restart of the host: the number of our QEMU belongs to somebody else now."""
-    running.doit("stop").good()
     with subprocess.Popen(["sleep", "300"]) as other:
         try:
             began = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
-            forge(running, pid=other.pid, pid_started=began if known == "pid and start" else "1")
-            (running.state / "run/tiny/tiny.pid").write_text(f"{other.pid}\n")
-            status(running, STALE)
-            running.doit("stop").good()
+            forge(stopped, pid=other.pid, pid_started=began if known == "pid and start" else "1")
+            (stopped.state / "run/tiny/tiny.pid").write_text(f"{other.pid}\n")
+            status(stopped, STALE)
+            stopped.doit("stop").good()
             assert other.poll() is None
-            status(running, STOPPED)
+            status(stopped, STOPPED)
         finally:
             other.kill()
 
@@ -166,14 +184,11 @@ def test_snapshots_come_back_and_stand_alone(running: Project) -> None:
     running.doit("stop").good()
     running.doit("snapshot", "--name", "one").good()
     running.doit("restore").good()
-    running.doit("start").good()
-    assert running.ssh("cat marker").returncode != 0, "clean is clean"
+    assert backing(running) == running.image(3), "clean is clean"
     running.doit("restore", "--name", "one").good()
-    info = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", disk(running)]))
-    saved = Path(info["full-backing-filename"])
+    saved = backing(running)
     assert saved.parent == running.store / "images"
-    below = json.loads(subprocess.check_output(["qemu-img", "info", "--output=json", saved]))
-    assert "backing-filename" not in below
+    assert "backing-filename" not in image_info(saved)
     # Saved once more from a machine that stands on the snapshot, under the same name.
     running.doit("start").good()
     assert running.ssh("cat marker").stdout == "one\n"
@@ -184,9 +199,7 @@ def test_snapshots_come_back_and_stand_alone(running: Project) -> None:
     running.doit("restore", "--name", "one").good()
     running.doit("start").good()
     assert running.ssh("cat marker").stdout == "two\n"
-    again = json.loads(subprocess.check_output(["qemu-img", "info", "-U", "--output=json", disk(running)]))
-    assert again["full-backing-filename"] != str(saved)
-    assert again["full-backing-filename"] != str(disk(running))
+    assert backing(running) not in (saved, disk(running))
     output = running.doit("restore", "--name", "none-such").bad()
     assert "there is no snapshot 'none-such'; there is: clean, one" in output
     running.doit("restore", "--name", "clean").good()
@@ -227,22 +240,15 @@ def test_destroy_asks_first(running: Project) -> None:
     assert "nothing was removed" in running.doit("destroy", "--yes").good()
 
 
-def test_a_project_in_a_folder_with_a_name_that_needs_quoting(tmp_path: Path, store: Path) -> None:
-    odd = Project(tmp_path / 'it\'s a "project", 100% of it', store)
-    try:
-        output = odd.doit("quick").good()
-        assert "14 passed" in output
-        assert odd.ssh("true").returncode == 0
-    finally:
-        odd.clean_up()
-
-
-def test_a_store_in_a_folder_with_a_name_that_needs_quoting(tmp_path: Path, store: Path) -> None:
-    odd = Project(tmp_path / "project", copy_store(store, tmp_path / 'it\'s a "store", 100%', images=True))
+def test_a_project_and_a_store_with_names_that_need_quoting(tmp_path: Path, store: Path) -> None:
+    """A phase, a machine, rsync and a suite: each passes the names on in a way of its own."""
+    other = copy_store(store, tmp_path / 'the "store", it\'s 100%', images=True)
+    odd = Project(tmp_path / 'it\'s a "project", 100% of it', other)
     try:
         odd.append("phases/tiny/3-provision.sh.j2", "#\n")
-        odd.doit("start").good()
+        output = odd.doit("quick").good()
         assert [boot.phase for boot in odd.boots()] == ["3-provision"]
+        assert "14 passed" in output
         assert odd.ssh("true").returncode == 0
     finally:
         odd.clean_up()

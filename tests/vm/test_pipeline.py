@@ -152,7 +152,7 @@ artifacts = ["made.txt", "out/*"]
     assert (fetched / "made.txt").read_text() == "it's\n"
     assert (fetched / "out/a.txt").read_text() == "a\n"
     assert (fetched / "out/b.txt").read_text() == "root\n"
-    output = project.doit("--continue", "test:bad", "test:good").bad()
+    output = project.doit("test:bad", "test:good").bad()
     assert "ran bad" in output
     assert "ran good" not in output
     # By now the tree in the guest holds files of root's, which the next sync has removed.
@@ -176,7 +176,7 @@ junit = "own.xml"
 command = "echo 1..2; echo ok 1 - a; echo not ok 2 - b"
 """,
     )
-    output = project.doit("--continue", "test:own", "test:tap").bad()
+    output = project.doit("test:own", "test:tap").bad()
     assert output.count("1 passed, 1 failed") >= 2, output
     names = ET.parse(project.state / "results" / "own.xml").getroot().findall(".//testcase")  # noqa: S314 - ours
     assert [case.get("name") for case in names] == ["one", "two"]
@@ -203,7 +203,7 @@ timeout_s = 2
 def test_a_build_that_fails_runs_no_suite(project: Project) -> None:
     project.edit("config/vm.toml", 'command = "make"  ', 'command = "make nothing-of-this-name"  ')
     try:
-        output = project.doit("-a", "--continue", "test:unit").bad()
+        output = project.doit("-a", "test:unit").bad()
     finally:
         project.edit("config/vm.toml", 'command = "make nothing-of-this-name"  ', 'command = "make"  ')
     assert "nothing-of-this-name" in output

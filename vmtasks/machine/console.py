@@ -31,6 +31,7 @@ _ESCAPE = re.compile(rf"\x1b(?:{_CSI}[@-~]|{_OSC}(?:\x07|\x1b\\)|{_OTHER}[0-Z\\^
 _UNFINISHED = re.compile(rf"\x1b(?:{_CSI}|{_OSC}\x1b?|{_OTHER})\Z")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]")
 _SENTINEL = re.compile(r"::vmtasks:([0-9a-f]{16}):(begin|step|hostkey|exit)(?: (.*))?")
+_WRAPPER = re.compile(r"(?:exit|step|fail) |\. .*/phase\.sh$")
 _TRACE = re.compile(r"\++ (\d*): (.*)")
 
 
@@ -106,7 +107,7 @@ class Transcript:
             self.last_command = line.removeprefix("FAILED: ").strip()
             return
         trace = _TRACE.fullmatch(line.strip())
-        if trace is not None and not trace[2].startswith(("exit ", "step ", "fail ")):
+        if trace is not None and not _WRAPPER.match(trace[2]):
             self.last_command = f"line {trace[1]}: {trace[2]}" if trace[1] else trace[2]  # dash does not count lines
 
 

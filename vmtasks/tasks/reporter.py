@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from doit.exceptions import UnmetDependency
+from doit.exceptions import TaskFailed, UnmetDependency
 from doit.reporter import ConsoleReporter
 
 
@@ -53,6 +53,8 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         """Errors of doit itself; those of tasks were shown when they came."""
         if self.runtime_errors:
             self.write("\n".join(self.runtime_errors) + "\n")
+        elif self.failures and all(isinstance(failure["exception"], TaskFailed) for failure in self.failures):
+            raise SystemExit(1)  # doit makes it 2, an error, as soon as another task was not run because of it
 
     def _paint(self, color: str, text: str) -> str:
         terminal = getattr(self.outstream, "isatty", lambda: False)()
