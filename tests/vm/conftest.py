@@ -21,6 +21,12 @@ RUN_S = 240.0
 OURS = re.compile(r"VM_.*|VMTASKS_.*|SSH_PORT|DFLY_VERSION|XDG_RUNTIME_DIR")
 
 
+def pytest_configure() -> None:
+    """A shell starts a command in the background with SIGINT and SIGQUIT ignored, and so would all that tests start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """All that is here boots guests."""
     here = Path(__file__).parent
