@@ -29,6 +29,8 @@ from vmtasks.store import ImageRecord, read_record, write_record
 
 POWEROFF_S = 15.0
 LOCK_S = 1800.0
+GENTLE = ("power off in the guest", "ACPI power button")
+"""Rungs after which the guest's file systems are whole. Any other end is a power cut for them."""
 
 Status = Literal["absent", "booting", "running", "stale", "stopped"]
 
@@ -65,6 +67,11 @@ class Machine:
     def console_log(self) -> Path:
         """Everything that the serial console has said."""
         return self.folder / f"{self.name}.log"
+
+    @property
+    def crashed(self) -> Path:
+        """Is there while files in the guest may have lost what was written to them last."""
+        return self.folder / "crashed"
 
     @property
     def sockets(self) -> Path:
@@ -130,6 +137,9 @@ class Machine:
                     record = self._make(record.snapshot, image)
             if record is not None and self.pid(record) is not None:
                 return self._attach(record, note)
+            if record is not None and record.pid:
+                note(f"machine {self.name} ended without being stopped; the next sync looks into every file")
+                self.crashed.touch()
             if record is None or not self.disk.is_file():
                 record = self._make(record.snapshot if record else CLEAN, self.image())
             return self._boot(record)
@@ -233,7 +243,7 @@ class Machine:
     def _make(self, snapshot: str, image: ImageRecord) -> MachineRecord:
         """A fresh overlay and a record: a stopped machine that was never started."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for old in (self.disk, self.folder / "ready"):
+        for old in (self.disk, self.folder / "ready", self.crashed):
             old.unlink(missing_ok=True)
         size = max(image.virtual_size, self.config.disk_size)
         disk.overlay(self.disk, self.state.store.image(image.digest), size=size)
@@ -368,8 +378,8 @@ class Machine:
             return reached
 
         return [
-            ("power off in the guest", power_off, POWEROFF_S * factor),
-            ("ACPI power button", vm.control(self.sockets / "qmp", "system_powerdown"), POWEROFF_S * factor / 2),
+            (GENTLE[0], power_off, POWEROFF_S * factor),
+            (GENTLE[1], vm.control(self.sockets / "qmp", "system_powerdown"), POWEROFF_S * factor / 2),
         ]
 
     def _stop(self, record: MachineRecord, note: Callable[[str], None], *, gentle: bool = True) -> str:
@@ -383,6 +393,8 @@ class Machine:
         elif vm.end_stray(self.sockets / "qmp"):
             rung = "QMP quit"
             note(f"machine {self.name} stopped ({rung}): whoever started it was killed before it was recorded")
+        if record.pid and rung not in GENTLE:
+            self.crashed.touch()
         ssh.close(self.target(record))
         for leftover in (f"{self.name}.pid", f"{self.name}.ports"):
             (self.folder / leftover).unlink(missing_ok=True)

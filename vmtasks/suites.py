@@ -102,8 +102,11 @@ class Suites:
         return self.machine.folder / "ready"
 
     def _send(self, target: ssh.Target) -> Synced:
-        table = self.config.sync
-        return sync(target, self.results.source(), table.dest, self.results.excludes(), delete=table.delete)
+        table, crashed = self.config.sync, self.machine.crashed
+        thorough, exclude = crashed.exists(), self.results.excludes()
+        done = sync(target, self.results.source(), table.dest, exclude, delete=table.delete, thorough=thorough)
+        crashed.unlink(missing_ok=True)
+        return done
 
     def _execute(self, text: str, sink: Callable[[bytes], None], timeout_s: float, pidfile: str, user: str) -> int:
         target = self.machine.running()

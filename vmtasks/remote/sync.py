@@ -28,9 +28,12 @@ class Synced:
         return f"{len(self.sent)} sent, {len(self.deleted)} deleted"
 
 
-def sync(target: Target, source: Path, dest: str, exclude: Sequence[str], *, delete: bool = True) -> Synced:
+def sync(
+    target: Target, source: Path, dest: str, exclude: Sequence[str], *, delete: bool = True, thorough: bool = False
+) -> Synced:
     """Make `dest` in the guest equal to `source`, but for `exclude` (rsync patterns, `/` anchors them at the source).
 
+    `thorough` is for a guest that lost its power: contents are compared, and what was built there is removed.
     Files keep mode and time and belong to the login user. SshError when the guest is not reached.
     """
     argv = [
@@ -38,6 +41,7 @@ def sync(target: Target, source: Path, dest: str, exclude: Sequence[str], *, del
         "-rlptDs",  # s: names go past the remote shell; how they are quoted for it differs between versions
         "--out-format=%i %n",
         *(["--delete"] if delete else []),
+        *(["--checksum", "--delete-excluded"] if thorough else []),
         *(f"--exclude={pattern}" for pattern in exclude),
         "-e",
         f"ssh -F {shlex.quote(str(target.config))}",
