@@ -5,7 +5,6 @@ A finished phase is published in the store at once, so that no kill, and no loss
 """
 
 import hashlib
-from functools import cached_property
 from pathlib import Path
 
 from vmtasks import atomic, image, plan, proc, progress, tidy
@@ -54,13 +53,13 @@ class Builder(State):
                 record = self._media(recipe, allow_unverified=allow_unverified)
                 if record is None:
                     with progress.step(
-                        "fetch: the installer", expected_s=self._history.expected_s(f"fetch {recipe[:12]}")
+                        "fetch: the installer", expected_s=self.store.history.expected_s(f"fetch {recipe[:12]}")
                     ) as step:
                         record = installer.make(
                             self.config, self.store, recipe, step.now, allow_unverified=allow_unverified
                         )
                     write_record(self.store.root / "media" / f"{recipe}.toml", record)
-                    self._history.record(f"fetch {recipe[:12]}", step.elapsed_s)
+                    self.store.history.record(f"fetch {recipe[:12]}", step.elapsed_s)
         write_record(self.installer_record, record)
 
     def render(self, number: int) -> None:
@@ -170,10 +169,6 @@ class Builder(State):
         return None if fault else record
 
     # -- small things
-
-    @cached_property
-    def _history(self) -> progress.History:
-        return progress.History(self.store.root / "history.json")
 
     def _waiting(self, what: str) -> progress.Say:
         return lambda holder: progress.say(f"{what}: {holder} is making it; waiting")

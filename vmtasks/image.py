@@ -59,7 +59,7 @@ def make(job: Job, lock: int) -> ImageRecord:
         disk.create(partial, job.config.disk_size)
     else:
         disk.overlay(partial, job.store.image(job.below.digest), relative=True)
-    history = progress.History(job.store.root / "history.json")
+    history = job.store.history
     try:
         with progress.step(job.title, expected_s=history.expected_s(job.title)) as step:
             host_keys = _boot(job, partial, lock, step)

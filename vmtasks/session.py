@@ -264,7 +264,7 @@ class Machine:
         vm.end_stray(self.sockets / "qmp")
         for old in (self.sockets / "ssh", self.sockets / "qmp", self.sockets / "serial"):
             old.unlink(missing_ok=True)
-        history, key = progress.History(self.state.store.root / "history.json"), f"start {self.config.label}"
+        history, key = self.state.store.history, f"start {self.config.label}"
         with progress.step(f"start {self.name}", expected_s=history.expected_s(key)) as step:
             step.now(f"boot ({accel.name}, {config.cpus} CPU, {show_size(config.memory)})")
             self._console_from = self.console_log.stat().st_size if self.console_log.exists() else 0

@@ -23,6 +23,7 @@ import msgspec
 from vmtasks import atomic
 from vmtasks.errors import StateError
 from vmtasks.lock import Waiting, lock
+from vmtasks.progress import History
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -86,6 +87,11 @@ class Store:
     def failed(self, digest: str) -> Path:
         """Where the disk of a failed phase is kept."""
         return self.root / "failed" / f"{digest}.qcow2"
+
+    @property
+    def history(self) -> History:
+        """How long each piece of work took the last time."""
+        return History(self.root / "history.json")
 
     def image(self, digest: str) -> Path:
         """Where the image with this digest is, if it is."""
