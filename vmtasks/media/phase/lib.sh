@@ -29,6 +29,17 @@ hostkey() {
     set -x
 }
 
+# observe NAME COMMAND...: puts into the log what a command says, for a report. That it fails is noted, and ends nothing.
+observe() {
+    { set +x; } 2>/dev/null
+    vmtasks_what=$1
+    shift
+    { "$@" 2>&1 || printf '(status %s)\n' "$?"; } | while IFS= read -r vmtasks_line || [ -n "$vmtasks_line" ]; do
+        printf 'observed %s: %s\n' "$vmtasks_what" "$vmtasks_line"
+    done
+    set -x
+}
+
 # fail TEXT: ends the phase.
 fail() {
     { set +x; } 2>/dev/null
