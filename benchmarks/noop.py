@@ -2,7 +2,7 @@
 
     python benchmarks/noop.py [--rounds N] [guest=tiny ...]
 
-The project must be up to date: `./doit auto_install quick` first. Both sides are whole processes, started in turn.
+The project must be up to date: `./doit guest=tiny auto_install quick` first. Both sides are whole processes, started in turn.
 """
 
 import argparse
@@ -29,7 +29,9 @@ def main() -> int:
     """Exit status 1 when the ratio is above the limit, 2 when the project is not up to date."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("variables", nargs="*", help="as doit takes them: guest=tiny store=/path")
+    parser.add_argument(
+        "variables", nargs="*", default=["guest=tiny"], help="as doit takes them: guest=tiny store=/path"
+    )
     given = parser.parse_args()
     project = Path(__file__).resolve().parent.parent
     ours = [DOIT, *given.variables, "auto_install", "quick"]

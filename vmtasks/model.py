@@ -87,7 +87,7 @@ class QuickTable(Table, frozen=True, kw_only=True):
 class VmFile(Table, frozen=True, kw_only=True):
     """config/vm.toml."""
 
-    guest: Annotated[Name, Meta(description="folder in phases/")] = "tiny"
+    guest: Annotated[Name, Meta(description="folder in phases/")] = "dragonfly"
     version: Annotated[str, Meta(description="version of the guest; default: the guest's own")] = ""
     machine: MachineTable = MachineTable()
     sync: SyncTable = SyncTable()

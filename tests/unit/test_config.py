@@ -155,9 +155,9 @@ def test_help_says_where_each_value_came_from(project: Path):
 
 
 def test_help_of_a_guest_that_is_the_default(project: Path):
-    (project / "phases/small").rename(project / "phases/tiny")
-    guest = project / "phases/tiny/guest.toml"
-    guest.write_text(guest.read_text().replace('name = "small"', 'name = "tiny"'))
+    (project / "phases/small").rename(project / "phases/dragonfly")
+    guest = project / "phases/dragonfly/guest.toml"
+    guest.write_text(guest.read_text().replace('name = "small"', 'name = "dragonfly"'))
     (project / "config/vm.toml").write_text("")
     sources = {s.variable.name: s.source for s in read(project).settings}
     assert sources["guest"] == "default"

@@ -140,6 +140,8 @@ class Project:
                 shutil.copytree(source, target, symlinks=True)
             else:
                 shutil.copy2(source, target)
+        config = root / "config/vm.toml"
+        config.write_text(re.sub(r'(?m)^guest = "\w+"', 'guest = "tiny"', config.read_text()))
 
     # -- doit
 
