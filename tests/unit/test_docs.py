@@ -105,7 +105,7 @@ def test_commands_exist(document: Path) -> None:
 
 def test_the_first_command_is_the_promise() -> None:
     first = next(commands(README.read_text()))
-    assert first == ["./doit", "auto_install", "quick"]
+    assert first == ["./doit", "guest=tiny", "auto_install", "quick"]
 
 
 @documents
