@@ -2,7 +2,8 @@
 
     python benchmarks/noop.py [--rounds N] [guest=tiny ...]
 
-The project must be up to date: `./doit guest=tiny auto_install quick` first. Both sides are whole processes, started in turn.
+The project must be up to date: `./doit guest=tiny auto_install quick` first.
+Both sides are whole processes, started in turn.
 """
 
 import argparse

@@ -210,6 +210,18 @@ class PhaseTable(Table, frozen=True, kw_only=True):
     packages: Annotated[list[str], Meta(description="packages put into packages/ on the phase ISO")] = []
 
 
+class Question(Table, frozen=True, kw_only=True):
+    """[[questions]]: something that `doit verify_guest` answers in its report. One of the last three keys is set."""
+
+    asks: Annotated[str, Meta(min_length=1, description="the question, as the report shows it")]
+    observed: Annotated[str, Meta(description="name that a phase script gave to `observe`; `*` matches any text")] = ""
+    command: Annotated[str, Meta(description="command that answers it, run as root in the installed machine")] = ""
+    host: Annotated[
+        Literal["", "power-button", "sums"],
+        Meta(description="what the host finds out: the ACPI power button's effect, or the published list of sums"),
+    ] = ""
+
+
 class GuestFile(Table, frozen=True, kw_only=True):
     """phases/GUEST/guest.toml."""
 
@@ -224,4 +236,5 @@ class GuestFile(Table, frozen=True, kw_only=True):
     failures: list[FailureText] = []
     phases: Annotated[list[PhaseTable], Meta(min_length=1)]
     poweroff: Annotated[str, Meta(description="command that powers the guest off")] = "poweroff"
+    questions: list[Question] = []
     vars: Annotated[dict[str, Value], Meta(description="values for the templates, with their defaults")] = {}

@@ -24,7 +24,7 @@ def check(config: Config) -> None:
     for problem in (*tree(config), *build(config), *suites(config)):
         raise ConfigError(f"{file}: {problem}")
     file = show(config.guest_dir / "guest.toml")
-    for problem in (*guest(config), *installer(config), *expressions(config)):
+    for problem in (*guest(config), *questions(config), *installer(config), *expressions(config)):
         raise ConfigError(f"{file}: {problem}")
 
 
@@ -135,6 +135,13 @@ def guest(config: Config) -> Iterator[str]:
             yield f"phases.cds = {phase.cds}: beside an IDE disk there is room for {room} CDs; use another bus"
     if len({phase.name for phase in file.phases}) < len(file.phases):
         yield "phases.name: two phases have one name; rename one"
+
+
+def questions(config: Config) -> Iterator[str]:
+    """Questions that nothing answers, or that two things do."""
+    for question in config.guest.questions:
+        if sum(map(bool, (question.observed, question.command, question.host))) != 1:
+            yield f"questions.asks = {question.asks!r}: one way to answer it; set observed, command or host"
 
 
 def installer(config: Config) -> Iterator[str]:

@@ -30,6 +30,7 @@ KEYS = {
     "[[phases]]": model.PhaseTable,
     "[[dialogue.NAME]]": model.Exchange,
     "[[failures]]": model.FailureText,
+    "[[questions]]": model.Question,
     "[installer], downloaded": model.Download,
     "[installer], composed from Debian packages": recipe.Recipe,
     "[installer.initramfs]": recipe.Initramfs,

@@ -18,6 +18,8 @@ TAIL_LINES = 30
 
 LOG_BYTES = 1 << 20
 
+KEEP_LINES = 1000
+
 KEEP_CHARS = 1 << 16
 """How much unmatched text is kept to look for prompts in."""
 
@@ -65,12 +67,12 @@ class Cleaner:
 class Transcript:
     """What the console has said: whole lines, the line under way, and text in which no prompt was found yet."""
 
-    def __init__(self) -> None:
-        """Empty, as before the machine starts."""
+    def __init__(self, keep: int | None = KEEP_LINES) -> None:
+        """Empty, as before the machine starts. `keep` is how many lines are remembered; None: all."""
         self._cleaner = Cleaner()
         self._line = ""
         self.unmatched = ""
-        self.lines: deque[str] = deque(maxlen=1000)
+        self.lines: deque[str] = deque(maxlen=keep)
         self.last_command = ""
 
     def feed(self, data: bytes) -> list[Sentinel]:

@@ -78,6 +78,16 @@ def obtain(wanted: Release, folder: Path, note: Say, *, allow_unverified: bool =
     return got, against
 
 
+def sums(wanted: Release) -> tuple[str, str]:
+    """The text of the list of sums that stands beside the file, and its address. FetchError when there is none."""
+    if not wanted.sums:
+        raise FetchError(f"guest.toml names no list of sums for {wanted.name}", hint="installer.sums in guest.toml")
+    with tempfile.TemporaryDirectory() as place:
+        want = Want(urls=_urls(wanted, wanted.sums), name=wanted.sums, compression="")
+        got = fetch(want, Path(place), progress=_short, limits=SUMS_LIMITS, allow_unverified=True)
+        return got.path.read_text(errors="replace"), got.url
+
+
 def _published(wanted: Release) -> tuple[Digest, str]:
     """The strongest digest that the mirrors' list of sums has for the file, and the list's address."""
     missing = f"no digest is known for {wanted.name}: guest.toml has none for version {wanted.version!r}"
@@ -87,18 +97,15 @@ def _published(wanted: Release) -> tuple[Digest, str]:
     )
     if not wanted.sums:
         raise FetchError(missing, hint=hint)
-    with tempfile.TemporaryDirectory() as place:
-        want = Want(urls=_urls(wanted, wanted.sums), name=wanted.sums, compression="")
-        try:
-            got = fetch(want, Path(place), progress=_short, limits=SUMS_LIMITS, allow_unverified=True)
-        except FetchError as error:
-            raise FetchError(f"{missing}, and {error.message}", hint=hint) from error
-        text = got.path.read_text(errors="replace")
+    try:
+        text, url = sums(wanted)
+    except FetchError as error:
+        raise FetchError(f"{missing}, and {error.message}", hint=hint) from error
     for algorithm in sorted(HEX_DIGITS, key=lambda name: -HEX_DIGITS[name]):
-        sums = parse_bsd_sums(text, algorithm)
-        if wanted.name in sums:
-            return _digest(f"{algorithm}:{sums[wanted.name]} of download"), got.url
-    raise FetchError(f"{missing}, and {got.url} does not list it", hint=hint)
+        listed = parse_bsd_sums(text, algorithm)
+        if wanted.name in listed:
+            return _digest(f"{algorithm}:{listed[wanted.name]} of download"), url
+    raise FetchError(f"{missing}, and {url} does not list it", hint=hint)
 
 
 def _short(done: int, _: int | None) -> None:

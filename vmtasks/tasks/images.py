@@ -14,6 +14,13 @@ from vmtasks.state import State
 from vmtasks.tasks.context import CONFIG, action
 
 Task = dict[str, Any]
+UNVERIFIED_PARAM = {
+    "name": "allow_unverified",
+    "long": "allow-unverified",
+    "type": bool,
+    "default": False,
+    "help": "take a download although no digest of it is known",
+}
 
 
 class Intact:
@@ -57,15 +64,7 @@ def task_fetch() -> Task:
 
     return {
         "actions": [action(fetch)],
-        "params": [
-            {
-                "name": "allow_unverified",
-                "long": "allow-unverified",
-                "type": bool,
-                "default": False,
-                "help": "take a download although no digest of it is known",
-            }
-        ],
+        "params": [UNVERIFIED_PARAM],
         "file_dep": [*_inputs(CONFIG), *overlay],
         "targets": [str(state.installer_record)],
         "uptodate": [Intact(partial(state.why_stale, 0)), config_changed(CONFIG.version)],
