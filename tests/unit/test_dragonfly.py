@@ -1,10 +1,16 @@
 """The DragonFlyBSD guest as data: its scripts are sound shell, and its phase CDs are what PFI needs."""
 
+import bz2
+import hashlib
 import json
+import os
+import random
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
+import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +18,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from httpserver import Reply, serving
 from vmtasks import proc
 from vmtasks.build import Builder
 from vmtasks.config import Config, load
@@ -161,3 +168,120 @@ def test_what_is_known_of_the_published_files():
         "6.4.2": 3,
     }
     assert all(mirror.startswith("https://") for mirror in installer.mirrors)
+
+
+# -- `doit fetch` of the default guest, from a mirror that has a made-up ISO under the real name
+
+FILE = "dfly-x86_64-6.4.2_REL.iso.bz2"
+ISO = random.Random(642).randbytes(3_000_000)  # noqa: S311
+PACKED = bz2.compress(ISO)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """The shipped guest with the made-up file's digests in place of the real ones, and nothing else changed."""
+    root = tmp_path / "project"
+    shutil.copytree(TOP / "phases/dragonfly", root / "phases/dragonfly")
+    (root / "config").mkdir()
+    (root / "config/vm.toml").write_text("")
+    (root / "dodo.py").write_text("from vmtasks.tasks import *  # noqa: F403\n")
+    guest = root / "phases/dragonfly/guest.toml"
+    text = guest.read_text()
+    for known, data, algorithm in (
+        ("906095312c4a4ac0577fb91d5eb87033", PACKED, "md5"),
+        ("fdab09ac37cf427b8c01de5d54bfd1d7", ISO, "md5"),
+        ("373150a21eeb7ce0f20c7faf1b8129145bf3bf0463a45d0dc18aad274f7ed661", PACKED, "sha256"),
+    ):
+        assert known in text
+        text = text.replace(known, hashlib.new(algorithm, data).hexdigest())
+    guest.write_text(text.replace('"6.4.2" = 784334848', f'"6.4.2" = {len(ISO)}'))
+    return root
+
+
+def doit(project: Path, *words: str, store: Path | None = None, **environ: str) -> tuple[int, str]:
+    """Run a real doit; its status and all that it printed."""
+    ours = re.compile(r"(VM|VMTASKS|DFLY)_|\w+_proxy$", re.IGNORECASE)
+    kept = {name: value for name, value in os.environ.items() if not ours.match(name)}
+    env = {**kept, "VMTASKS_STORE": str(store or project.parent / "store"), "PYTHONPATH": str(TOP), **environ}
+    argv = [sys.executable, "-m", "doit", *words]
+    done = subprocess.run(
+        argv, cwd=project, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert "Traceback" not in done.stdout + done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def isos(store: Path) -> list[bytes]:
+    """What the store would take for an installer."""
+    return [path.read_bytes() for path in store.glob("downloads/*") if re.fullmatch(r"[0-9a-f]{64}", path.name)]
+
+
+HALF = len(PACKED) // 2
+
+
+@pytest.mark.parametrize(
+    "replies",
+    [
+        [],
+        [Reply(cut_after=HALF)],
+        [Reply(cut_after=HALF), Reply(ranges=False)],
+        [Reply(status=503), Reply(cut_after=9)],
+    ],
+    ids=["good", "cut", "cut, then Range refused", "overloaded, then cut"],
+)
+def test_fetch_gets_there(project: Path, replies: list[Reply]):
+    with serving({FILE: PACKED}, *replies) as site:
+        status, said = doit(project, "fetch", DFLY_MIRROR=f"{site.base}/")
+    assert status == 0, said
+    assert isos(project.parent / "store") == [ISO]
+    record = tomllib.loads((project / ".vm/dragonfly-6.4.2/installer.toml").read_text())
+    assert record["sha256"] == hashlib.sha256(ISO).hexdigest()
+    status, said = doit(project, "fetch", DFLY_MIRROR="http://127.0.0.1:9/")
+    assert status == 0, f"offline, with the installer in the store: {said}"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "says"),
+    [
+        (bz2.compress(b"another"), 200, r"sha256|md5"),
+        (b"", 404, r"404"),
+        (b"<html>no such file</html>", 200, r"HTML|bz2"),
+        (PACKED[:HALF], 200, r"ends in the middle of its bz2 data"),
+    ],
+    ids=["wrong digest", "404", "a page instead of a file", "truncated on the mirror"],
+)
+def test_fetch_takes_nothing_else_for_the_installer(project: Path, body: bytes, status: int, says: str):
+    with serving({}) as site:
+        site.usual = Reply(
+            status=status, body=body, content_type="text/html" if b"html" in body else "application/x-bzip2"
+        )
+        ended, said = doit(project, "fetch", DFLY_MIRROR=f"{site.base}/")
+    assert ended == 1, said
+    assert re.search(says, said), said
+    assert "hint:" in said
+    assert isos(project.parent / "store") == []
+    assert not (project / ".vm/dragonfly-6.4.2/installer.toml").exists()
+
+
+def test_fetch_on_a_full_disk(project: Path, small_disk: Path):
+    with serving({FILE: PACKED}) as site:
+        status, said = doit(project, "fetch", store=small_disk / "store", DFLY_MIRROR=f"{site.base}/")
+    assert status == 1
+    assert re.search(r"needs about .* where .* are free", said), said
+    assert "VMTASKS_STORE" in said
+    assert isos(small_disk / "store") == []
+
+
+def test_versions_stand_side_by_side(project: Path):
+    other = bz2.compress(b"CD001 of 6.6.0")
+    sums = f"MD5 (dfly-x86_64-6.6.0_REL.iso.bz2) = {hashlib.md5(other).hexdigest()}\n"  # noqa: S324
+    with serving({FILE: PACKED, "dfly-x86_64-6.6.0_REL.iso.bz2": other, "md5.txt": sums.encode()}) as site:
+        for environ in ({}, {"DFLY_VERSION": "6.6.0"}):
+            status, said = doit(project, "fetch", DFLY_MIRROR=site.base, **environ)
+            assert status == 0, said
+        assert "md5 is taken from" in said
+    assert sorted(path.parent.name for path in project.glob(".vm/*/installer.toml")) == [
+        "dragonfly-6.4.2",
+        "dragonfly-6.6.0",
+    ]
+    assert sorted(isos(project.parent / "store")) == sorted([ISO, b"CD001 of 6.6.0"])

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,20 +97,6 @@ def test_killed_at_any_moment_of_publishing_there_is_all_or_nothing(tmp_path: Pa
         store.drop("a")
         assert make(store, "a") == store.find("a", full=True)[0], f"not to be mended after moment {moment}"
     raise AssertionError("publishing never ended")
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system with 64 KiB left."""
-    folder = tmp_path / "full"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], check=False, capture_output=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"a small file system needs the right to mount: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
 
 
 def test_a_full_disk_is_said_and_nothing_is_believed(full_disk: Path):
