@@ -23,14 +23,16 @@ def shell_files() -> list[str]:
     return sorted(str(path) for path, line in first if line.startswith((b"#!/bin/sh", b"# shellcheck shell=sh")))
 
 
+# By file: what the tests of a file share, such as a running machine, is made once.
+PARALLEL = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
 CHECKS = {
     "format": ["ruff", "format", "--check", "."],
     "lint": ["ruff", "check", "."],
     "types": ["mypy"],
     "imports": ["lint-imports"],
     "shell": ["shellcheck", "-s", "sh"],
-    "unit": ["pytest", "-q", "tests/unit"],
-    "vm": ["pytest", "-q", "tests/vm"],
+    "unit": ["pytest", "-q", *PARALLEL, "tests/unit"],
+    "vm": ["pytest", "-q", *PARALLEL, "tests/vm"],
 }
 
 

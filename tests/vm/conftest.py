@@ -256,9 +256,14 @@ def copy_store(source: Path, target: Path, *, images: bool) -> Path:
 
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The store that tests share, with the installed guest in it; VMTASKS_TEST_STORE names one that outlives them."""
+    """The store that tests share, with the installed guest in it; VMTASKS_TEST_STORE names one that outlives them.
+
+    Parallel runs of pytest share it too: whoever comes second finds the guest installed, or waits until it is.
+    """
     named = os.environ.get("VMTASKS_TEST_STORE", "")
-    root = Path(named) if named else tmp_path_factory.mktemp("store")
+    base = tmp_path_factory.getbasetemp()
+    parallel = "PYTEST_XDIST_WORKER" in os.environ
+    root = Path(named) if named else (base.parent if parallel else base) / "store"
     project = Project(tmp_path_factory.mktemp("first") / "project", root)
     project.doit("auto_install", timeout_s=480).good()
     yield root

@@ -17,11 +17,12 @@ FAILED = 255
 """The status of ssh itself when it could not connect or lost the connection; see ssh(1)."""
 
 CONNECT_S = 10
+OTHER_HOST_KEY = "the guest shows another host key than the one its image recorded"
 STAGES = (
     ("Connection refused", "nothing listens on the port: QEMU is not forwarding it"),
     ("Permission denied", "the guest refused our key"),
-    ("Host key verification failed", "the guest shows another host key than the one its image recorded"),
-    ("REMOTE HOST IDENTIFICATION HAS CHANGED", "the guest shows another host key than the one its image recorded"),
+    ("Host key verification failed", OTHER_HOST_KEY),
+    ("REMOTE HOST IDENTIFICATION HAS CHANGED", OTHER_HOST_KEY),
     ("banner exchange", "the port is forwarded but no SSH server answers in the guest"),
     ("Connection reset", "the guest closed the connection: its SSH server is not up yet or broken"),
     ("Connection closed", "the guest closed the connection: its SSH server is not up yet or broken"),
@@ -83,7 +84,8 @@ def write_config(target: Target) -> None:
 def wait_ready(target: Target, *, timeout_s: float, alive: Callable[[], bool]) -> float:
     """Wait until an authenticated `true` succeeds; returns the seconds that it took.
 
-    SshError when `alive` says that the machine is gone, or after `timeout_s`, with the stage that was reached.
+    SshError when `alive` says that the machine is gone, at once when it shows another host key, or after `timeout_s`,
+    with the stage that was reached.
     """
     began = time.monotonic()
     while True:
@@ -93,6 +95,8 @@ def wait_ready(target: Target, *, timeout_s: float, alive: Callable[[], bool]) -
         stage = explain(tried.stderr or f"timed out (status {tried.status})")
         if not alive():
             raise SshError(f"machine {target.name} ended while it was booting")
+        if stage == OTHER_HOST_KEY:  # which no waiting mends
+            raise SshError(f"machine {target.name}: {stage}", hint="doit restore, if nothing in it is needed")
         if time.monotonic() - began > timeout_s:
             raise SshError(f"machine {target.name} did not accept SSH within {timeout_s:.0f} s: {stage}")
         time.sleep(0.2)
