@@ -91,7 +91,7 @@ class Builder(State):
 
     def phase_iso(self, number: int) -> None:
         """Put the phase's files, its packages and its token on an ISO."""
-        sources = self._sources(number)
+        sources = self.sources(number)
         token = plan.token(self._iso_files(sources))
         entries = [Entry(path, "file", mode, source) for path, (mode, source) in sources.items()]
         entries.append(Entry("token", "file", PLAIN, f"{token}\n".encode()))
@@ -132,9 +132,9 @@ class Builder(State):
         talk = self.config.guest.dialogue.get(phase.dialogue, [])
         facts = plan.facts(hardware, phase, talk, self.config.disk_size)
         before = self.media().sha256 if number == 1 else self.phase_record(number - 1).digest
-        return plan.phase_digest(before, self._iso_files(self._sources(number)), facts)
+        return plan.phase_digest(before, self._iso_files(self.sources(number)), facts)
 
-    def _sources(self, number: int) -> dict[str, tuple[int, Path]]:
+    def sources(self, number: int) -> dict[str, tuple[int, Path]]:
         """Path on the phase ISO -> (mode, where its bytes are), without the token."""
         folder = self.folder(number)
         found = {path.name: (path.stat().st_mode & 0o777, path) for path in _whole(folder)}
@@ -182,7 +182,7 @@ class Builder(State):
             phase=self.phase(number),
             number=number,
             digest=digest,
-            token=plan.token(self._iso_files(self._sources(number))),
+            token=plan.token(self._iso_files(self.sources(number))),
             isos={"installer": self.installer(), "phase": self.iso(number)},
             below=self.store.record(below) if below else None,
         )

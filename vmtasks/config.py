@@ -164,7 +164,7 @@ def _assemble(
         "disk": _from(machine.disk_size, hardware.disk_size, path, "guest.toml"),
         "guest": (vm.guest, guest_source),
         "memory": _from(machine.memory, hardware.memory, path, "guest.toml"),
-        "name": _from(machine.name, vm.guest, path, "the guest's name"),
+        "name": _from(machine.name, f"{vm.guest}-{version}" if version else vm.guest, path, "guest and version"),
         "network": _from(machine.network, "user", path, "default"),
         "port": _from(machine.ssh_port, 2222, path, "default"),
         "store": (str(store), "default"),

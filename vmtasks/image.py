@@ -173,9 +173,7 @@ def _keep(job: Job, error: VmTasksError) -> None:
         look = job.config.guest_state / f"look-{job.number}"
         disk_only = replace(spec(job, kept, job.logs, None), cds=(), boot="disk")
         live = replace(disk_only, cds=(job.isos["installer"],), boot="cd")
-        first = job.config.guest.phases[0].dialogue
-        typed = [exchange.send.strip() for exchange in job.config.guest.dialogue.get(first, [])]
-        atomic.write(look, look_script(live, disk_only, typed), 0o755)
+        atomic.write(look, look_script(live, disk_only, typed(job.config)), 0o755)
     except (OSError, VmTasksError) as trouble:
         error.hint = error.hint or f"the disk could not be kept: {trouble}"
         return
@@ -184,13 +182,19 @@ def _keep(job: Job, error: VmTasksError) -> None:
     error.hint = error.hint or f"look inside with {look} (or {look} boot); the kept disk stays as it is{seen}"
 
 
-def look_script(live: Spec, disk_only: Spec, typed: Sequence[str]) -> str:
+def typed(config: Config) -> list[str]:
+    """What makes the installer's loader use the serial console, one entry for each thing to type."""
+    first = config.guest.phases[0].dialogue
+    return [exchange.send.strip() for exchange in config.guest.dialogue.get(first, [])]
+
+
+def look_script(live: Spec, disk_only: Spec, words: Sequence[str]) -> str:
     """A script to look inside a kept disk from the installer's live system, or, with `boot`, to start the disk itself.
 
     The phase's own CD is left out, so that the phase does not run again. What is written goes to a throw-away overlay.
-    `typed` is what makes the installer's loader use the console.
+    `words` is what makes the installer's loader use the console.
     """
-    told = "The installer starts. " + (f"To its loader, type: {', '.join(typed)}." if typed else "")
+    told = "The installer starts. " + (f"To its loader, type: {', '.join(words)}." if words else "")
     make = proc.quote(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(live.disk.absolute())])
     return (
         "#!/bin/sh\n"

@@ -73,7 +73,7 @@ def run(
     check: bool = True,
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
-    stdin: str | None = None,
+    stdin: str | bytes | None = None,
 ) -> Result:
     """Run a helper to its end and return its output.
 
@@ -84,7 +84,7 @@ def run(
     log.debug("run %s", quote(words))
     with spawn(words, cwd=cwd, env=env, pipe=True, stdin=stdin is not None) as child:
         try:
-            out, err = child.communicate(None if stdin is None else stdin.encode(), timeout=timeout_s)
+            out, err = child.communicate(stdin.encode() if isinstance(stdin, str) else stdin, timeout=timeout_s)
             status = shell_status(child.returncode)
         except subprocess.TimeoutExpired as late:
             # What it has started holds our pipes as long as it lives, so that all of its group must go.
@@ -103,11 +103,15 @@ def run(
 
 
 def attach(argv: Sequence[str | Path]) -> int:
-    """Run a program on our own terminal and streams, to its end; returns its status. No deadline: a person is there."""
+    """Run a program on our own terminal and streams, to its end; returns its status. No deadline: a person is there.
+
+    The kernel ends it when we are killed and cannot (Linux only).
+    """
     words = [str(word) for word in argv]
     words[0] = find(words[0])
     log.debug("attach %s", quote(words))
-    return shell_status(subprocess.run(words, check=False).returncode)
+    ended = subprocess.run(words, check=False, preexec_fn=_end_with_parent())
+    return shell_status(ended.returncode)
 
 
 def stream(argv: Sequence[str | Path], sink: Callable[[bytes], None], *, timeout_s: float) -> int:

@@ -68,7 +68,7 @@ class Results:
         decides = {k: v for k, v in msgspec.structs.asdict(suite).items() if k not in {"artifacts", "timeout_s"}}
         return {
             "tree": self.tree,
-            "image": self._image_sha256(),
+            "image": self._system(),
             "suite": plan.suite_digest(decides),
             "build": plan.suite_digest(
                 {"command": config.build.command, "env": config.build.env, "dest": config.sync.dest}
@@ -80,11 +80,14 @@ class Results:
         """Digest of the tree to sync, as it was when first asked for: what is edited later is tested next time."""
         return tree_digest(self.source(), self.excludes(), self.config.vm_dir / "tree.json")
 
-    def _image_sha256(self) -> str:
+    def _system(self) -> str:
+        """Which system the machine runs: its image, and what was done to it since."""
         record = self.state.machine(self.config.name)
-        snapshot = record.snapshot if record and record.guest == self.config.label else CLEAN
-        named = read_record(self.state.snapshot_record(snapshot), PhaseRecord)
-        return named.sha256 if named else ""
+        ours = record if record and record.guest == self.config.label else None
+        if ours and not ours.image:
+            return ours.changed
+        named = read_record(self.state.snapshot_record(ours.snapshot if ours else CLEAN), PhaseRecord)
+        return (named.sha256 if named else "") + (ours.changed if ours else "")
 
 
 def describe(record: ResultRecord) -> str:

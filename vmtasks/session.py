@@ -5,9 +5,10 @@
 """
 
 import contextlib
+import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ from vmtasks.store import ImageRecord, read_record, write_record
 
 POWEROFF_S = 15.0
 LOCK_S = 1800.0
+LOGIN_S = 10.0
 GENTLE = ("power off in the guest", "ACPI power button")
 """Rungs after which the guest's file systems are whole. Any other end is a power cut for them."""
 
@@ -72,6 +74,11 @@ class Machine:
     def crashed(self) -> Path:
         """Is there while files in the guest may have lost what was written to them last."""
         return self.folder / "crashed"
+
+    @property
+    def key_cd(self) -> Path:
+        """The CD that lets our key in, in the drive of a machine that was installed by hand."""
+        return self.folder / "key.iso"
 
     @property
     def sockets(self) -> Path:
@@ -128,7 +135,7 @@ class Machine:
     def start(self, note: Callable[[str], None] = progress.say) -> ssh.Target:
         """Have the machine running and SSH answering. A machine made from an older image is made anew, and says so."""
         with self._lock():
-            record = self.record()
+            record = self._ours()
             if record is not None and record.image:
                 image = self.image()
                 if record.image_sha256 != image.sha256:
@@ -144,13 +151,15 @@ class Machine:
                 record = self._make(record.snapshot if record else CLEAN, self.image())
             return self._boot(record)
 
-    def install(self, installer: Path, note: Callable[[str], None] = progress.say) -> None:
-        """Give the machine an empty disk and boot `installer` with its console on our terminal, for a person."""
+    def empty(self, user: str, note: Callable[[str], None] = progress.say) -> None:
+        """Give the machine an empty disk, for a person to install on, and log in as `user` once that is done."""
         with self._lock():
-            record = self.record()
+            record = self._ours()
             if record is not None:
                 self._stop(record, note)
-            self.disk.unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in (self.disk, self.folder / "ready", self.crashed):
+                old.unlink(missing_ok=True)
             disk.create(self.disk, self.config.disk_size)
             self._write(
                 MachineRecord(
@@ -159,13 +168,41 @@ class Machine:
                     snapshot=MANUAL,
                     image="",
                     image_sha256="",
-                    ssh_user=self.config.guest.ssh.user,
+                    ssh_user=user,
                     host_keys=[],
+                    changed=secrets.token_hex(8),
                 )
             )
-            spec = self._spec(self._free_port(), cds=(installer,), boot="cd")
-            note("the installer's console is here; Ctrl-A X ends the machine, Ctrl-A C is QEMU's monitor")
-            proc.attach(on_terminal(spec))
+
+    def attend(
+        self, cds: Sequence[Path], *, boot: str, display: str, note: Callable[[str], None] = progress.say
+    ) -> int:
+        """Boot the machine from `boot`, cd or disk, with its console on our terminal; returns QEMU's status.
+
+        A person is there, so there is no deadline. StateError when it was not installed by hand.
+        """
+        with self._lock():
+            record = self._ours()
+            if record is None or record.image or not self.disk.is_file():
+                raise StateError(f"machine {self.name} was not installed by hand", hint="doit install")
+            self._stop(record, note)
+            # Whoever is at the console may make new host keys, which the next start learns.
+            self._write(msgspec.structs.replace(record, pid=0, pid_started="", host_keys=[]))
+            spec = self._spec(self._free_port(), cds=tuple(cds), boot=boot)
+            return proc.attach(on_terminal(spec, display))
+
+    def amend(self, **values: Any) -> ssh.Target:
+        """Change values of the running machine's record, and what ssh knows of it; returns its new target."""
+        with self._lock():
+            record = self._ours()
+            if record is None or self.pid(record) is None:
+                raise StateError(f"machine {self.name} is not running", hint="doit start")
+            ssh.close(self.target(record))
+            record = msgspec.structs.replace(record, **values)
+            self._write(record)
+            target = self.target(record)
+            ssh.write_config(target)
+            return target
 
     def stop(self, note: Callable[[str], None] = progress.say) -> str:
         """Stop the machine, gently first; returns the rung of the ladder that was needed."""
@@ -178,7 +215,7 @@ class Machine:
     def restore(self, snapshot: str = "", note: Callable[[str], None] = progress.say) -> ImageRecord:
         """Throw away what the machine has written and go back to `snapshot`, by default the one it came from."""
         with self._lock():
-            record = self.record()
+            record = self._ours()
             name = snapshot or (record.snapshot if record else CLEAN)
             image = self._image(name)
             if record is not None:
@@ -191,7 +228,7 @@ class Machine:
         with self._lock():
             if self.state.snapshot_record(name) == self.state.clean_record:
                 raise StateError("'clean' is the image that the phases end in; save the machine under another name")
-            record = self.record()
+            record = self._ours()
             if record is None or not self.disk.is_file():
                 raise StateError(f"machine {self.name} has no disk to save", hint="doit start")
             if self.pid(record) is not None:
@@ -212,6 +249,16 @@ class Machine:
         return gone
 
     # -- parts
+
+    def _ours(self) -> MachineRecord | None:
+        """The record. StateError when the machine is of another guest or version, whose disk would be lost."""
+        record = self.record()
+        if record is not None and record.guest != self.config.label:
+            raise StateError(
+                f"machine {self.name} is of {record.guest}, and {self.config.label} was asked for; nothing was changed",
+                hint=f"name=OTHER for a second machine, or doit name={self.name} destroy",
+            )
+        return record
 
     @property
     def _mark(self) -> str:
@@ -243,7 +290,7 @@ class Machine:
     def _make(self, snapshot: str, image: ImageRecord) -> MachineRecord:
         """A fresh overlay and a record: a stopped machine that was never started."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for old in (self.disk, self.folder / "ready", self.crashed):
+        for old in (self.disk, self.folder / "ready", self.crashed, self.key_cd):
             old.unlink(missing_ok=True)
         size = max(image.virtual_size, self.config.disk_size)
         disk.overlay(self.disk, self.state.store.image(image.digest), size=size)
@@ -286,7 +333,8 @@ class Machine:
             except BaseException as error:
                 self._stop(record, lambda _: None, gentle=False)
                 if isinstance(error, VmTasksError):
-                    raise SshError(error.message, log=self.console_log, console=self._tail()) from None
+                    hint = "" if record.image else "doit install --disk: log in there and run key.sh from the CD"
+                    raise SshError(error.message, log=self.console_log, console=self._tail(), hint=hint) from None
                 raise
         history.record(key, step.elapsed_s)
         return target
@@ -307,6 +355,7 @@ class Machine:
             keys = ssh.learn_host_keys(record.ssh_port, timeout_s=deadline_s, alive=alive)
             record = msgspec.structs.replace(record, host_keys=keys)
             self._write(record)
+            deadline_s = LOGIN_S  # its server answers, so that a login must succeed soon
         target = self.target(record)
         ssh.write_config(target)
         self._links(record)
@@ -325,7 +374,8 @@ class Machine:
         wanted = [self.config.ssh_port] if self.config.ssh_port else [2222, *FALLBACK_PORTS]
         for port in wanted:
             try:
-                return vm.launch(self._spec(port), self.folder / "qemu.log"), port
+                key = (self.key_cd,) if self.key_cd.is_file() else ()
+                return vm.launch(self._spec(port, cds=key), self.folder / "qemu.log"), port
             except MachineError as error:
                 if not vm.port_taken(error):
                     raise

@@ -31,7 +31,11 @@ class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a machine. `pid` 0: it was stopped in good order. `memory` in bytes."""
+    """What is known of a machine. `pid` 0: it was stopped in good order. `memory` in bytes.
+
+    `image` is empty for one that was installed by hand. `changed` is another text each time that its system was
+    changed in a way that its image does not tell: installed by hand, provisioned.
+    """
 
     name: str
     guest: str
@@ -48,6 +52,7 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     accel: str = ""
     network: str = ""
     started: float = 0.0
+    changed: str = ""
 
 
 class State:
@@ -141,6 +146,11 @@ class State:
     def machine(self, name: str) -> MachineRecord | None:
         """The record of the machine `name`; None when there is no machine."""
         return read_record(self.machine_folder(name) / "machine.toml", MachineRecord)
+
+    def by_hand(self, name: str) -> bool:
+        """Whether the machine `name` is of this guest and was installed by hand: no phase must run for it."""
+        record = self.machine(name)
+        return record is not None and record.guest == self.config.label and not record.image
 
     def media(self) -> MediaRecord:
         """The installer's record. StateError before `fetch`."""

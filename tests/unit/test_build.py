@@ -74,7 +74,7 @@ class Guest:
         return self.builder
 
     def token(self, number: int) -> str:
-        return plan.token(self.builder._iso_files(self.builder._sources(number)))
+        return plan.token(self.builder._iso_files(self.builder.sources(number)))
 
     def prepare(self, *, second: bytes | None = None, verdict: str = "0 done") -> None:
         """Do all that comes before the phases. `second` is what the disk does in phase 2, by default what is right."""

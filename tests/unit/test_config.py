@@ -146,7 +146,7 @@ def test_help_says_where_each_value_came_from(project: Path):
         "disk=": ("VM_DISK_SIZE", "8G", "guest.toml"),
         "guest=": ("VM_GUEST", "small", "config/vm.toml"),
         "memory=": ("VM_MEMORY", "1500M", "memory="),
-        "name=": ("VM_NAME", "small", "the guest's name"),
+        "name=": ("VM_NAME", "small-1.0", "guest and version"),
         "network=": ("VM_NETWORK", "user", "default"),
         "port=": ("VM_SSH_PORT SSH_PORT", "3000", "environment SSH_PORT"),
         "store=": ("VMTASKS_STORE", "/home/me/.cache/vmtasks", "default"),

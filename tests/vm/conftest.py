@@ -131,6 +131,7 @@ class Project:
         """Copy the parts of the repository to `root`, which must not exist."""
         self.root, self.store, self.port = root, store, free_port()
         self.state, self.tiny = root / ".vm", root / ".vm" / "tiny"
+        self.name = "tiny"
         self._runs = 0
         for part in PARTS:
             target = root / part
@@ -203,9 +204,9 @@ class Project:
         """QEMUs of this project, of phases and machines alike."""
         return qemus(self.root)
 
-    def machine(self, name: str = "tiny") -> dict[str, object]:
+    def machine(self, name: str = "") -> dict[str, object]:
         """The record of a machine."""
-        return tomllib.loads((self.state / "run" / name / "machine.toml").read_text())
+        return tomllib.loads((self.state / "run" / (name or self.name) / "machine.toml").read_text())
 
     # -- changes
 
@@ -223,10 +224,10 @@ class Project:
 
     def ssh(self, command: str, *, user: str = "") -> subprocess.CompletedProcess[str]:
         """Run a command in the machine with the plain OpenSSH client, as anybody could."""
-        config = self.state / "run" / "tiny" / "ssh_config"
+        config = self.state / "run" / self.name / "ssh_config"
         login = ["-l", user] if user else []
         return subprocess.run(
-            ["ssh", "-F", str(config), *login, "tiny", command],
+            ["ssh", "-F", str(config), *login, self.name, command],
             capture_output=True,
             check=False,
             stdin=subprocess.DEVNULL,
@@ -237,7 +238,7 @@ class Project:
     def clean_up(self) -> None:
         """Take the machine away by the front door, and prove that no process of this project is left."""
         if (self.state / "run").exists():
-            self.doit("destroy", "--yes", timeout_s=120)
+            self.doit(f"name={self.name}", "destroy", "--yes", timeout_s=120)
         left = self.qemus()
         for pid in left:
             os.kill(pid, signal.SIGKILL)

@@ -55,10 +55,13 @@ def command(spec: Spec) -> list[str]:
     ]
 
 
-def on_terminal(spec: Spec) -> list[str]:
-    """The argv of the same machine in the foreground, its console and QEMU's monitor on the terminal."""
+def on_terminal(spec: Spec, display: str = "none") -> list[str]:
+    """The argv of the same machine in the foreground, its console and QEMU's monitor on the terminal.
+
+    `display` is what shows its screen in a window, as `-display` takes it.
+    """
     plain = replace(spec, pidfile=None, firmware_log=None)
-    here = ["-serial", "mon:stdio", "-display", "none", "-vga", "std"]
+    here = ["-serial", "mon:stdio", "-display", display, "-vga", "std"]
     return [PROGRAM, *basics(plain), *board(plain), *disk(plain), *cds(plain), *network(plain), *here, *extras(plain)]
 
 

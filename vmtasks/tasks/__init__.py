@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from vmtasks.tasks import images, machines, testing, verifying
+from vmtasks.tasks import byhand, images, machines, testing, verifying
 from vmtasks.tasks.context import CONFIG, interrupt_on_signals
 from vmtasks.tasks.reporter import Reporter
 
@@ -17,7 +17,7 @@ def task_vmtasks() -> Iterator[dict[str, Any]]:
 
     One creator for all: doit reads and tokenizes the source of each, which for twenty takes longer than all the rest.
     """
-    for module in (images, machines, testing, verifying):
+    for module in (images, machines, byhand, testing, verifying):
         for name, creator in vars(module).items():
             if name.startswith(PREFIX):
                 yield from _named(name.removeprefix(PREFIX), (creator.__doc__ or "").partition("\n")[0], creator())

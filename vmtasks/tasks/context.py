@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec
@@ -59,6 +60,18 @@ def _os_error(error: OSError) -> str:
     if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
         return f"{text}\nhint: choose folders that you may write with VMTASKS_STORE=/path and VM_DIR=/path"
     return text
+
+
+def asked_with(task: str, option: str) -> bool:
+    """Whether this run was asked for `task` with `option`, `--name` or shorter, in doit's words.
+
+    Only for what must be known when tasks are made: what a task depends on cannot follow from its options.
+    """
+    for name, word in pairwise(sys.argv[1:]):
+        given = word.partition("=")[0]
+        if name == task and (word.startswith(option[1:3]) or (len(given) > 2 and option.startswith(given))):
+            return True
+    return False
 
 
 def interrupt_on_signals() -> None:

@@ -1,4 +1,4 @@
-"""Tasks about machines: start, stop, status, ssh, snapshot, restore, destroy, install, check_prereqs, help_vars."""
+"""Tasks about machines: start, stop, status, ssh, snapshot, restore, destroy, check_prereqs, help_vars."""
 
 import shutil
 import sys
@@ -11,7 +11,7 @@ from vmtasks import progress
 from vmtasks.config import help_table, show_size
 from vmtasks.errors import MissingToolError, StateError, VmTasksError
 from vmtasks.state import CLEAN, State
-from vmtasks.tasks.context import CONFIG, action
+from vmtasks.tasks.context import CONFIG, action, asked_with
 from vmtasks.tasks.images import Intact, run_step, without_option
 from vmtasks.tasks.reporter import Said
 
@@ -46,9 +46,11 @@ def task_snapshot() -> Task:
         saved = the_machine().snapshot(name)
         progress.say(f"snapshot {name}: {show_size(saved.virtual_size)} disk, {saved.size >> 20} MiB stored")
 
+    # A machine's disk can be saved whatever the phases' scripts are like just now.
+    needs = [] if asked_with("snapshot", "--name") else [str(state.record(last))]
     return {
         "actions": [(action(snapshot),)],
-        "file_dep": [str(state.record(last))],
+        "file_dep": needs,
         "targets": [str(state.clean_record)],
         "uptodate": [Intact(partial(state.image_fault, state.clean_record)), without_option("name")],
         "params": [NAME_PARAM],
@@ -65,7 +67,12 @@ def task_start() -> Task:
         target = machine.start()
         progress.say(f"machine {machine.name}: ssh -F {machine.folder / 'ssh_config'} {target.name}")
 
-    return {"actions": [action(start)], "task_dep": ["snapshot"], "io": {"capture": False}}
+    return {"actions": [action(start)], "task_dep": images_needed(), "io": {"capture": False}}
+
+
+def images_needed() -> list[str]:
+    """What must be there before the machine can start: nothing that we make, if a person has installed it."""
+    return [] if State(CONFIG).by_hand(CONFIG.name) else ["snapshot"]
 
 
 def task_stop() -> Task:
@@ -99,14 +106,14 @@ def task_destroy() -> Task:
             progress.say(f"there is no machine {machine.name}; nothing was removed")
             return
         if not yes:
-            _confirm(f"Remove machine {machine.name} and its disk?", "doit destroy --yes")
+            confirm(f"Remove machine {machine.name} and its disk?", "doit destroy --yes")
         gone = machine.destroy()
         progress.say(f"machine {machine.name}: removed {', '.join(path.name for path in gone)}")
 
     return {"actions": [(action(destroy),)], "params": [YES_PARAM], "io": {"capture": False}}
 
 
-def _confirm(question: str, otherwise: str) -> None:
+def confirm(question: str, otherwise: str) -> None:
     """Ask a person. StateError when there is none to ask, or the answer is not yes."""
     if not sys.stdin or sys.stdin.closed or not sys.stdin.isatty():
         raise StateError("nothing was removed: nobody is there to ask", hint=otherwise)
@@ -162,21 +169,6 @@ def describe(view: "View") -> list[str]:
             f"  port     127.0.0.1:{record.ssh_port}",
         ]
     return lines
-
-
-def task_install() -> Task:
-    """Install by hand: boot the installer with its console here, on the machine's own empty disk."""
-
-    def install(yes: bool) -> None:  # noqa: FBT001 - doit passes it by name
-        machine, state = the_machine(), State(CONFIG)
-        if machine.disk.exists() and not yes:
-            _confirm(f"Machine {machine.name} has a disk already. Install over it?", "doit install --yes")
-        run_step("make_key")
-        machine.install(state.installer())
-        public = state.key.with_suffix(".pub")
-        progress.say(f"if {public} may log in as {CONFIG.guest.ssh.user}: doit start, then doit snapshot --name NAME")
-
-    return {"actions": [action(install)], "params": [YES_PARAM], "setup": ["fetch"], "io": {"capture": False}}
 
 
 def task_check_prereqs() -> Task:

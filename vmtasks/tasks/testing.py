@@ -10,6 +10,7 @@ from vmtasks import progress
 from vmtasks.results import Results, describe
 from vmtasks.tasks.context import CONFIG, action
 from vmtasks.tasks.images import Intact
+from vmtasks.tasks.machines import images_needed
 from vmtasks.tasks.reporter import Said
 
 Task = dict[str, Any]
@@ -68,7 +69,7 @@ def task_test() -> Iterator[Task]:
             "doc": suite.command,
             "actions": [action(partial(_run, results, name))],
             "uptodate": [Intact(partial(results.why_stale, name))],
-            "task_dep": ["snapshot"],
+            "task_dep": images_needed(),
             "setup": ["build"],
             "meta": {"fresh": Said(partial(_last, results, name))},
             "io": {"capture": False},
@@ -107,4 +108,4 @@ def task_test_all() -> Task:
 
 def task_quick() -> Task:
     """Run the suites that [quick] names."""
-    return {"actions": None, "task_dep": [f"test:{name}" for name in CONFIG.quick] or ["snapshot"]}
+    return {"actions": None, "task_dep": [f"test:{name}" for name in CONFIG.quick] or images_needed()}

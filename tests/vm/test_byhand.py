@@ -1,0 +1,73 @@
+"""What a person does at a guest's console: the manual way from the installer to a snapshot, and a look at a phase."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Project
+from terminal import Terminal, on_terminal
+
+pytestmark = pytest.mark.timeout(400)
+
+CTRL_A_X = "\x01x"
+PHASE_3 = "phases/tiny/3-provision.sh.j2"
+
+DISK = [
+    "d=$(readlink -f /dev/da0)",
+    r"printf 'o\nn\np\n1\n2048\n\na\n1\nw\n' | fdisk $d >/dev/null 2>&1; test -b ${d}1",
+    "dd if=/usr/lib/EXTLINUX/mbr.bin of=$d bs=440 count=1 conv=notrunc",
+    "mkfs.ext4 -q -F -L root -O '^64bit,^metadata_csum,uninit_bg' ${d}1",
+    "mkdir /tmp/t /tmp/s && mount -t ext4 -o noinit_itable ${d}1 /tmp/t && mount -t iso9660 -o ro /dev/cd0 /tmp/s",
+]
+SYSTEM = [
+    "cp -a /tmp/s/. /tmp/t/ && umount /tmp/s && chmod 755 /tmp/t && rm -rf /tmp/t/boot/isolinux",
+    "echo 'LABEL=root / ext4 noatime 0 1' >/tmp/t/etc/fstab",
+    r"printf 'hostname=byhand\ndhcp_interface=eth0\nsshd=YES\n' >/tmp/t/etc/rc.conf",
+    "mkdir -p /tmp/t/boot/extlinux /tmp/t/etc/dropbear",
+    "cd /tmp/t/boot/extlinux",
+    r"printf 'SERIAL 0 115200\nDEFAULT disk\nLABEL disk\nKERNEL /boot/kernel\nINITRD /boot/initrd.gz\n' >extlinux.conf",
+    "echo 'APPEND root=LABEL=root console=tty0 console=ttyS0,115200' >>extlinux.conf && cd /",
+    "extlinux --install /tmp/t/boot/extlinux",
+    "dropbearkey -t ed25519 -f /tmp/t/etc/dropbear/dropbear_ed25519_host_key",
+    "rm /tmp/t/etc/rc.d/pfi",
+]
+"""What phase 1 does, in the words of somebody at the console; root keeps having no password there."""
+
+
+@pytest.fixture(scope="module")
+def hand(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Project]:
+    """A project whose machine `hand` is installed by hand, on the store that has the installer."""
+    made = Project(tmp_path_factory.mktemp("byhand") / "project", store)
+    made.name = "hand"
+    yield made
+    made.clean_up()
+
+
+def power_off(terminal: Terminal) -> str:
+    terminal.type("poweroff\r")
+    return terminal.end().good()
+
+
+def test_the_manual_way(hand: Project) -> None:
+    """Installer, key from its CD, start, provision, snapshot; then the cycle of an updated provisioning."""
+    with on_terminal(hand, "name=hand", "install") as terminal:
+        assert "9, set console=comconsole, boot" in terminal.wait_for("To its loader, type: .*")
+        terminal.loader()
+        terminal.log_in()
+        for line in (*DISK, *SYSTEM):
+            terminal.run(line)
+        terminal.run("mount -o ro /dev/cd1 /mnt && ls /mnt && umount /mnt && umount /tmp/t")
+        assert not re.search(r"pfi\.conf", terminal.seen)
+        assert "doit start" in power_off(terminal)
+    output = hand.doit("name=hand", "start").bad()
+    assert "the guest refused our key" in output
+    assert "doit install --disk" in output
+    with on_terminal(hand, "name=hand", "install", "--disk") as terminal:
+        terminal.log_in()
+        terminal.run("mount -o ro /dev/cd0 /mnt && sh /mnt/key.sh && sh /mnt/key.sh")
+        terminal.run("test $(wc -l </root/.ssh/authorized_keys) = 1")
+        power_off(terminal)
+    hand.doit("name=hand", "memory=300M", "cpus=2", "start").good()
+    assert hand.boots() == [], "what was installed by hand needs no phase"
+    assert hand.ssh("id -un; nproc").stdout == "root\n2\n"
