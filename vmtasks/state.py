@@ -147,10 +147,10 @@ class State:
         """The record of the machine `name`; None when there is no machine."""
         return read_record(self.machine_folder(name) / "machine.toml", MachineRecord)
 
-    def by_hand(self, name: str) -> bool:
-        """Whether the machine `name` is of this guest and was installed by hand: no phase must run for it."""
+    def on_clean(self, name: str) -> bool:
+        """Whether the machine `name` stands, or would, on what the phases make; not on a snapshot of its own, say."""
         record = self.machine(name)
-        return record is not None and record.guest == self.config.label and not record.image
+        return record is None or record.guest != self.config.label or record.snapshot == CLEAN
 
     def media(self) -> MediaRecord:
         """The installer's record. StateError before `fetch`."""

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.timeout(400)
 
 CTRL_A_X = "\x01x"
 PHASE_3 = "phases/tiny/3-provision.sh.j2"
+GUEST_3 = 'name = "3-provision"\nboot = "disk"\ncds = ["phase"]\ntimeout_s = 60'
 
 DISK = [
     "d=$(readlink -f /dev/da0)",
@@ -71,3 +72,55 @@ def test_the_manual_way(hand: Project) -> None:
     hand.doit("name=hand", "memory=300M", "cpus=2", "start").good()
     assert hand.boots() == [], "what was installed by hand needs no phase"
     assert hand.ssh("id -un; nproc").stdout == "root\n2\n"
+    provision(hand)
+    update(hand)
+
+
+def provision(hand: Project) -> None:
+    """The phases that packages and users come from, over SSH; after them the login is the guest's own user's."""
+    assert "phase 2-packages: done" in hand.doit("name=hand", "provision", "--phase", "2").good()
+    output = hand.doit("name=hand", "provision").good()
+    assert "create the user" in output
+    assert "logins are as dev from now on" in output
+    assert hand.ssh("id -un; doas id -u").stdout == "dev\n0\n"
+    output = hand.doit("name=hand", "test:unit").good()
+    assert "14 passed" in output
+    assert "nothing has changed" in hand.doit("name=hand", "test:unit").good()
+    hand.doit("name=hand", "stop").good()
+    hand.doit("name=hand", "snapshot", "--name", "byhand").good()
+    assert hand.boots() == []
+
+
+def update(hand: Project) -> None:
+    """Provisioning that has changed: restore, start, provision, stop, snapshot."""
+    hand.doit("name=hand", "restore", "--name", "byhand").good()
+    hand.append(PHASE_3, "\nstep 'more'\nid -u >/etc/more\n")
+    hand.doit("name=hand", "start").good()
+    assert hand.ssh("cat /etc/more").returncode == 1
+    assert "more" in hand.doit("name=hand", "provision").good()
+    assert hand.ssh("cat /etc/more").stdout == "0\n"
+    assert hand.ssh("ls -d /tmp/vmtasks.*").returncode != 0, "nothing is left of the script"
+    assert "14 passed" in hand.doit("name=hand", "test:unit").good(), "another system: the old result does not stand"
+    failures(hand)
+    hand.doit("name=hand", "stop").good()
+    hand.doit("name=hand", "snapshot", "--name", "more").good()
+    assert hand.boots() == []
+
+
+def failures(hand: Project) -> None:
+    """A script that fails says where; one that hangs is ended in the guest."""
+    good = (hand.root / PHASE_3).read_text()
+    hand.append(PHASE_3, "step 'break it'\nls /etc/none-such\n")
+    output = hand.doit("name=hand", "provision").bad()
+    assert re.search(r"its script exited with \d+ \(line \d+: ls /etc/none-such\) at step 'break it'", output)
+    assert "provision-3-provision.log" in output
+    assert "No such file" in output
+    (hand.root / PHASE_3).write_text("step 'sleep'\nsleep 4321\n")
+    hand.edit("phases/tiny/guest.toml", GUEST_3, GUEST_3.replace("60", "1"))
+    output = hand.doit("name=hand", "provision").bad()
+    assert "the script did not end within" in output
+    assert "at step 'sleep'" in output
+    assert hand.ssh("ps | grep '[s]leep 4321'").returncode == 1
+    hand.edit("phases/tiny/guest.toml", GUEST_3.replace("60", "1"), GUEST_3)
+    (hand.root / PHASE_3).write_text(good)
+    assert "has phases 1 to 3" in hand.doit("name=hand", "provision", "--phase", "9").bad(2)

@@ -71,8 +71,8 @@ def task_start() -> Task:
 
 
 def images_needed() -> list[str]:
-    """What must be there before the machine can start: nothing that we make, if a person has installed it."""
-    return [] if State(CONFIG).by_hand(CONFIG.name) else ["snapshot"]
+    """What must be made before the machine can start: nothing, if it was installed or its snapshot saved by hand."""
+    return ["snapshot"] if State(CONFIG).on_clean(CONFIG.name) else []
 
 
 def task_stop() -> Task:
