@@ -111,7 +111,7 @@ def look(builder: Builder, number: int, *, cd: bool, live: bool, display: str, s
     of the disk, which is attached.
     """
     config, phase = builder.config, builder.phase(number)
-    copy = builder.home / f"look-{number}.qcow2"
+    copy = builder.look_disk(number)
     with lock(builder.home / f".look-{number}.lock", f"look:{number}", timeout_s=0):
         copy.unlink(missing_ok=True)
         if number == 1:

@@ -89,6 +89,10 @@ class State:
         """ISO of phase `number`."""
         return self.home / f"phase-{number}.iso"
 
+    def look_disk(self, number: int) -> Path:
+        """The throw-away copy of a disk that `look:N` boots; there only while it does, unless it was killed."""
+        return self.home / f"look-{number}.qcow2"
+
     def record(self, number: int) -> Path:
         """Record of phase `number`; that of number 0 is the installer's."""
         return self.home / f"phase-{number}.toml" if number else self.installer_record

@@ -31,7 +31,6 @@ SYSTEM = [
     "echo 'APPEND root=LABEL=root console=tty0 console=ttyS0,115200' >>extlinux.conf && cd /",
     "extlinux --install /tmp/t/boot/extlinux",
     "dropbearkey -t ed25519 -f /tmp/t/etc/dropbear/dropbear_ed25519_host_key",
-    "rm /tmp/t/etc/rc.d/pfi",
 ]
 """What phase 1 does, in the words of somebody at the console; root keeps having no password there."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from vmtasks.tasks import byhand, images, machines, testing, verifying
 from vmtasks.tasks.context import CONFIG, interrupt_on_signals
+from vmtasks.tasks.doc import Doc
 from vmtasks.tasks.reporter import Reporter
 
 __all__ = ["DOIT_CONFIG", "task_vmtasks"]
@@ -20,17 +21,17 @@ def task_vmtasks() -> Iterator[dict[str, Any]]:
     for module in (images, machines, byhand, testing, verifying):
         for name, creator in vars(module).items():
             if name.startswith(PREFIX):
-                yield from _named(name.removeprefix(PREFIX), (creator.__doc__ or "").partition("\n")[0], creator())
+                yield from _named(name.removeprefix(PREFIX), Doc(creator.__doc__), creator())
 
 
-def _named(name: str, doc: str, made: dict[str, Any] | Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+def _named(name: str, doc: Doc, made: dict[str, Any] | Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """What a creator has made, as doit would have named it."""
     if isinstance(made, dict):
         yield {"basename": name, "doc": doc, **made}
         return
     yield {"basename": name, "name": None, "doc": doc}
     for task in made:
-        yield {"basename": name, **task}
+        yield {"basename": name, **task, "doc": Doc(doc.text, task.get("doc", ""))}
 
 
 CONFIG.vm_dir.mkdir(parents=True, exist_ok=True)

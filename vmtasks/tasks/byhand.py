@@ -20,7 +20,15 @@ DISPLAY_PARAM = {
 
 
 def task_install() -> Task:
-    """Install by hand: boot the installer with its console here, on the machine's own empty disk."""
+    """Install by hand: boot the installer with its console here, on the machine's own empty disk.
+
+    A second CD has the public key and key.sh, which lets it in; what to type is said when it starts. Ctrl-A X ends the
+    machine. Then: `doit install --disk` to go on with what was installed, `doit start`, `doit provision --phase N`,
+    `doit stop`, `doit snapshot --name NAME`. A machine that has a disk is asked about first: that disk is lost.
+
+    Exit status: 0 QEMU was ended at its console, or the guest powered off; 1 no terminal, no window, or QEMU failed.
+    Example: doit name=byhand install --display
+    """
 
     def install(yes: bool, display: bool, disk: bool, user: str) -> None:  # noqa: FBT001 - doit passes them by name
         from vmtasks import byhand  # noqa: PLC0415
@@ -50,7 +58,14 @@ def task_install() -> Task:
 
 
 def task_provision() -> Task:
-    """Run a phase's script on the running machine, over SSH: the last one, or the one that --phase says."""
+    """Run a phase's script on the running machine, over SSH: the last one, or the one that --phase says.
+
+    As root, with the same steps and the same verdict as at its boot, and without one. For trying changes of a script
+    on a snapshot of your own, and for machines that were installed by hand. `.vm/run/<machine>/` has the log.
+
+    Exit status: 0 its script ended with 0; 1 it failed, took too long, or the connection was lost; 2 no such phase.
+    Example: doit restore --name mine start provision && doit stop && doit snapshot --name mine
+    """
 
     def provision(phase: int) -> None:
         from vmtasks.provision import provision as run  # noqa: PLC0415
@@ -70,7 +85,14 @@ def task_provision() -> Task:
 
 
 def task_look() -> Iterator[Task]:
-    """Boot what a phase boots, on a throw-away copy of its disk, with the console here, to look."""
+    """Boot what a phase boots, on a throw-away copy of its disk, with the console here, to look.
+
+    Also if nothing has failed. The phase's CD is left out, so that the phase does not run, unless --cd is given.
+    --live starts the installer's live system with the disk attached, for one that lets nobody in yet. Ctrl-A X ends it.
+
+    Exit status: 0 QEMU was ended at its console, or the guest powered off; 1 no terminal, or QEMU failed.
+    Example: doit look:2 --live
+    """
     flag = {"type": bool, "default": False}
     for number, phase in enumerate(CONFIG.guest.phases, start=1):
         yield {

@@ -55,7 +55,15 @@ def _inputs(config: Config) -> list[str]:
 
 
 def task_fetch() -> Task:
-    """Have the installer: download it, or compose it from packages."""
+    """Have the installer: download it, or compose it from packages.
+
+    What is in the store is not fetched again, and a download that was cut goes on where it stopped. It is held against
+    the digests that guest.toml knows, or the mirror's list of sums; a version that has neither needs
+    --allow-unverified.
+
+    Exit status: 0 it is there; 1 it could not be had, or is not what its digest promises; 2 wrong configuration.
+    Example: doit version=6.4.0 fetch
+    """
     state = State(CONFIG)
     overlay = [str(p) for p in sorted((CONFIG.guest_dir / "files").rglob("*")) if p.is_file() and not p.is_symlink()]
 
@@ -73,7 +81,14 @@ def task_fetch() -> Task:
 
 
 def task_render() -> Iterator[Task]:
-    """Render the phase scripts with the configuration."""
+    """Render the phase scripts with the configuration.
+
+    Writes `.vm/<guest>/phase-N/` from `phases/<guest>/`, with every value quoted for the shell. Files that would be as
+    they were are left alone, so that nothing runs for a change that changes no text.
+
+    Exit status: 0 rendered; 2 a template is wrong, with its file and line.
+    Example: doit render:3
+    """
     state = State(CONFIG)
     for number in _numbers(CONFIG):
         folder = state.folder(number)
@@ -95,7 +110,13 @@ def _values(state: State) -> str:
 
 
 def task_phase_iso() -> Iterator[Task]:
-    """Put each phase's scripts and packages on an ISO."""
+    """Put each phase's scripts and packages on an ISO.
+
+    Writes `.vm/<guest>/phase-N.iso`, with `pfi.conf`, byte for byte the same from the same files.
+
+    Exit status: 0 written; 1 it could not be.
+    Example: doit phase_iso:3
+    """
     state = State(CONFIG)
     for number in _numbers(CONFIG):
         folder = state.folder(number)
@@ -112,7 +133,15 @@ def task_phase_iso() -> Iterator[Task]:
 
 
 def task_phase() -> Iterator[Task]:
-    """Boot each phase, unattended, and publish the image that it leaves."""
+    """Boot each phase, unattended, and publish the image that it leaves.
+
+    `phase:N` needs phase N-1; what is done is not booted again. A phase is believed when its script ended with 0, the
+    guest powered itself off, and its disk is sound. After a failure the message names the cause, the step, the last
+    lines, the log, and a script that boots a copy of the disk. `doit look:N` shows what a phase starts from.
+
+    Exit status: 0 the image is in the store; 1 the phase failed; 2 wrong configuration.
+    Example: doit phase:2 --anew
+    """
     state = State(CONFIG)
     for number in _numbers(CONFIG):
         yield {
@@ -153,18 +182,32 @@ def without_option(name: str) -> Callable[[Any, Any], bool]:
 
 
 def task_auto_install() -> Task:
-    """Install the guest, unattended: all phases, then the clean snapshot."""
+    """Install the guest, unattended: all phases, then the clean snapshot.
+
+    Asks nothing and needs no terminal. Killed at any moment and started again, it goes on with the phase that was not
+    done. Machines are made from the clean snapshot: next comes `doit start` or `doit quick`.
+
+    Exit status: 0 the clean image is there; 1 a phase failed; 2 wrong configuration.
+    Example: doit guest=tiny auto_install
+    """
     return {"actions": None, "task_dep": ["snapshot"]}
 
 
 def task_clean_phases() -> Task:
-    """Remove rendered phases and phase ISOs; images stay."""
+    """Remove rendered phases and phase ISOs; images stay.
+
+    Also the copies of disks that a killed `doit look:N` has left. Nothing has to boot afterwards: the same files are
+    made again when they are needed. `vmtasks prune` removes images that no project needs.
+
+    Exit status: 0.
+    Example: doit clean_phases
+    """
     state = State(CONFIG)
 
     def clean() -> None:
         gone = 0
         for number in _numbers(CONFIG):
-            for path in (state.folder(number), state.iso(number)):
+            for path in (state.folder(number), state.iso(number), state.look_disk(number)):
                 gone += _remove(path)
         progress.say(f"clean_phases: {gone} removed below {state.home}")
 

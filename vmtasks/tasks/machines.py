@@ -35,7 +35,14 @@ def the_machine() -> "Machine":
 
 
 def task_snapshot() -> Task:
-    """Name the finished image `clean`; with --name, save the stopped machine's disk under that name."""
+    """Name the finished image `clean`; with --name, save the stopped machine's disk under that name.
+
+    A saved snapshot needs no other image, so that restoring, changing and saving again keeps both. A machine that runs
+    is refused: its disk is not at rest. A name that is taken is given to the new one.
+
+    Exit status: 0 saved; 1 the machine runs or has no disk, or a phase failed; 2 no name for a snapshot.
+    Example: doit stop && doit snapshot --name before-upgrade
+    """
     state, last = State(CONFIG), len(CONFIG.guest.phases)
 
     def snapshot(name: str) -> None:
@@ -60,7 +67,15 @@ def task_snapshot() -> Task:
 
 
 def task_start() -> Task:
-    """Start the machine, and wait until SSH answers."""
+    """Start the machine, and wait until SSH answers.
+
+    Ready means that a login has succeeded. A machine that runs already is left alone. One whose image was built anew
+    is made afresh from it, and says so; one of another guest or version is refused. After a failure QEMU is ended, and
+    the console's last lines are shown.
+
+    Exit status: 0 it answers; 1 it does not, or its port is taken; 2 wrong configuration.
+    Example: doit name=second port=auto memory=2G cpus=4 start
+    """
 
     def start() -> None:
         machine = the_machine()
@@ -76,7 +91,14 @@ def images_needed() -> list[str]:
 
 
 def task_stop() -> Task:
-    """Stop the machine: power off in the guest first, harder only if that fails."""
+    """Stop the machine: power off in the guest first, harder only if that fails.
+
+    Then the ACPI power button, QMP quit, SIGTERM, SIGKILL, each with its deadline; the output says which was needed.
+    Only a process that is provably this machine's is signalled.
+
+    Exit status: 0 it does not run; 1 there is no such machine.
+    Example: doit name=second stop
+    """
 
     def stop() -> None:
         machine = the_machine()
@@ -87,7 +109,13 @@ def task_stop() -> Task:
 
 
 def task_restore() -> Task:
-    """Go back to the clean snapshot, or to the one that --name says; what the machine has written is lost."""
+    """Go back to the clean snapshot, or to the one that --name says; what the machine has written is lost.
+
+    Nothing is copied: the disk becomes an empty overlay on the snapshot. A machine that runs is stopped first.
+
+    Exit status: 0 restored; 1 there is no such snapshot (those that there are are named).
+    Example: doit restore --name before-upgrade && doit start
+    """
 
     def restore(name: str) -> None:
         machine = the_machine()
@@ -98,7 +126,13 @@ def task_restore() -> Task:
 
 
 def task_destroy() -> Task:
-    """Remove the machine and its disk; asks first, unless --yes is given."""
+    """Remove the machine and its disk; asks first, unless --yes is given.
+
+    Images, snapshots, the installer and the keys stay. Without a terminal it removes nothing unless --yes is given.
+
+    Exit status: 0 it is gone, or was not there; 1 nothing was removed.
+    Example: doit name=second destroy --yes
+    """
 
     def destroy(yes: bool) -> None:  # noqa: FBT001 - doit passes parameters by name
         machine = the_machine()
@@ -122,7 +156,13 @@ def confirm(question: str, otherwise: str) -> None:
 
 
 def task_ssh() -> Task:
-    """Log in to the running machine."""
+    """Log in to the running machine.
+
+    The same as `ssh -F .vm/run/<machine>/ssh_config <machine>`, which scp, sftp, rsync and git can use too.
+
+    Exit status: that of the login shell; 1 the machine does not run; 255 ssh failed.
+    Example: doit name=second ssh
+    """
 
     def login() -> None:
         from vmtasks import proc  # noqa: PLC0415
@@ -135,7 +175,14 @@ def task_ssh() -> Task:
 
 
 def task_status() -> Task:
-    """Say what the machine is doing: running, booting, stopped, stale or absent; exit status 0, 3, 4, 5, 6."""
+    """Say what the machine is doing: running, booting, stopped, stale or absent; exit status 0, 3, 4, 5, 6.
+
+    Stale: it ended without being stopped. It changes nothing and waits for nobody, and may be asked at any time, also
+    while another command works on the machine.
+
+    Exit status: 0 running, SSH answers; 3 booting; 4 stopped; 5 stale; 6 absent; 2 wrong configuration.
+    Example: doit status || doit start
+    """
 
     def status() -> None:
         view = the_machine().status()
@@ -172,7 +219,14 @@ def describe(view: "View") -> list[str]:
 
 
 def task_check_prereqs() -> Task:
-    """Check that all programs are there, that the accelerator works, and that there is space."""
+    """Check that all programs are there, that the accelerator works, and that there is space.
+
+    Says for each program where it is, or which command installs it. The accelerator is tried by real work: KVM that
+    opens may still hang.
+
+    Exit status: 0 all is there; 1 something is missing.
+    Example: doit check_prereqs
+    """
 
     def check() -> None:
         from vmtasks import proc  # noqa: PLC0415
@@ -213,7 +267,13 @@ def _free(folder: Path) -> tuple[int, Path]:
 
 
 def task_help_vars() -> Task:
-    """List the variables that can be given as NAME=VALUE or in the environment, with their values."""
+    """List the variables that can be given as NAME=VALUE or in the environment, with their values.
+
+    And where each value comes from. Strongest first: NAME=VALUE, the environment, the configuration file, guest.toml.
+
+    Exit status: 0; 2 wrong configuration.
+    Example: doit version=6.4.0 help_vars
+    """
 
     def show() -> None:
         rows = [("variable", "environment", "value", "from", "meaning"), *help_table(CONFIG)]

@@ -43,7 +43,14 @@ def _live(data: bytes) -> None:
 
 
 def task_sync() -> Task:
-    """Sync the source tree into the machine."""
+    """Sync the source tree into the machine.
+
+    With rsync: only what has changed is sent, and what is gone from the source goes from the guest. Patterns of
+    `sync.exclude` that begin with / are anchored at the source. Starts the machine if need be.
+
+    Exit status: 0 the trees are equal; 1 the guest was not reached, or could not write; 2 wrong configuration.
+    Example: doit sync
+    """
 
     def sync() -> None:
         progress.say(f"sync {CONFIG.sync.source}: {suites(Results(CONFIG)).sync()}")
@@ -52,7 +59,13 @@ def task_sync() -> Task:
 
 
 def task_build() -> Task:
-    """Run the build command in the machine."""
+    """Run the build command in the machine.
+
+    `build.command`, in the folder `sync.dest`, after each sync. Its output is shown as it comes.
+
+    Exit status: 0 built, or there is no command; 1 it failed or took too long.
+    Example: doit build
+    """
     return {
         "actions": [action(_build)],
         "task_dep": ["sync"],
@@ -61,7 +74,14 @@ def task_build() -> Task:
 
 
 def task_test() -> Iterator[Task]:
-    """Run a suite in the machine, unless nothing that decides its result has changed since it passed."""
+    """Run a suite in the machine, unless nothing that decides its result has changed since it passed.
+
+    What decides: the tree, the machine's system, the suite and the build. Brings start, sync and build with it. Output
+    is live, and kept in `.vm/results/` with JUnit XML and artifacts.
+
+    Exit status: 0 passed, now or before; 1 it failed or took too long; 2 wrong configuration.
+    Example: doit -a test:unit     (-a: also if nothing has changed)
+    """
     results = Results(CONFIG)
     for name, suite in CONFIG.suites.items():
         yield {
@@ -102,10 +122,22 @@ def _last(results: Results, name: str) -> str:
 
 
 def task_test_all() -> Task:
-    """Run all suites."""
+    """Run all suites.
+
+    Those whose result still stands are not run again. One that fails does not keep the others from running.
+
+    Exit status: 0 all passed; 1 one failed.
+    Example: doit test_all
+    """
     return {"actions": None, "task_dep": [f"test:{name}" for name in CONFIG.suites]}
 
 
 def task_quick() -> Task:
-    """Run the suites that [quick] names."""
+    """Run the suites that [quick] names.
+
+    What `doit` alone does: start or find the machine, sync, build, run what is stale.
+
+    Exit status: 0 all passed; 1 one failed.
+    Example: doit quick
+    """
     return {"actions": None, "task_dep": [f"test:{name}" for name in CONFIG.quick] or images_needed()}

@@ -12,7 +12,10 @@ def task_verify_guest() -> dict[str, Any]:
 
     It takes as long as a whole installation and needs the installer's download. Every stage is timed. What the guest's
     [[questions]] ask is answered from the consoles, in the running machine, or by the host. Machines, images and
-    results of the project are left alone. Exit status 1 if a stage failed; the report is written in any case.
+    results of the project are left alone. The report is written in any case.
+
+    Exit status: 0 all stages passed; 1 one failed.
+    Example: doit verify_guest
     """
 
     def verify(allow_unverified: bool) -> Any:  # noqa: FBT001 - doit passes it by name
