@@ -38,6 +38,7 @@ class Variable(msgspec.Struct, frozen=True):
 
 VARIABLES = (
     Variable("accel", ("VM_ACCEL",), "machine.accel", "auto, kvm, hvf or tcg"),
+    Variable("config", ("VM_CONFIG",), "", "the configuration file, if it is not config/vm.toml"),
     Variable("cpus", ("VM_CPUS",), "machine.cpus", "virtual CPUs", number=True),
     Variable("dir", ("VM_DIR",), "", "folder of records, machines, logs and results"),
     Variable("disk", ("VM_DISK_SIZE",), "machine.disk_size", "size of the guest's disk"),
@@ -119,7 +120,8 @@ def load(
 ) -> Config:
     """Read the project at `root`. Raises ConfigError with one line: file, key, value, remedy."""
     overrides = _overrides(variables or {}, environ)
-    path = root / CONFIG_PATH
+    given = {variable.name: (text, source) for variable, text, source in overrides}
+    path = root / (_place(*given["config"], "file") if "config" in given else CONFIG_PATH)
     raw = _read(path)
     for variable, text, source in overrides:
         _apply(raw, variable, text, source)
@@ -155,10 +157,11 @@ def _assemble(
     if version_from_env and "version" not in given:
         version, version_source = version_from_env, f"environment {guest.version_env}"
     port = _or(machine.ssh_port, 2222)
-    folder = _folder(*given["dir"]) if "dir" in given else Path(".vm")
-    store = _folder(*given["store"]) if "store" in given else default_store(environ)
+    folder = _place(*given["dir"], "folder") if "dir" in given else Path(".vm")
+    store = _place(*given["store"], "folder") if "store" in given else default_store(environ)
     values: dict[str, tuple[str, str]] = {
         "accel": _from(machine.accel, "auto", path, "default"),
+        "config": (show(path), "default"),
         "cpus": _from(machine.cpus, hardware.cpus, path, "guest.toml"),
         "dir": (str(folder), "default"),
         "disk": _from(machine.disk_size, hardware.disk_size, path, "guest.toml"),
@@ -288,11 +291,11 @@ def _source(key: str, overrides: tuple[tuple[Variable, str, str], ...]) -> str |
     return next((f"{source.rstrip('=')} ({v.key})" for v, _, source in overrides if v.key == key and key), None)
 
 
-def _folder(text: str, source: str) -> Path:
-    """A folder that the user named."""
+def _place(text: str, source: str, kind: str) -> Path:
+    """A folder or file that the user named."""
     where = source.rstrip("=")
-    if not text.strip():
-        raise ConfigError(f"{where} = {text!r}: names no folder; use one, as in {where}=/path")
+    if not text.strip() or (kind == "file" and not text.isprintable()):
+        raise ConfigError(f"{where} = {text!r}: names no {kind}; use one, as in {where}=/path")
     try:
         return Path(text).expanduser()
     except RuntimeError:

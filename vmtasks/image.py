@@ -185,7 +185,8 @@ def _keep(job: Job, error: VmTasksError) -> None:
 def typed(config: Config) -> list[str]:
     """What makes the installer's loader use the serial console, one entry for each thing to type."""
     first = config.guest.phases[0].dialogue
-    return [exchange.send.strip() for exchange in config.guest.dialogue.get(first, [])]
+    sent = [exchange.send.rstrip("\r\n") for exchange in config.guest.dialogue.get(first, [])]
+    return [text.replace("\x1b", "Escape") for text in sent]
 
 
 def look_script(live: Spec, disk_only: Spec, words: Sequence[str]) -> str:

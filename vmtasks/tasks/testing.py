@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,22 @@ def _live(data: bytes) -> None:
     else:
         out.write(data)
         out.flush()
+
+
+def _spoken(sink: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    """The sink for `go test -json`: passes on what the events say, as `-v` would show it, when a line is whole."""
+    from vmtasks.junit import gotest  # noqa: PLC0415
+
+    rest = b""
+
+    def take(data: bytes) -> None:
+        nonlocal rest
+        *lines, rest = (rest + data).split(b"\n")
+        for line in lines:
+            event = gotest.event(line.decode(errors="replace"))
+            sink(line + b"\n" if event is None else str(event.get("Output", "")).encode())
+
+    return take
 
 
 def task_sync() -> Task:
@@ -102,7 +118,8 @@ def _run(results: Results, name: str) -> Any:
     from vmtasks.proc import TIMED_OUT  # noqa: PLC0415
 
     progress.say(f"test:{name}: {CONFIG.suites[name].command}")
-    record = suites(results).run(name, _live)
+    spoken = CONFIG.suites[name].format == "go-json"
+    record = suites(results).run(name, _spoken(_live) if spoken else _live)
     if record.status != 0:
         log, limit = results.folder / name / "output.log", CONFIG.suites[name].timeout_s
         late = record.status == TIMED_OUT and record.duration_s >= limit
