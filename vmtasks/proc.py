@@ -27,6 +27,7 @@ PACKAGES = {
     "rsync": "rsync",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
+    "ssh-keyscan": "openssh-client",
 }
 """Program -> Debian package; other distributions name them alike or in docs/."""
 

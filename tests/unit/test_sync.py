@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from vmtasks.remote.tree import excluder, tree_digest
 
 pytestmark = pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
 
+GO_SYNTH = Path(__file__).parents[2] / "examples/go-synth/vm.toml"
 REMOTE = """#!/bin/sh
 # In the place of ssh: runs the command here, as sshd would in the user's home. Arguments: -F config name command...
 test "$1" = -F || exit 98
@@ -96,6 +98,30 @@ def test_what_is_excluded_is_neither_sent_nor_deleted(target: Target, source: Pa
     (source / "build/x").touch()
     assert sync(target, source, "src", ["/build/"]) == Synced((), ())
     assert (tmp_path / "home/src/build").exists()
+
+
+def test_anchored_patterns_leave_out_only_what_stands_at_the_top(target: Target, source: Path, tmp_path: Path):
+    """As go-synth's own rules did not: its scripts/vm/ and a folder cmd/go-synth/ never arrived."""
+    exclude = tomllib.loads(GO_SYNTH.read_text())["sync"]["exclude"]
+    kept = ["scripts/vm/provision.sh", "cmd/go-synth/main.go", ".git/HEAD", "build/build.go"]
+    for name in (*kept, "vm/disk.qcow2", "go-synth", "logs/build.log", "builds.db", "stats/stats.db"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text(name)
+    there = tmp_path / "home/go-synth"
+    (there / "vm").mkdir(parents=True)
+    for name in ("vm/own", "go-synth", "old.go"):
+        (there / name).write_text("of the guest")
+    beside = tmp_path / "home/beside"
+    beside.write_text("not ours")
+    done = sync(target, source, "go-synth", exclude)
+    files = {str(path.relative_to(there)) for path in there.rglob("*") if path.is_file() and not path.is_symlink()}
+    assert files == {*kept, "a", "sub/b c", "vm/own", "go-synth"}
+    assert done.deleted == ("old.go",)
+    assert (there / "go-synth").read_text() == "of the guest"
+    assert beside.read_text() == "not ours"
+    assert sync(target, source, "go-synth", exclude) == Synced((), ()), "the second run sends nothing"
+    (source / "cmd/go-synth/main.go").unlink()
+    assert "cmd/go-synth/main.go" in sync(target, source, "go-synth", exclude).deleted
 
 
 def test_sync_that_loses_its_connection(target: Target, source: Path, tmp_path: Path):

@@ -124,3 +124,37 @@ def failures(hand: Project) -> None:
     hand.edit("phases/tiny/guest.toml", GUEST_3.replace("60", "1"), GUEST_3)
     (hand.root / PHASE_3).write_text(good)
     assert "has phases 1 to 3" in hand.doit("name=hand", "provision", "--phase", "9").bad(2)
+
+
+def test_a_look_at_what_a_phase_starts_from(project: Project) -> None:
+    """The disk as it would start, and from the installer's live system; nothing is changed and nothing is left."""
+    project.doit("phase:2").good()
+    image = project.image(2)
+    before = (image.stat().st_mtime_ns, image.stat().st_size)
+    with on_terminal(project, "look:3") as terminal:
+        terminal.wait_for("login: $")
+        assert len(project.qemus()) == 1
+        terminal.type(CTRL_A_X)
+        terminal.end().good()
+    with on_terminal(project, "look:2", "--live") as terminal:
+        terminal.loader()
+        terminal.log_in()
+        terminal.run("mount -t ext4 $(readlink -f /dev/da0)1 /mnt && cat /mnt/etc/rc.conf && rm -rf /mnt/etc", 30)
+        assert "sshd=NO" in terminal.seen
+        terminal.type(CTRL_A_X)
+        terminal.end().good()
+    assert (image.stat().st_mtime_ns, image.stat().st_size) == before
+    assert project.boots() == []
+    assert project.qemus() == []
+    assert not list(project.tiny.glob("look-*"))
+
+
+def test_a_person_must_be_there(project: Project) -> None:
+    for words in (["install"], ["look:1"]):
+        output = project.doit(*words).bad()
+        assert "this is no terminal" in output
+        assert "--display" in output
+    output = project.doit("look:1", "--display", env={"DISPLAY": "", "WAYLAND_DISPLAY": ""}).bad()
+    assert re.search("this QEMU can open no window|there is no screen for a window", output)
+    assert "serial console" in output
+    assert project.qemus() == []

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vmtasks import progress
 from vmtasks.config import help_table, show_size
 from vmtasks.errors import MissingToolError, StateError, VmTasksError
+from vmtasks.model import Download
 from vmtasks.state import CLEAN, State
 from vmtasks.tasks.context import CONFIG, action, asked_with
 from vmtasks.tasks.images import Intact, run_step, without_option
@@ -232,7 +233,8 @@ def task_check_prereqs() -> Task:
         from vmtasks import proc  # noqa: PLC0415
 
         missing = []
-        for program in ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "ssh-keygen"):
+        composed = [] if isinstance(CONFIG.guest.installer, Download) else ["apt-get"]
+        for program in ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "ssh-keygen", "ssh-keyscan", *composed):
             try:
                 progress.say(f"✓ {program}: {proc.find(program)}")
             except MissingToolError as error:
