@@ -84,14 +84,14 @@ def check_doit(words: list[str]) -> None:
         name, equals, _ = word.partition("=")
         if word.startswith("--"):
             assert word == "--all" or f'"long": "{word[2:]}"' in source(), word
-            if word == "--name":
+            if word in {"--name", "--phase", "--user"}:
                 next(rest, "")
         elif word.startswith("-"):
             assert word in {"-a", "-c"}, word
         elif equals:
             assert name in {variable.name for variable in VARIABLES}, word
         else:
-            assert word in tasks() or word in {"info", "list"}, f"doit {word}"
+            assert word in tasks() or word in {"help", "info", "list"}, f"doit {word}"
 
 
 @documents
