@@ -38,6 +38,9 @@ class Variable(msgspec.Struct, frozen=True):
 
 VARIABLES = (
     Variable("accel", ("VM_ACCEL",), "machine.accel", "auto, kvm, hvf or tcg"),
+    Variable(
+        "cache", ("VM_DISK_CACHE",), "machine.disk_cache", "how this host caches the disk: writeback, none, unsafe"
+    ),
     Variable("config", ("VM_CONFIG",), "", "the configuration file, if it is not config/vm.toml"),
     Variable("cpus", ("VM_CPUS",), "machine.cpus", "virtual CPUs", number=True),
     Variable("dir", ("VM_DIR",), "", "folder of records, machines, logs and results"),
@@ -74,6 +77,7 @@ class Config(msgspec.Struct, frozen=True):
     memory: int
     cpus: int
     disk_size: int
+    disk_cache: str
     ssh_port: int | None
     accel: str
     network: str
@@ -161,6 +165,7 @@ def _assemble(
     store = _place(*given["store"], "folder") if "store" in given else default_store(environ)
     values: dict[str, tuple[str, str]] = {
         "accel": _from(machine.accel, "auto", path, "default"),
+        "cache": _from(machine.disk_cache, "writeback", path, "default"),
         "config": (show(path), "default"),
         "cpus": _from(machine.cpus, hardware.cpus, path, "guest.toml"),
         "dir": (str(folder), "default"),
@@ -188,6 +193,7 @@ def _assemble(
         memory=parse_size(values["memory"][0]),
         cpus=int(values["cpus"][0]),
         disk_size=parse_size(values["disk"][0]),
+        disk_cache=values["cache"][0],
         ssh_port=None if port == "auto" else int(port),
         accel=values["accel"][0],
         network=values["network"][0],

@@ -16,6 +16,7 @@ def spec(config: Config, accel: Accel, **places: Any) -> Spec:
         cpu=hardware.cpu.get(accel.name, accel.cpu),
         cpus=config.cpus,
         disk_bus=hardware.disk_bus,
+        disk_cache=config.disk_cache,
         disk_serial=hardware.disk_serial,
         machine_type=hardware.type,
         memory=config.memory,

@@ -33,6 +33,13 @@ class MachineTable(Table, frozen=True, kw_only=True):
     memory: Annotated[Size, Meta(description='RAM of the machine, as in "2G"')] | UnsetType = UNSET
     cpus: Annotated[int, Meta(ge=1, le=256, description="virtual CPUs")] | UnsetType = UNSET
     disk_size: Annotated[Size, Meta(description="size of the disk the guest is installed on")] | UnsetType = UNSET
+    disk_cache: (
+        Annotated[
+            Literal["writeback", "none", "unsafe"],
+            Meta(description="how this host caches the disk; none: not at all, unsafe: a crash of the host loses it"),
+        ]
+        | UnsetType
+    ) = UNSET
     ssh_port: (
         Annotated[int | Literal["auto"], Meta(description='loopback port for SSH, 1024 to 65535, or "auto"')]
         | UnsetType

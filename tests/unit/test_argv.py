@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmtasks import proc
+from vmtasks.errors import MachineError
 from vmtasks.machine import argv, qmp
 from vmtasks.machine.argv import Spec, command
 from vmtasks.media import disk
@@ -109,6 +110,7 @@ def test_every_field_of_a_machine_is_in_its_argv():
         "disk_bus": "ide", "disk_serial": "x", "cds": ["/x"], "nic": "e1000", "network": "none", "ssh_port": 2222,
         "rng": False, "console_socket": "/x", "console_log": "/x", "qmp_socket": "/x", "firmware_log": "/x",
         "pidfile": "/x", "throwaway": True, "boot": "cd",
+        "disk_cache": "none",
     }  # fmt: skip
     only_with_cds = {"cd_bus"}
     assert {f.name for f in fields(Spec)} == set(other) | only_with_cds
@@ -188,3 +190,32 @@ def test_qemu_listens_on_loopback_only(tmp_path: Path):
                 return
             assert b"Could not set up host forwarding rule" in child.stdout.read()
     raise AssertionError("no port was free")
+
+
+@needs_qemu
+@pytest.mark.parametrize(
+    ("mode", "throwaway", "cache"),
+    [
+        ("writeback", False, {"writeback": True, "direct": False, "no-flush": False}),
+        ("writeback", True, {"writeback": True, "direct": False, "no-flush": True}),
+        ("none", False, {"writeback": True, "direct": True, "no-flush": False}),
+        ("unsafe", False, {"writeback": True, "direct": False, "no-flush": True}),
+    ],
+)
+def test_the_cache_of_the_disk(mode: str, throwaway: bool, cache: dict[str, bool], tmp_path: Path):  # noqa: FBT001
+    """As QEMU itself says what it does."""
+    disk.create(tmp_path / "disk.qcow2", 1 << 20)
+    machine = spec(
+        disk=tmp_path / "disk.qcow2", disk_cache=mode, throwaway=throwaway, memory=16 << 20,
+        console_socket=tmp_path / "c", console_log=tmp_path / "l", qmp_socket=tmp_path / "q",
+    )  # fmt: skip
+    with proc.spawn([*command(machine), "-S"], pipe=True, merge=True) as child:
+        try:
+            with qmp.connect(machine.qmp_socket, timeout_s=5, ended=lambda: child.poll() is not None) as control:
+                blocks = control.cmd("query-block")
+        except MachineError:
+            said = child.communicate(timeout=5)[0].decode()
+            if "O_DIRECT" in said:
+                pytest.skip("the file system of the tests has no direct access")
+            raise AssertionError(said) from None
+    assert [block["inserted"]["cache"] for block in blocks if block.get("inserted")] == [cache]

@@ -141,6 +141,7 @@ def test_help_says_where_each_value_came_from(project: Path):
     }
     assert rows == {
         "accel=": ("VM_ACCEL", "auto", "default"),
+        "cache=": ("VM_DISK_CACHE", "writeback", "default"),
         "config=": ("VM_CONFIG", "config/vm.toml", "default"),
         "cpus=": ("VM_CPUS", "3", "config/vm.toml"),
         "dir=": ("VM_DIR", "d", "environment VM_DIR"),

@@ -124,6 +124,14 @@ def test_every_variable_is_in_the_readme() -> None:
             assert f"`{name}`" in text, name
 
 
+def test_tests_named_in_the_table_of_promises_exist() -> None:
+    there = "\n".join(path.read_text() for path in TOP.glob("tests/**/*.py"))
+    named = set(re.findall(r"`(test_\w+)`", (TOP / "docs/parity.md").read_text()))
+    assert len(named) > 20
+    for name in named:
+        assert f"def {name}(" in there, name
+
+
 @documents
 def test_links_lead_somewhere(document: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text()):

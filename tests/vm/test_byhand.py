@@ -69,9 +69,10 @@ def test_the_manual_way(hand: Project) -> None:
         terminal.run("test $(wc -l </root/.ssh/authorized_keys) = 1")
         terminal.run("sed -i 's/^root::/root:*:/' /etc/shadow")
         power_off(terminal)
-    hand.doit("name=hand", "memory=300M", "cpus=2", "start").good()
+    hand.doit("name=hand", "memory=300M", "cpus=2", "cache=unsafe", "start").good()
     assert hand.boots() == [], "what was installed by hand needs no phase"
     assert hand.ssh("id -un; nproc").stdout == "root\n2\n"
+    assert 200_000 < int(hand.ssh("awk '/^MemTotal/ { print $2 }' /proc/meminfo").stdout) < 300 << 10
     provision(hand)
     update(hand)
 

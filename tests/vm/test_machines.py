@@ -19,6 +19,10 @@ RUNNING, BOOTING, STOPPED, STALE, ABSENT = 0, 3, 4, 5, 6
 """Exit statuses of `doit status`."""
 
 
+NOBODY = {"PATH": os.environ["PATH"], "SSH_ASKPASS_REQUIRE": "never"}
+"""For an ssh that may ask for a password and finds nobody to ask."""
+
+
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Project]:
     """One machine for many tests; each finds it running."""
@@ -199,6 +203,22 @@ def test_snapshots_come_back_and_stand_alone(running: Project) -> None:
     output = running.doit("restore", "--name", "none-such").bad()
     assert "there is no snapshot 'none-such'; there is: clean, one" in output
     running.doit("restore", "--name", "clean").good()
+
+
+def test_only_our_key_lets_in(running: Project, tmp_path: Path) -> None:
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    config = running.state / "run/tiny/ssh_config"
+    password = ["-o", "PubkeyAuthentication=no", "-o", "PasswordAuthentication=yes", "-o", "BatchMode=no"]
+    for options in (["-o", "IdentitiesOnly=yes", "-i", key], password):
+        own = re.sub(r".*IdentityFile.*\n", "", config.read_text()).replace("PasswordAuthentication no", "")
+        (tmp_path / "config").write_text(own.replace("BatchMode yes", ""))
+        words = ["ssh", "-F", tmp_path / "config", "-o", "ControlPath=none", *options, "tiny", "true"]
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60, env=NOBODY
+        )
+        assert done.returncode == 255
+        assert "Permission denied (publickey" in done.stderr
 
 
 def test_a_guest_that_powers_itself_off_is_started_again(running: Project) -> None:

@@ -21,6 +21,7 @@ class Spec:
     cpus: int
     disk: Path
     disk_bus: str
+    disk_cache: str = "writeback"
     disk_serial: str
     cds: tuple[Path, ...] = ()
     cd_bus: str = "ide"
@@ -80,8 +81,9 @@ def board(spec: Spec) -> list[str]:
 def disk(spec: Spec) -> list[str]:
     """The disk, on its bus. The SCSI controller comes with it, for CDs on the same bus too."""
     node: dict[str, object] = {"driver": "qcow2", "node-name": "disk0", "discard": "unmap", "file": _file(spec.disk)}
-    if spec.throwaway:
-        node["cache"] = {"no-flush": True}
+    cache = {"direct": spec.disk_cache == "none", "no-flush": spec.throwaway or spec.disk_cache == "unsafe"}
+    if any(cache.values()):
+        node["cache"] = {key: value for key, value in cache.items() if value}
     devices = {
         "virtio-scsi": "scsi-hd,bus=scsi0.0,scsi-id=0",
         "virtio-blk": "virtio-blk-pci",
