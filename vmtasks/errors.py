@@ -9,11 +9,20 @@ VmTasksError
 ├── PhaseError         a guest did not finish its phase; `cause` says which of the ways
 ├── MachineError       QEMU did not start, stop or answer
 ├── SshError           the guest could not be reached, or a command in it did not end
+│   ├── ConnectRefusedError    nothing listens on the port
+│   ├── BannerError            the port is open, but no SSH server shows itself behind it
+│   ├── HostKeyError           the server is not the one whose keys the image recorded
+│   ├── AuthFailedError        the server does not take our key
+│   ├── ConnectTimeoutError    the deadline passed at another stage
+│   ├── ConnectionLostError    the connection broke: how the command ended is not known
+│   ├── RebootedError          the guest has booted anew: the command was ended by that
+│   └── CommandTimeoutError    the command's own deadline passed, overall or without output
 └── StateError         what is on disk does not allow what was asked (a lock, a missing snapshot)
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 
 class VmTasksError(Exception):
@@ -86,6 +95,62 @@ class MachineError(VmTasksError):
 
 class SshError(VmTasksError):
     """A guest could not be reached, or a command in it did not end as it must."""
+
+
+class ConnectRefusedError(SshError):
+    """Nothing listens on the machine's port."""
+
+
+class BannerError(SshError):
+    """The port accepts connections, but no SSH server shows itself: QEMU accepts whatever the guest does."""
+
+
+class HostKeyError(SshError):
+    """The server shows another host key than those that are pinned. Nothing was sent to it."""
+
+
+class AuthFailedError(SshError):
+    """The server does not take our key, or the key cannot be used."""
+
+
+class ConnectTimeoutError(SshError):
+    """The deadline passed before the login was complete."""
+
+
+class ConnectionLostError(SshError):
+    """The connection broke. How the command ended is not known, unless it was not started; nothing is run again."""
+
+    def __init__(
+        self, message: str, *, started: bool = True, stdout: bytes = b"", stderr: bytes = b"", hint: str = ""
+    ) -> None:
+        """`started` False: the command was never sent. `stdout` and `stderr`: what had come, as far as it was kept."""
+        super().__init__(message, hint=hint)
+        self.started = started
+        self.stdout = stdout
+        self.stderr = stderr
+
+
+class RebootedError(SshError):
+    """The guest has booted anew since the command was started, which ended it."""
+
+
+class CommandTimeoutError(SshError):
+    """A command passed a deadline and was ended."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        which: Literal["overall", "idle"],
+        stdout: bytes = b"",
+        stderr: bytes = b"",
+        hint: str = "",
+    ) -> None:
+        """`which` deadline; `stdout` and `stderr` are what had come until then, as far as it was kept."""
+        super().__init__(message, hint=hint)
+        self.which = which
+        self.stdout = stdout
+        self.stderr = stderr
 
 
 class StateError(VmTasksError):

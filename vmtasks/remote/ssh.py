@@ -179,14 +179,28 @@ def execute(
     return status
 
 
-def remote_line(text: str) -> str:
+def end_group_script(group: int, user: str = "") -> str:
+    """A script that ends a process group whose leader still runs: SIGTERM, up to 2 s, SIGKILL."""
+    gone = "kill -0 -$group 2>/dev/null || exit 0"
+    inner = f"group={group}; kill -TERM -$group 2>/dev/null; {gone}; sleep 1; {gone}; sleep 1; kill -KILL -$group"
+    return "\n".join(_become(user, inner + " 2>/dev/null; exit 0"))
+
+
+def remote_line(text: str, program: str = "/bin/sh") -> str:
     """A command line that any login shell, csh included, hands to sh unchanged.
 
     In csh neither a line break nor `!` can stand in quotes, and some know no characters beyond ASCII. All that is not
     plain is therefore written as printf's %b reads it.
     """
-    plain = "".join(chr(b) if 32 <= b < 127 and b not in b"!'\\" else f"\\0{b:03o}" for b in os.fsencode(text))
-    return f"""exec /bin/sh -c 'eval "$(printf %b "$1")"' sh '{plain}'"""
+    coded = plain(text)
+    if coded == text:
+        return f"exec {program} -c '{text}' sh"
+    return f"""exec {program} -c 'eval "$(printf %b "$1")"' sh '{coded}'"""
+
+
+def plain(text: str) -> str:
+    """`text` on one line of plain ASCII without quotes and `!`, as printf's %b reads it."""
+    return "".join(chr(b) if 32 <= b < 127 and b not in b"!'\\" else f"\\0{b:03o}" for b in os.fsencode(text))
 
 
 def _become(user: str, inner: str) -> list[str]:

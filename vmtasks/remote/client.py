@@ -1,0 +1,361 @@
+"""One authenticated SSH connection to a machine, and commands through it. Owns paramiko: import it where it is used.
+
+    with client.connect(target, timeout_s=20) as connection:
+        done = connection.execute(["make", "check"], cwd="src", timeout_s=600, on_line=show)
+        done.stdout, done.stderr, done.status, done.signal
+
+A connection never opens itself again; link.py does that.
+"""
+
+import contextlib
+import logging
+import secrets
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, ClassVar, Self
+
+import paramiko
+from paramiko.common import MSG_CHANNEL_REQUEST
+
+from vmtasks.errors import (
+    AuthFailedError,
+    BannerError,
+    CommandTimeoutError,
+    ConnectionLostError,
+    ConnectRefusedError,
+    ConnectTimeoutError,
+    HostKeyError,
+    SshError,
+)
+from vmtasks.remote import command as commands
+from vmtasks.remote.command import Command, Executed, OnData, OnLine
+from vmtasks.remote.pump import Outcome, Pump, feed
+from vmtasks.remote.ssh import Target, end_group_script
+
+Console = Callable[[], Sequence[str]]
+"""Gives the console's last lines, for errors."""
+
+BROKEN = (paramiko.SSHException, OSError, EOFError)
+"""What paramiko raises when a connection breaks or a request is refused."""
+
+END_S = 20.0
+HOST = "127.0.0.1"
+KEEPALIVE_S = 15.0
+LOG = "vmtasks.paramiko"
+MISSED = 4
+RSA = ("rsa-sha2-512", "rsa-sha2-256")
+WINDOW_BYTES = 4 << 20
+logging.getLogger(LOG).setLevel(logging.CRITICAL + 1)  # what it logs, with tracebacks, is raised here as an error
+
+
+def _request(channel: Any, message: Any) -> None:
+    """Hear also by which signal a command ended, which paramiko ignores: RFC 4254, 6.10."""
+    if message.get_text() == "exit-signal":
+        message.get_boolean()
+        channel.exit_signal = message.get_text()
+        return
+    message.rewind()
+    message.get_int()  # the channel's number
+    paramiko.Channel._handle_request(channel, message)  # noqa: SLF001 - it has no public door for this
+
+
+class _Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
+    _channel_handler_table: ClassVar[dict[int, Any]] = {
+        **paramiko.Transport._channel_handler_table,  # noqa: SLF001 - as above
+        MSG_CHANNEL_REQUEST: _request,
+    }
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, default_window_size=WINDOW_BYTES)
+        self.set_log_channel(LOG)
+
+
+class Connection:
+    """Logged in. Several commands may run at once, each on a channel of its own, from any thread."""
+
+    def __init__(self, target: Target, transport: paramiko.Transport, keepalive_s: float = KEEPALIVE_S) -> None:
+        """Use connect()."""
+        self.target = target
+        self._transport = transport
+        self._via: commands.Via = ""
+        self._closing = threading.Event()
+        threading.Thread(target=self._watch, args=(keepalive_s,), name="vmtasks keepalive", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        """Close it at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    @property
+    def server(self) -> str:
+        """How the server names itself, such as `SSH-2.0-OpenSSH_9.2`."""
+        return str(self._transport.remote_version)
+
+    def is_connected(self) -> bool:
+        """Whether the connection stands. Of a guest that fell silent this is known once keepalives are overdue."""
+        return bool(self._transport.is_active())
+
+    def close(self) -> None:
+        """End the connection. What runs through it goes on in the guest; its end is not seen here."""
+        self._closing.set()
+        self._transport.close()
+
+    def execute(
+        self,
+        command: Command,
+        *,
+        timeout_s: float,
+        idle_s: float | None = None,
+        cwd: str = "",
+        env: Mapping[str, str] | None = None,
+        user: str = "",
+        stdin: bytes | BinaryIO = b"",
+        on_line: OnLine | None = None,
+        on_data: OnData | None = None,
+        keep: bool = True,
+    ) -> Executed:
+        """Run a script (str) or a program with arguments (list) to its end; both streams are bytes, apart and exact.
+
+        `on_line(line, stream)` is called for each line as it comes, `on_data(data, stream)` for each block; with
+        `keep=False` the result holds no output. `cwd` is relative to the login user's home. `user` is reached through
+        doas, sudo or su. A status other than 0 is a result, not an error.
+
+        CommandTimeoutError after `timeout_s`, or after `idle_s` without output: all that the command has started was
+        ended in the guest. ConnectionLostError when the connection broke: `started` says whether the command can have
+        run. ConfigError for a command that no system can take.
+        """
+        text = commands.script(command, cwd=cwd, env=env, user=user)
+        wire = commands.wire(text, secrets.token_hex(4), self._via, stdin=stdin != b"")
+        deadline = time.monotonic() + timeout_s
+        with self._channel(wire.line, deadline) as channel:
+            pump = Pump(channel, wire.token, on_line=on_line, on_data=on_data, keep=keep)
+            feed(channel, wire.preamble, stdin)
+            outcome = pump.until_end(deadline, idle_s)
+            self._via = self._via or pump.header.via
+            if outcome == "ended":
+                pump.finish()
+                return self._result(channel, pump)
+            ended = self._end(pump, user)
+            pump.finish()
+        raise _late(outcome, timeout_s if outcome == "overall" else idle_s or 0.0, pump, ended=ended)
+
+    @contextlib.contextmanager
+    def _channel(self, line: str, deadline: float) -> Iterator[Any]:
+        """A channel on which a command line was sent. If the server does not take it, it closes the channel."""
+        started = False
+        try:
+            channel = self._transport.open_session(timeout=max(0.1, deadline - time.monotonic()))
+            started = True
+            message = paramiko.Message()
+            message.add_byte(bytes([MSG_CHANNEL_REQUEST]))
+            message.add_int(channel.remote_chanid)
+            message.add_string("exec")
+            message.add_boolean(True)  # noqa: FBT003 - an answer is wanted
+            message.add_string(line)
+            # Channel.exec_command would wait for the answer, which costs time, and without a deadline.
+            self._transport._send_user_message(message)  # noqa: SLF001
+        except BROKEN as error:
+            if self._gone():
+                what = "was lost as a command was sent" if started else "is closed; the command was not sent"
+                raise ConnectionLostError(f"the connection to {self.target.name} {what}", started=started) from None
+            if time.monotonic() >= deadline:
+                raise CommandTimeoutError("the guest did not start the command in time", which="overall") from None
+            raise SshError(f"the guest's SSH server opens no channel for a command: {_said(error)}") from None
+        try:
+            yield channel
+        finally:
+            channel.close()
+
+    def _gone(self) -> bool:
+        """Whether the connection is broken; paramiko's thread may be about to say so."""
+        self._transport.join(0.5)
+        return not self.is_connected()
+
+    def _result(self, channel: Any, pump: Pump) -> Executed:
+        if channel.exit_status >= 0:
+            return Executed(pump.stdout, pump.stderr, channel.exit_status)
+        name = getattr(channel, "exit_signal", "")
+        if name:
+            number = getattr(signal.Signals, f"SIG{name}", 0)
+            return Executed(pump.stdout, pump.stderr, 128 + number, name)
+        if self._gone():
+            raise ConnectionLostError(
+                f"the connection to {self.target.name} was lost; how the command ended is not known",
+                stdout=pump.stdout,
+                stderr=pump.stderr,
+                hint="a command that must survive this is run as a job",
+            )
+        raise SshError("the guest's SSH server refused to run the command, or gave no status for it")
+
+    def _end(self, pump: Pump, user: str) -> bool:
+        """End in the guest what a command has started; whether that is certain."""
+        limit = time.monotonic() + END_S
+        # A guest that answers no more may also keep us from sending: then all of the connection is given up.
+        guard = threading.Timer(END_S, self._transport.close)
+        guard.daemon = True
+        guard.start()
+        try:
+            if pump.header.group:
+                wire = commands.wire(end_group_script(pump.header.group, user), "0", self._via)
+                with self._channel(wire.line, limit) as other:
+                    Pump(other, "0").until_end(limit)
+            return pump.until_end(min(limit, time.monotonic() + 5)) == "ended" and pump.header.group != 0
+        except SshError:
+            return False
+        finally:
+            guard.cancel()
+
+    def _watch(self, every_s: float) -> None:
+        """Ask for a sign of life now and then; give the connection up after a time without one."""
+        while not self._closing.wait(every_s) and self.is_connected():
+            guard = threading.Timer(every_s * MISSED, self._transport.close)
+            guard.daemon = True
+            guard.start()
+            with contextlib.suppress(*BROKEN):
+                self._transport.global_request("keepalive@openssh.com", wait=True)
+            guard.cancel()
+
+
+def _late(outcome: Outcome, limit_s: float, pump: Pump, *, ended: bool) -> CommandTimeoutError:
+    how = f"within {limit_s:g} s" if outcome == "overall" else f"and said nothing for {limit_s:g} s"
+    then = "it was ended" if ended else "it may still run: the guest did not let it be ended"
+    return CommandTimeoutError(
+        f"the command did not end {how}; {then}",
+        which="overall" if outcome == "overall" else "idle",
+        stdout=pump.stdout,
+        stderr=pump.stderr,
+    )
+
+
+def connect(
+    target: Target, *, timeout_s: float, console: Console | None = None, keepalive_s: float = KEEPALIVE_S
+) -> Connection:
+    """Log in to a machine within `timeout_s`, one try. Its host key must be one of those that `target` pins.
+
+    The key is `target.key` (ed25519, ECDSA or RSA); one that is encrypted is used through the agent. A guest that falls
+    silent later is noticed after 5 times `keepalive_s`. Each failure has an error of its own, an SshError that shows
+    what `console` gives: ConnectRefusedError, BannerError, HostKeyError, AuthFailedError, ConnectTimeoutError.
+    """
+    deadline = time.monotonic() + timeout_s
+    transport = None
+    try:
+        sock = _tcp(target, deadline)
+        try:
+            _banner(target, sock, deadline)
+            transport = _Transport(sock)
+            _negotiate(target, transport, deadline)
+            _log_in(target, transport, deadline)
+        except BaseException:
+            if transport is not None:
+                transport.close()
+            sock.close()
+            raise
+    except SshError as error:
+        error.console = tuple(console()) if console else ()
+        raise
+    return Connection(target, transport, keepalive_s)
+
+
+def _tcp(target: Target, deadline: float) -> socket.socket:
+    where = f"port {target.port} of {HOST}"
+    try:
+        sock = socket.create_connection((HOST, target.port), timeout=max(0.1, deadline - time.monotonic()))
+    except TimeoutError:
+        raise ConnectTimeoutError(f"{target.name}: {where} did not answer in time") from None
+    except OSError as error:
+        raise ConnectRefusedError(
+            f"{target.name}: {where} refused the connection ({error.strerror})", hint="is the machine running?"
+        ) from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each small request waits for the one before
+    return sock
+
+
+def _banner(target: Target, sock: socket.socket, deadline: float) -> None:
+    """Wait for the first byte of the server. QEMU accepts the connection even while the guest's CPU is stopped."""
+    sock.settimeout(max(0.1, deadline - time.monotonic()))
+    try:
+        first = sock.recv(1, socket.MSG_PEEK)
+    except TimeoutError:
+        raise BannerError(
+            f"{target.name}: the port is open, but nothing behind it spoke",
+            hint="the guest is still booting, or paused, or hangs",
+        ) from None
+    except OSError:
+        first = b""
+    if not first:
+        raise BannerError(
+            f"{target.name}: the connection was closed before a server spoke",
+            hint="the guest's SSH server is not up yet, or was stopped",
+        )
+
+
+def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -> None:
+    """Agree on keys, and hold the server's against those that are pinned, before anything of ours is sent."""
+    pinned = {tuple(line.split()[:2]) for line in target.host_keys}
+    if not pinned:
+        raise HostKeyError(f"{target.name}: no host key is recorded for it", hint="its record was made without one")
+    first = [name for kind, _ in sorted(pinned) for name in (RSA if kind == "ssh-rsa" else (kind,))]
+    options = transport.get_security_options()
+    known = [name for name in first if name in options.key_types]
+    options.key_types = [*known, *(name for name in options.key_types if name not in known)]
+    event = threading.Event()
+    left = max(0.1, deadline - time.monotonic())
+    transport.banner_timeout = transport.handshake_timeout = left + 1
+    transport.start_client(event=event)
+    if not event.wait(left):
+        raise ConnectTimeoutError(f"{target.name}: the key exchange was not over in time")
+    if not transport.is_active():
+        why = transport.get_exception() or "it closed the connection"
+        raise BannerError(f"{target.name}: the server broke off the key exchange: {_said(why)}")
+    key = transport.get_remote_server_key()
+    if (key.get_name(), key.get_base64()) not in pinned:
+        raise HostKeyError(
+            f"{target.name}: the server shows the host key {key.get_name()} {key.fingerprint}, which is not pinned",
+            hint="another machine listens on this port, or the guest's keys were made anew",
+        )
+
+
+def _log_in(target: Target, transport: paramiko.Transport, deadline: float) -> None:
+    for key in _keys(target):
+        event = threading.Event()
+        transport.auth_publickey(target.user, key, event=event)
+        if not event.wait(max(0.1, deadline - time.monotonic())):
+            raise ConnectTimeoutError(f"{target.name}: the login as {target.user} was not over in time")
+        if transport.is_authenticated():
+            return
+        if not transport.is_active():
+            raise AuthFailedError(f"{target.name}: the server closed the connection during the login as {target.user}")
+    raise AuthFailedError(
+        f"{target.name}: the server does not let {target.user} in with the key {target.key}",
+        hint="is it in that user's authorized_keys?",
+    )
+
+
+def _keys(target: Target) -> list[paramiko.PKey]:
+    """The key of the target: from its file, or if that is encrypted from the agent."""
+    try:
+        return [paramiko.PKey.from_path(target.key)]
+    except FileNotFoundError:
+        raise AuthFailedError(f"the private key {target.key} is not there") from None
+    except (TypeError, paramiko.PasswordRequiredException):
+        pass  # encrypted
+    except (OSError, ValueError, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
+        raise AuthFailedError(f"the private key {target.key} cannot be used: {_said(error)}") from None
+    held = list(paramiko.Agent().get_keys())
+    public = Path(f"{target.key}.pub")
+    wanted = public.read_text().split()[1:2] if public.is_file() else []
+    found = [key for key in held if not wanted or key.get_base64() == wanted[0]]
+    if not found:
+        raise AuthFailedError(f"{target.key} is encrypted, and no agent holds it", hint=f"ssh-add {target.key}")
+    return found
+
+
+def _said(error: object) -> str:
+    return str(error) or type(error).__name__

@@ -1,0 +1,143 @@
+"""PURE: what is sent to a guest to run one command in a process group of its own, and how its output is read back.
+
+The guest's shell first says on stderr which group it leads, on a line with a token that only this command knows. The
+caller takes that line out, and can end the group at a deadline.
+"""
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vmtasks.errors import ConfigError
+from vmtasks.remote import ssh
+
+LINE_BYTES = 8000
+"""A longer command line goes through stdin: dropbear takes 9000 bytes; see MAX_CMD_LEN in its sysoptions.h."""
+
+GROUP_FIRST = "kill -0 -$$ 2>/dev/null || ! command -v setsid >/dev/null 2>&1 || "
+"""OpenSSH's server makes a group for each command, dropbear does not. Not every system has setsid; where a shell does
+not lead its group, setsid needs no fork, so that the status stays that of the command."""
+
+Command = str | Sequence[str]
+"""A script for sh, or a program with its arguments, which are then taken as they are."""
+
+Stream = Literal["stdout", "stderr"]
+Via = Literal["", "sh", "setsid"]
+"""How a command comes to lead a group: not known yet, it does so anyway, or through setsid."""
+
+OnLine = Callable[[str, Stream], None]
+OnData = Callable[[bytes, Stream], None]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A command that has ended. `status` is 128 + N after signal N; `signal` is its name, such as KILL, or empty."""
+
+    stdout: bytes
+    stderr: bytes
+    status: int
+    signal: str = ""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A command as it is sent: the command line, what goes through stdin before anything else, and the token."""
+
+    line: str
+    preamble: bytes
+    token: str
+
+
+def script(command: Command, *, cwd: str = "", env: Mapping[str, str] | None = None, user: str = "") -> str:
+    """The script that runs `command`. ConfigError for what no system can take: NUL, names with `=`, an empty argv."""
+    if isinstance(command, str):
+        text = command
+    else:
+        if not command:
+            raise ConfigError("a command has at least one word")
+        # `exec` reads a leading dash as an option of its own.
+        text = ("" if command[0].startswith("-") else "exec ") + shlex.join(command)
+    names = [name for name in env or {} if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
+    if names:
+        raise ConfigError(f"{names[0]!r} cannot be the name of an environment variable")
+    if any("\0" in part for part in (text, cwd, user, *(env or {}).values())):
+        raise ConfigError("a command, its folder and its environment cannot hold the character NUL")
+    if cwd or env or user:
+        return ssh.script(text, cwd=cwd or ".", env=env or {}, user=user)
+    return text
+
+
+def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
+    """`text` as a command line that any login shell hands to sh unchanged, with the line that names the group.
+
+    Without `stdin` the command reads from /dev/null.
+    """
+    empty = "" if stdin else "exec </dev/null; "
+    if via:
+        body = f"{empty}echo ::vmtasks:{token}:$$:{via} >&2; {text}"
+    else:
+        group = 'kill -0 -$$ 2>/dev/null && set -- "${1:-sh}" $$ || set -- sh 0'
+        body = f'{group}; {empty}echo "::vmtasks:{token}:$2:$1" >&2; set --; {text}'
+        body = f"{GROUP_FIRST}exec setsid /bin/sh -c {shlex.quote(body)} sh setsid\n{body}"
+    program = "setsid /bin/sh" if via == "setsid" else "/bin/sh"
+    line = ssh.remote_line(body, program)
+    if len(line) <= LINE_BYTES:
+        return Wire(line, b"", token)
+    read = 'IFS= read -r vmtasks_line; eval "unset vmtasks_line;$(printf %b "$vmtasks_line")"'
+    return Wire(f"exec {program} -c '{read}' sh", ssh.plain(body).encode() + b"\n", token)
+
+
+class Header:
+    """Takes the line that names the group out of stderr, wherever a login shell's own words leave it."""
+
+    def __init__(self, token: str) -> None:
+        """The token of the command; `group` and `via` are known once the line has come."""
+        self._line = re.compile(rb"::vmtasks:" + token.encode() + rb":(\d+):(\w*)\n")
+        self._held = b""
+        self.seen = False
+        self.group = 0
+        self.via: Via = ""
+
+    def feed(self, data: bytes) -> bytes:
+        """What of stderr so far is not held back."""
+        if self.seen:
+            return data
+        self._held += data
+        found = self._line.search(self._held)
+        if found is None:
+            return b""
+        self.seen = True
+        self.group = int(found[1])
+        self.via = "setsid" if found[2] == b"setsid" else "sh"
+        return self._held[: found.start()] + self._held[found.end() :]
+
+    def rest(self) -> bytes:
+        """What is still held at the end: the command never came to run."""
+        return b"" if self.seen else self._held
+
+
+class Lines:
+    """Bytes in, whole lines out, and the unfinished last one at the end. A character is never split."""
+
+    def __init__(self, stream: Stream, on_line: OnLine) -> None:
+        """Each line goes to `on_line` without its line feed, decoded as UTF-8 with replacements."""
+        self._stream: Stream = stream
+        self._on_line = on_line
+        self._held: list[bytes] = []
+
+    def feed(self, data: bytes) -> None:
+        """Call for each line that is complete now."""
+        first, *more = data.split(b"\n")
+        self._held.append(first)
+        for part in more:
+            self._on_line(b"".join(self._held).decode(errors="replace"), self._stream)
+            self._held = [part]
+
+    def end(self) -> None:
+        """Call for the last line if it has no line feed."""
+        rest = b"".join(self._held)
+        if rest:
+            self._on_line(rest.decode(errors="replace"), self._stream)
+        self._held = []
