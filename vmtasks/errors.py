@@ -126,6 +126,7 @@ class ConnectionLostError(SshError):
         """`started` False: the command was never sent. `stdout` and `stderr`: what had come, as far as it was kept."""
         super().__init__(message, hint=hint)
         self.started = started
+        self.explained = False
         self.stdout = stdout
         self.stderr = stderr
 

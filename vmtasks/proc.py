@@ -34,6 +34,8 @@ PACKAGES = {
 Child = subprocess.Popen[bytes]
 """A process of ours that must be reaped."""
 
+BLOCK = 1 << 18
+
 TIMED_OUT = 124
 """The status of a command that was ended at its deadline, as timeout(1) has it."""
 
@@ -115,19 +117,29 @@ def attach(argv: Sequence[str | Path]) -> int:
     return shell_status(ended.returncode)
 
 
-def stream(argv: Sequence[str | Path], sink: Callable[[bytes], None], *, timeout_s: float) -> int:
-    """Run a helper and hand what it writes to `sink` as it comes, both streams in one.
+def stream(
+    argv: Sequence[str | Path],
+    sink: Callable[[bytes], object],
+    *,
+    timeout_s: float,
+    errors: IO[bytes] | None = None,
+    stdin: IO[bytes] | None = None,
+) -> int:
+    """Run a helper and hand what it writes to `sink` as it comes, both streams in one unless `errors` takes stderr.
 
     Returns its status, or TIMED_OUT after `timeout_s`, when it has been ended.
     """
     deadline = time.monotonic() + timeout_s
-    with spawn(argv, pipe=True, merge=True) as child, selectors.DefaultSelector() as ready:
+    with (
+        spawn(argv, pipe=True, merge=errors is None, errors=errors, stdin=stdin or False) as child,
+        selectors.DefaultSelector() as ready,
+    ):
         if child.stdout is None:
             raise AssertionError("spawn was asked for a pipe")
         ready.register(child.stdout, selectors.EVENT_READ)
         while (left := deadline - time.monotonic()) > 0:
             if ready.select(left):
-                data = os.read(child.stdout.fileno(), 65536)
+                data = os.read(child.stdout.fileno(), BLOCK)
                 if not data:
                     break
                 sink(data)
@@ -144,15 +156,17 @@ def spawn(
     cwd: Path | None = None,
     die_with_us: bool = False,
     env: Mapping[str, str] | None = None,
+    errors: IO[bytes] | None = None,
     merge: bool = False,
     output: IO[bytes] | None = None,
     pass_fds: Sequence[int] = (),
     pipe: bool = False,
-    stdin: bool = False,
+    stdin: bool | IO[bytes] = False,
 ) -> Iterator[Child]:
     """Start a helper and see to it that it is gone when the block ends.
 
-    Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`), and otherwise nowhere. The child
+    Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`, stderr to `errors`), and
+    otherwise nowhere. Input comes from a file, through a pipe with `stdin=True`, and otherwise from nowhere. The child
     leads its own process group, so Ctrl-C reaches it only through us. On the way out: SIGTERM, 2 s, SIGKILL, reaped.
     With `die_with_us` the kernel ends it when we are killed and cannot (Linux only).
     """
@@ -163,9 +177,9 @@ def spawn(
         words,
         cwd=cwd,
         env={**os.environ, **(env or {})},
-        stdin=subprocess.PIPE if stdin else subprocess.DEVNULL,
+        stdin=(subprocess.PIPE if stdin else subprocess.DEVNULL) if isinstance(stdin, bool) else stdin,
         stdout=sink,
-        stderr=subprocess.STDOUT if output is not None or merge else sink,
+        stderr=subprocess.STDOUT if output is not None or merge else (errors or sink),
         pass_fds=tuple(pass_fds),
         process_group=0,
         preexec_fn=_end_with_parent() if die_with_us else None,  # noqa: PLW1509 - one system call, nothing allocated

@@ -120,12 +120,14 @@ class Connection:
         on_line: OnLine | None = None,
         on_data: OnData | None = None,
         keep: bool = True,
+        detached: bytes = b"",
     ) -> Executed:
         """Run a script (str) or a program with arguments (list) to its end; both streams are bytes, apart and exact.
 
         `on_line(line, stream)` is called for each line as it comes, `on_data(data, stream)` for each block; with
         `keep=False` the result holds no output. `cwd` is relative to the login user's home. `user` is reached through
-        doas, sudo or su. A status other than 0 is a result, not an error.
+        doas, sudo or su. A status other than 0 is a result, not an error. With `detached` a command that says this last
+        and closes its streams goes on without us.
 
         CommandTimeoutError after `timeout_s`, or after `idle_s` without output: all that the command has started was
         ended in the guest. ConnectionLostError when the connection broke: `started` says whether the command can have
@@ -137,11 +139,11 @@ class Connection:
         with self._channel(wire.line, deadline) as channel:
             pump = Pump(channel, wire.token, on_line=on_line, on_data=on_data, keep=keep)
             feed(channel, wire.preamble, stdin)
-            outcome = pump.until_end(deadline, idle_s)
+            outcome = pump.until_end(deadline, idle_s, detached=detached)
             self._via = self._via or pump.header.via
             if outcome == "ended":
                 pump.finish()
-                return self._result(channel, pump)
+                return self._result(channel, pump, detached)
             ended = self._end(pump, user)
             pump.finish()
         raise _late(outcome, timeout_s if outcome == "overall" else idle_s or 0.0, pump, ended=ended)
@@ -178,7 +180,9 @@ class Connection:
         self._transport.join(0.5)
         return not self.is_connected()
 
-    def _result(self, channel: Any, pump: Pump) -> Executed:
+    def _result(self, channel: Any, pump: Pump, detached: bytes) -> Executed:
+        if detached and pump.stdout.endswith(detached):
+            return Executed(pump.stdout, pump.stderr, 0)
         if channel.exit_status >= 0:
             return Executed(pump.stdout, pump.stderr, channel.exit_status)
         name = getattr(channel, "exit_signal", "")
@@ -331,7 +335,7 @@ def _log_in(target: Target, transport: paramiko.Transport, deadline: float) -> N
         if transport.is_authenticated():
             return
         if not transport.is_active():
-            raise AuthFailedError(f"{target.name}: the server closed the connection during the login as {target.user}")
+            raise BannerError(f"{target.name}: the server closed the connection during the login as {target.user}")
     raise AuthFailedError(
         f"{target.name}: the server does not let {target.user} in with the key {target.key}",
         hint="is it in that user's authorized_keys?",

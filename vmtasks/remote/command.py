@@ -90,7 +90,7 @@ def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
 
 
 class Header:
-    """Takes the line that names the group out of stderr, wherever a login shell's own words leave it."""
+    """Takes the line that names the group out of stderr, and what a login shell has said before it."""
 
     def __init__(self, token: str) -> None:
         """The token of the command; `group` and `via` are known once the line has come."""
@@ -111,7 +111,7 @@ class Header:
         self.seen = True
         self.group = int(found[1])
         self.via = "setsid" if found[2] == b"setsid" else "sh"
-        return self._held[: found.start()] + self._held[found.end() :]
+        return self._held[found.end() :]
 
     def rest(self) -> bytes:
         """What is still held at the end: the command never came to run."""

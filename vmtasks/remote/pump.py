@@ -43,10 +43,11 @@ class Pump:
         """What has come so far and was kept."""
         return b"".join(self._kept["stderr"])
 
-    def until_end(self, deadline: float, idle_s: float | None = None) -> Outcome:
+    def until_end(self, deadline: float, idle_s: float | None = None, *, detached: bytes = b"") -> Outcome:
         """Hand on output until the command has ended, or until the monotonic time `deadline`, or `idle_s` of silence.
 
-        Ended means that both streams are closed and that there is a status, or that the channel is gone.
+        Ended means that both streams are closed and that there is a status, or that the channel is gone. A command
+        whose last words are `detached` has ended for us when it closes its streams.
         """
         ready = select.poll()
         ready.register(self._channel.fileno(), select.POLLIN)
@@ -60,6 +61,8 @@ class Pump:
             if late:
                 return late
             ready.poll(1 + self._left(deadline, idle_s) * 1000)
+        if detached and self.stdout.endswith(detached):
+            return "ended"
         while not self._channel.status_event.wait(self._left(deadline, idle_s)):
             if late := self._late(deadline, idle_s):
                 return late

@@ -145,7 +145,7 @@ def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pi
     exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
     place = shlex.quote(cwd) if cwd.startswith("/") else '"$0"/' + shlex.quote(cwd)  # $0: the login user's home
     inner = f"{exports}cd {place} && {{ {command}\n}}"
-    body = "\n".join(_become(user, inner))
+    body = become(user, inner)
     if not pidfile:
         return body
     # A group of its own: OpenSSH's server makes one for each command, dropbear does not, and not every system has
@@ -163,7 +163,7 @@ def end_script(pidfile: str, user: str = "") -> str:
         f"group=$(cat {shlex.quote(pidfile)} 2>/dev/null) || exit 0; "  # no `--` before a group: dash takes none
         f"kill -TERM -$group 2>/dev/null && sleep 2; kill -KILL -$group 2>/dev/null; rm -f {shlex.quote(pidfile)}"
     )
-    return "\n".join(_become(user, inner))
+    return become(user, inner)
 
 
 def execute(
@@ -183,7 +183,7 @@ def end_group_script(group: int, user: str = "") -> str:
     """A script that ends a process group whose leader still runs: SIGTERM, up to 2 s, SIGKILL."""
     gone = "kill -0 -$group 2>/dev/null || exit 0"
     inner = f"group={group}; kill -TERM -$group 2>/dev/null; {gone}; sleep 1; {gone}; sleep 1; kill -KILL -$group"
-    return "\n".join(_become(user, inner + " 2>/dev/null; exit 0"))
+    return become(user, inner + " 2>/dev/null; exit 0")
 
 
 def remote_line(text: str, program: str = "/bin/sh") -> str:
@@ -203,20 +203,22 @@ def plain(text: str) -> str:
     return "".join(chr(b) if 32 <= b < 127 and b not in b"!'\\" else f"\\0{b:03o}" for b in os.fsencode(text))
 
 
-def _become(user: str, inner: str) -> list[str]:
+def become(user: str, inner: str) -> str:
+    """A script that replaces itself by `inner`, run as `user`, or without one as who logged in; `$0` is the home."""
     word = shlex.quote(inner)
     home = '"$HOME"'
     if not user:
-        return [f"exec /bin/sh -c {word} {home}"]
+        return f"exec /bin/sh -c {word} {home}"
     name = shlex.quote(user)
     as_user = shlex.quote(remote_line(f"exec /bin/sh -c {word} {home}"))
-    return [
+    ways = [
         f'if [ "$(id -un)" = {name} ]; then exec /bin/sh -c {word} {home}',
         f"elif command -v doas >/dev/null 2>&1; then exec doas -n -u {name} /bin/sh -c {word} {home}",
         f"elif command -v sudo >/dev/null 2>&1; then exec sudo -n -u {name} /bin/sh -c {word} {home}",
         f'elif [ "$(id -u)" = 0 ]; then exec su -m {name} -c {as_user}',
         f"else echo 'the guest has neither doas nor sudo: cannot become '{name} >&2; exit 126; fi",
     ]
+    return "\n".join(ways)
 
 
 def _quoted(path: Path) -> str:

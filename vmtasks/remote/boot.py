@@ -1,0 +1,152 @@
+"""Has this guest booted anew? A boot's identity, by the best proof that the guest has to offer.
+
+A ladder, from proof to hint: an id that the kernel made at boot; a random stamp of ours in a place that a boot empties;
+the uptime, which only a boot sets back. A clock that is set moves none of them, and a pause none but the uptime, which
+then falls behind without starting anew. For machines of ours a count of QEMU's RESET and SHUTDOWN events, given by the
+caller, is proof for any guest.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+Verdict = Literal["same", "rebooted", "unknown"]
+
+COARSE_S = 60.0
+TOLERANCE_S = 3.0
+DRIFT = 0.05
+"""What a guest's clock may lose against ours under emulation, as a part of the time that has passed."""
+
+PROBE = r"""
+PATH=$PATH:/sbin:/usr/sbin:/bin:/usr/bin
+if [ -r /proc/sys/kernel/random/boot_id ]; then
+    read -r id </proc/sys/kernel/random/boot_id && echo "boot_id $id" && exit 0
+fi
+[ ! -r /proc/uptime ] || { read -r up _ </proc/uptime && echo "uptime $up"; }
+if command -v sysctl >/dev/null 2>&1; then
+    for name in kern.boot_id kern.bootsessionuuid; do
+        id=$(sysctl -nx $name 2>/dev/null || sysctl -n $name 2>/dev/null) && [ -n "$id" ] && echo "$name $id" && exit 0
+    done
+    boot=$(sysctl -n kern.boottime 2>/dev/null) && [ -n "$boot" ] && echo "boottime $boot"
+fi
+echo "now $(date +%s)"
+echo "up $(uptime 2>/dev/null)"
+for place in /dev/shm /run /var/run; do
+    [ -d $place ] && [ -w $place ] || continue
+    case $(uname -s) in
+    Linux) [ "$(stat -f -c %T $place 2>/dev/null)" = tmpfs ] || continue ;;
+    esac
+    stamp=$place/.vmtasks-boot-$(id -u)
+    ( umask 077; set -C; echo "$0" >"$stamp" ) 2>/dev/null
+    read -r id <"$stamp" 2>/dev/null && echo "stamp $stamp:$id" && break
+done
+exit 0
+"""
+"""What a guest is asked, in POSIX sh. `$0` is a random word, which the first who asks after a boot leaves there."""
+
+
+@dataclass(frozen=True)
+class Boot:
+    """What is known of one boot, at one moment. `uptime_s` is None, or exact to `coarse_s`."""
+
+    ids: frozenset[str] = frozenset()
+    stamp: str = ""
+    uptime_s: float | None = None
+    coarse_s: float = TOLERANCE_S
+    boottime_s: int | None = None
+    events: int | None = None
+    asked: float = field(default_factory=time.monotonic)
+
+
+def script() -> str:
+    """What to run in the guest, by sh; its stdout goes to parse()."""
+    return f"set -- {secrets.token_hex(8)}\n" + PROBE.replace('"$0"', '"$1"')
+
+
+def parse(stdout: str, events: int | None = None) -> Boot:
+    """What script() has printed. Lines that some system does not print, or prints otherwise, only make it weaker."""
+    facts: dict[str, str] = {}
+    for line in stdout.splitlines():
+        name, _, value = line.partition(" ")
+        facts.setdefault(name, value.strip())
+    ids = {f"{name} {facts[name]}" for name in ("boot_id", "kern.boot_id", "kern.bootsessionuuid") if facts.get(name)}
+    boottime = _seconds(facts.get("boottime", ""))
+    now = _seconds(facts.get("now", ""))
+    uptime, coarse = _number(facts.get("uptime", "")), TOLERANCE_S
+    if uptime is None and boottime is not None and now is not None:
+        uptime = float(now - boottime)  # both move together when the clock is set
+    if uptime is None:
+        uptime, coarse = _worded(facts.get("up", "")), COARSE_S
+    return Boot(frozenset(ids), facts.get("stamp", ""), uptime, coarse, boottime, events)
+
+
+def probe(run: Callable[[str], str], events: Callable[[], int] | None = None) -> Boot:
+    """Ask a guest: `run` carries out a script in it and returns its stdout. `events` counts QEMU's RESET and SHUTDOWN.
+
+    The count is taken first: an event that comes while the guest is asked shows in the next comparison.
+    """
+    count = events() if events else None
+    return parse(run(script()), count)
+
+
+def compare(before: Boot, after: Boot) -> Verdict:
+    """Whether the guest has booted between two looks; "unknown" when nothing that it offers can tell."""
+    kinds = [{one.partition(" ")[0]: one for one in boot.ids} for boot in (before, after)]
+    both = kinds[0].keys() & kinds[1].keys()
+    if both:
+        return "same" if all(kinds[0][kind] == kinds[1][kind] for kind in both) else "rebooted"
+    if before.events is not None and after.events is not None:
+        return "same" if before.events == after.events else "rebooted"
+    if before.stamp and after.stamp and before.stamp.partition(":")[0] == after.stamp.partition(":")[0]:
+        return "same" if before.stamp == after.stamp else "rebooted"
+    return _by_uptime(before, after)
+
+
+def to_text(boot: Boot) -> str:
+    """What of an identity holds beyond this process, on one line; for from_text()."""
+    return " | ".join([*sorted(boot.ids), f"stamp {boot.stamp}"])
+
+
+def from_text(text: str) -> Boot:
+    """What to_text() has made."""
+    parts = text.split(" | ")
+    stamp = next((part.removeprefix("stamp ") for part in parts if part.startswith("stamp ")), "")
+    return Boot(frozenset(part for part in parts if part and not part.startswith("stamp")), stamp)
+
+
+def _by_uptime(before: Boot, after: Boot) -> Verdict:
+    if before.uptime_s is None or after.uptime_s is None:
+        return "unknown"
+    coarse = max(before.coarse_s, after.coarse_s)
+    elapsed = after.asked - before.asked
+    if after.uptime_s < before.uptime_s - coarse:
+        return "rebooted"
+    if after.uptime_s >= before.uptime_s + elapsed * (1 - DRIFT) - coarse and before.uptime_s > 2 * coarse:
+        return "same"
+    # It has less behind it than has passed here: it was paused, or it booted and has been up for longer than before.
+    if before.boottime_s is not None and after.boottime_s is not None:
+        return "same" if abs(after.boottime_s - before.boottime_s) <= TOLERANCE_S else "unknown"
+    return "unknown"
+
+
+def _number(text: str) -> float | None:
+    found = re.match(r"\d+(\.\d+)?", text)
+    return float(found[0]) if found else None
+
+
+def _seconds(text: str) -> int | None:
+    """Seconds since 1970 in `{ sec = N, usec = M } date`, `N` or `N.M`; a date alone is told otherwise everywhere."""
+    found = re.search(r"\bsec\s*=\s*(\d+)|^(\d{9,})\b", text)
+    return int(found[1] or found[2]) if found else None
+
+
+def _worded(text: str) -> float | None:
+    """The uptime in what uptime(1) prints: `up 3 days, 2:05,`, `up 5 min,`, `up 30 secs,`."""
+    found = re.search(r"\bup\s+(?:(\d+) days?,?\s*)?(?:(\d+):(\d\d)|(\d+) hrs?|(\d+) min\w*|(\d+) secs?)?", text)
+    if not found or not any(found.groups()):
+        return None
+    days, hours, minutes, hrs, mins, secs = (int(part or 0) for part in found.groups())
+    return days * 86400.0 + (hours + hrs) * 3600 + (minutes + mins) * 60 + secs
