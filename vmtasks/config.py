@@ -144,6 +144,47 @@ def load(
     return _assemble(root, path, vm, guest, guest_dir, guest_source, overrides, environ, by_guest)
 
 
+def without_project(variables: Mapping[str, str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
+    """The defaults of a guest that comes with vmtasks, with its state in the user's state folder.
+
+    Raises ConfigError when there is no such guest.
+    """
+    overrides = _overrides(variables or {}, environ)
+    given = {variable.name: text for variable, text, _ in overrides}
+    vm = VmFile(guest=given.get("guest", "tiny"))
+    guest_dir = shipped() / PHASES_PATH / vm.guest
+    if not (guest_dir / "guest.toml").is_file():
+        there = sorted(p.parent.name for p in (shipped() / PHASES_PATH).glob("*/guest.toml"))
+        raise ConfigError(
+            f"there is no project here (no {CONFIG_PATH}), and no guest {vm.guest!r} comes with vmtasks; "
+            f"guests: {', '.join(there)}"
+        )
+    raw: dict[str, Any] = {"guest": vm.guest}
+    for variable, text, source in overrides:
+        _apply(raw, variable, text, source)
+    vm = _convert(raw, VmFile, Path("the environment"), overrides)
+    guest = _convert(_read(guest_dir / "guest.toml"), GuestFile, guest_dir / "guest.toml", ())
+    root = default_state(environ)
+    by_guest = environ.get(guest.version_env) if guest.version_env else None
+    if "dir" not in given:
+        dir_variable = next(variable for variable in VARIABLES if variable.name == "dir")
+        overrides = (*overrides, (dir_variable, str(root), "default"))
+    return _assemble(root, root / CONFIG_PATH, vm, guest, guest_dir, "default", overrides, environ, by_guest)
+
+
+def shipped() -> Path:
+    """The folder with the guests that come with vmtasks: in the package, or the repository around it."""
+    package = Path(__file__).parent
+    return package / "share" if (package / "share").is_dir() else package.parent
+
+
+def default_state(environ: Mapping[str, str]) -> Path:
+    """Where machines are that belong to no project: the user's state folder."""
+    base = environ.get("XDG_STATE_HOME", "")
+    home = Path(environ.get("HOME", "~")).expanduser() / ".local" / "state"
+    return (Path(base) if base.startswith("/") else home) / "vmtasks"
+
+
 def _assemble(
     root: Path,
     path: Path,

@@ -193,13 +193,21 @@ def spawn(
                 stream.close()
 
 
-def detach(argv: Sequence[str | Path], output: IO[bytes]) -> Child:
-    """Start a process that outlives us, in a session of its own; what it says goes to `output`."""
+def detach(argv: Sequence[str | Path], output: IO[bytes], *, die_with_us: bool = False) -> Child:
+    """Start a process in a session of its own, which outlives us; what it says goes to `output`.
+
+    With `die_with_us` the kernel ends it when the calling thread ends, however that happens (Linux only).
+    """
     words = [str(word) for word in argv]
     words[0] = find(words[0])
     log.debug("detach %s", quote(words))
     return subprocess.Popen(
-        words, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        words,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        preexec_fn=_end_with_parent() if die_with_us else None,  # noqa: PLW1509 - one system call, nothing allocated
     )
 
 

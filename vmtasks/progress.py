@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vmtasks import atomic
 
@@ -77,7 +77,7 @@ def _live(shown: Step) -> Iterator[None]:
     from rich.spinner import Spinner  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    console = Console(file=sys.__stdout__, no_color=no_color(), highlight=False)
+    console = Console(file=_stream(), no_color=no_color(), highlight=False)
     spinner = Spinner("dots", style="" if no_color() else "cyan")
 
     def render() -> Any:
@@ -90,8 +90,21 @@ def _live(shown: Step) -> Iterator[None]:
 
 def say(text: str) -> None:
     """One line to the person who watches. On a terminal it scrolls above a live line."""
+    if _talk["stderr"]:
+        with suppress(OSError):  # a terminal that was closed must not keep clean-up from ending
+            sys.stderr.write(text + "\n")
+            sys.stderr.flush()
+        return
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def talk_on_stderr() -> None:
+    """From now on standard output is for data alone."""
+    _talk["stderr"] = True
+
+
+_talk = {"stderr": False}
 
 
 def seconds(value: float) -> str:
@@ -103,14 +116,18 @@ def seconds(value: float) -> str:
 
 
 def is_terminal() -> bool:
-    """Whether live lines make sense: standard output is a terminal that can move its cursor."""
-    out = sys.__stdout__
+    """Whether live lines make sense: where we talk is a terminal that can move its cursor."""
+    out = _stream()
     return (
         out is not None
         and out.isatty()
         and os.environ.get("TERM", "dumb") != "dumb"
         and threading.current_thread() is threading.main_thread()
     )
+
+
+def _stream() -> TextIO | None:
+    return sys.__stderr__ if _talk["stderr"] else sys.__stdout__
 
 
 def no_color() -> bool:

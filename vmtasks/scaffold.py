@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from vmtasks import atomic
-from vmtasks.config import CONFIG_PATH, PHASES_PATH, schema
+from vmtasks.config import CONFIG_PATH, PHASES_PATH, schema, shipped
 from vmtasks.errors import ConfigError, StateError
 from vmtasks.explain import suggest
 from vmtasks.model import GuestFile, VmFile
@@ -14,12 +14,6 @@ DODO = '''"""`doit list` shows the tasks, `doit help_vars` the variables; config
 
 from vmtasks.tasks import *  # noqa: F403
 '''
-
-
-def shipped() -> Path:
-    """The folder with the guests that come with vmtasks: in the package, or the repository around it."""
-    package = Path(__file__).parent
-    return package / "share" if (package / "share").is_dir() else package.parent
 
 
 def scaffold(folder: Path, guest: str) -> list[Path]:

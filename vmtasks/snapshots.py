@@ -4,20 +4,25 @@ import hashlib
 import time
 from pathlib import Path
 
+from vmtasks import atomic
 from vmtasks.media import disk
 from vmtasks.state import MachineRecord, PhaseRecord, State
 from vmtasks.store import ImageRecord, write_record
 
 
-def save(state: State, overlay: Path, record: MachineRecord, name: str) -> ImageRecord:
+def save(state: State, overlay: Path, record: MachineRecord, name: str, key: Path | None = None) -> ImageRecord:
     """Flatten the disk of a machine at rest into the store, and name it `name`.
 
     The image needs no other, so that restoring, changing and saving again keeps both. Its digest is made up: nothing
-    that is known of the machine says what was done in it.
+    that is known of the machine says what was done in it. `key` is the private key that the disk lets in, if that is
+    not the store's: it is kept with the image, to let in once to machines that are made from it.
     """
     store, config = state.store, state.config
     digest = hashlib.sha256(f"{record.name} {name} {time.time_ns()}".encode()).hexdigest()
     with store.lock(f"image-{digest}", timeout_s=0):
+        if key is not None:
+            store.snapshot_key(digest).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            atomic.write(store.snapshot_key(digest), key.read_bytes(), 0o600)
         disk.flatten(overlay, store.partial(digest))
         virtual = int(disk.info(store.partial(digest))["virtual-size"])
         saved = store.publish(

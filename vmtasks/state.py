@@ -6,7 +6,7 @@ Cheap to import: doit asks these questions at every run, also when nothing is to
 import re
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
@@ -30,11 +30,23 @@ class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
     sha256: str
 
 
+class BindRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A folder of this host that a machine has. `how` is `9p` or `rsync`; empty before the guest was asked."""
+
+    host: str
+    guest: str
+    read_only: bool = False
+    how: str = ""
+
+
 class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a machine. `pid` 0: it was stopped in good order. `memory` in bytes.
+    """What is known of a machine. `pid` 0: it was stopped in good order. `memory` and `disk_size` in bytes.
 
     `image` is empty for one that was installed by hand. `changed` is another text each time that its system was
-    changed in a way that its image does not tell: installed by hand, provisioned.
+    changed in a way that its image does not tell: installed by hand, provisioned. `own`: made by `vmtasks run`, so that
+    it keeps to its own settings and not to those of the project. `key` says who is let in: `build` the key of the
+    store, `own` the machine's, `changing` either. `owner`: the process with which it goes. `throwaway`: nothing of it
+    is kept when it stops.
     """
 
     name: str
@@ -53,6 +65,21 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     network: str = ""
     started: float = 0.0
     changed: str = ""
+    family: str = ""
+    version: str = ""
+    own: bool = False
+    throwaway: bool = False
+    owner: int = 0
+    owner_started: str = ""
+    key: Literal["build", "changing", "own"] = "build"
+    authorized: list[str] = []
+    login: str = ""
+    disk_size: int = 0
+    want_port: int = 0
+    forwards: list[str] = []
+    binds: list[BindRecord] = []
+    created: float = 0.0
+    ready: bool = False
 
 
 class State:
@@ -80,6 +107,10 @@ class State:
     def key(self) -> Path:
         """The user's private key; its public half is beside it with `.pub`."""
         return self.store.root / "keys" / "id_ed25519"
+
+    def snapshot_key(self, digest: str) -> Path:
+        """The private key that the image `digest` lets in, if it was saved from a machine with a key of its own."""
+        return self.store.snapshot_key(digest)
 
     def folder(self, number: int) -> Path:
         """Rendered files of phase `number` (from 1)."""

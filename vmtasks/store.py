@@ -101,6 +101,10 @@ class Store:
         """Where the image with this digest is being made. Beside the others, so that its backing name stays right."""
         return self.root / "images" / f"{digest}.partial"
 
+    def snapshot_key(self, digest: str) -> Path:
+        """Where the private key is that lets in to an image of a machine with a key of its own, if it is one."""
+        return self.root / "keys" / "snapshots" / digest
+
     # -- images
 
     def record(self, digest: str) -> ImageRecord | None:

@@ -9,9 +9,21 @@ PROGRAM = "qemu-system-x86_64"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 
 
+@dataclass(frozen=True)
+class Share:
+    """A folder of this host that the guest may mount by its tag, where its kernel has 9p."""
+
+    tag: str
+    folder: str
+    read_only: bool = False
+
+
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One QEMU. `memory` in bytes; `ssh_port` None: no forward; `network` "none": the guest reaches nobody."""
+    """One QEMU. `memory` in bytes; `ssh_port` None: no forward; `network` "none": the guest reaches nobody.
+
+    `forwards` are loopback ports of this host (0: any) with the guest's ports that they lead to.
+    """
 
     name: str
     accel: str
@@ -29,6 +41,8 @@ class Spec:
     nic: str
     network: str = "user"
     ssh_port: int | None = None
+    forwards: tuple[tuple[int, int], ...] = ()
+    shares: tuple[Share, ...] = ()
     rng: bool = True
     console_socket: Path
     console_log: Path
@@ -49,6 +63,7 @@ def command(spec: Spec) -> list[str]:
         *disk(spec),
         *cds(spec),
         *network(spec),
+        *shares(spec),
         *console(spec),
         *monitor(spec),
         *extras(spec),
@@ -116,8 +131,23 @@ def network(spec: Spec) -> list[str]:
         options.append("restrict=on")
     if spec.ssh_port is not None:
         options.append(f"hostfwd=tcp:127.0.0.1:{spec.ssh_port}-:{GUEST_SSH_PORT}")
+    options += [f"hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in spec.forwards]
     # Without its ROM the card does not try to boot over the network for seconds when the disk cannot be booted.
     return ["-netdev", ",".join(options), "-device", f"{spec.nic},netdev=net0,romfile="]
+
+
+def shares(spec: Spec) -> list[str]:
+    """Folders of this host. Who the files belong to is what the host says; what QEMU may not do, the guest may not."""
+    argv = []
+    for n, share in enumerate(spec.shares):
+        mode = ",readonly=on" if share.read_only else ""
+        argv += [
+            "-fsdev",
+            f"local,id=fs{n},path={_comma(share.folder)},security_model=none,multidevs=remap{mode}",
+            "-device",
+            f"virtio-9p-pci,fsdev=fs{n},mount_tag={share.tag}",
+        ]
+    return argv
 
 
 def console(spec: Spec) -> list[str]:

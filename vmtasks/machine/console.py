@@ -151,6 +151,14 @@ class Serial:
         self._closed = not data
         return data
 
+    def fileno(self) -> int:
+        """For select()."""
+        return self._socket.fileno()
+
+    def send(self, data: bytes) -> None:
+        """Type `data` at once. OSError when the other side is gone."""
+        self._socket.sendall(data)
+
     def type(self, text: str) -> Iterator[bytes]:
         """Type `text` a character at a time; gives what the guest says meanwhile."""
         for character in text:

@@ -75,14 +75,14 @@ def _ended(child: proc.Child) -> Callable[[], bool]:
     return lambda: child.poll() is not None
 
 
-def launch(spec: argv.Spec, output: Path) -> Pid:
-    """Start a QEMU that outlives us and return its process. What it says goes to `output`.
+def launch(spec: argv.Spec, output: Path, *, die_with_us: bool = False) -> Pid:
+    """Start a QEMU that outlives us, unless `die_with_us`, and return its process. What it says goes to `output`.
 
-    MachineError with its own words when it ends at once or opens no control socket; port_taken() tells whether the SSH
-    port was why. QEMU's -daemonize is not used: it forks, which its sandbox then forbids.
+    MachineError with its own words when it ends at once or opens no control socket; port_taken() tells whether a port
+    was why. QEMU's -daemonize is not used: it forks, which its sandbox then forbids.
     """
     with output.open("wb") as sink:
-        child = proc.detach(argv.command(spec), sink)
+        child = proc.detach(argv.command(spec), sink, die_with_us=die_with_us)
     try:
         with qmp.connect(spec.qmp_socket, timeout_s=LAUNCH_S, ended=_ended(child)) as control:
             control.cmd("query-status")
@@ -111,9 +111,10 @@ def end_stray(qmp_socket: Path) -> bool:
     return wait_until(lambda: not qmp_socket.exists(), STRAY_S)
 
 
-def port_taken(error: MachineError) -> bool:
-    """Whether QEMU could not bind the port that it was to forward."""
-    return "Could not set up host forwarding rule" in error.message
+def port_taken(error: MachineError) -> int | None:
+    """The loopback port that QEMU was to forward and could not bind; None when that was not why it ended."""
+    found = re.search(r"Could not set up host forwarding rule 'tcp:127\.0\.0\.1:(\d+)-", error.message)
+    return int(found[1]) if found else None
 
 
 def stop(pid: Pid, mark: str, rungs: Sequence[Rung], qmp_socket: Path) -> str:

@@ -41,6 +41,8 @@ class Target:
     key: Path
     host_keys: tuple[str, ...]
     folder: Path
+    also: tuple[Path, ...] = ()
+    """Further private keys to try, while the machine's key is being changed."""
 
     @property
     def config(self) -> Path:
@@ -61,7 +63,7 @@ def write_config(target: Target) -> None:
         "    HostName 127.0.0.1",
         f"    Port {target.port}",
         f"    User {target.user}",
-        f"    IdentityFile {_quoted(target.key)}",
+        *(f"    IdentityFile {_quoted(key)}" for key in (target.key, *target.also)),
         "    IdentitiesOnly yes",
         f"    HostKeyAlias {target.name}",
         "    StrictHostKeyChecking yes",

@@ -62,6 +62,25 @@ def sync(
     return itemised(out)
 
 
+def copy(target: Target, source: str, dest: str, *, back: bool = False, as_root: bool = False) -> Synced:
+    """Copy what is newer in `source`, deleting nothing: to the guest, or `back` from it.
+
+    `as_root` writes in the guest as root. What comes back is not trusted: no devices, no links that lead out of the
+    folder. SshError when the guest is not reached, CommandError when not all could be copied.
+    """
+    root = "$(command -v doas || command -v sudo) -n " if as_root and target.user != "root" else ""
+    argv = ["rsync", "-rlptus", "--out-format=%i %n", "-e", f"ssh -F {shlex.quote(str(target.config))}"]
+    argv += ["--safe-links"] if back else []
+    argv += ["--rsync-path", f"{root}rsync", "--"]
+    argv += [f"{target.name}:{source}", dest] if back else [source, f"{target.name}:{dest}"]
+    try:
+        return itemised(proc.run(argv, timeout_s=TIMEOUT_S).stdout)
+    except CommandError as error:
+        if error.status in RSYNC_CONNECTION:
+            raise SshError(f"rsync lost or never had the connection to {target.name}: {error.stderr.strip()}") from None
+        raise
+
+
 def itemised(out: str) -> Synced:
     """What `--out-format='%i %n'` says: files and links that were sent (folders left out), and what was deleted."""
     sent, deleted = [], []

@@ -1,38 +1,15 @@
-"""`vmtasks ...`: what is wanted outside a project's task graph; `init` starts one."""
+"""`vmtasks init | prune | schema`: a project of somebody's own, and a tidy store."""
 
 import os
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from vmtasks import __version__
-from vmtasks.errors import VmTasksError
-
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False)
+from vmtasks.cli.common import app, project
 
 
-def main() -> None:
-    """Run the command line; failures that a user can mend end without a traceback."""
-    try:
-        app()
-    except VmTasksError as error:
-        sys.stderr.write(f"error: {error}\n")
-        raise SystemExit(error.exit_code) from None
-
-
-@app.callback(invoke_without_command=True)
-def _version(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,  # noqa: FBT002
-) -> None:
-    """Unattended, phase-cached OS installs in QEMU, and remote test suites that rerun only when stale."""
-    if version:
-        typer.echo(f"vmtasks {__version__}")
-        raise typer.Exit
-
-
-@app.command()
+@app.command(rich_help_panel="Projects")
 def init(
     folder: Annotated[Path, typer.Argument(help="The project's folder; made if it is not there.")],
     guest: Annotated[str, typer.Option(help="The guest to copy into phases/.")] = "tiny",
@@ -45,17 +22,22 @@ def init(
     typer.echo(f"next: cd {folder} && doit auto_install quick", err=True)
 
 
-@app.command()
+@app.command(rich_help_panel="Projects")
 def prune(
     store: Annotated[
         Path | None, typer.Option(envvar="VMTASKS_STORE", help="The store; by default the user's cache folder.")
     ] = None,
 ) -> None:
-    """Remove images and installers that no project's record names."""
+    """Remove images and installers that no project's record names, and machines whose command is gone."""
     from vmtasks.config import default_store  # noqa: PLC0415
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
     from vmtasks.store import Store  # noqa: PLC0415
     from vmtasks.tidy import prune as tidy  # noqa: PLC0415
 
+    try:
+        project()
+    except ConfigError as error:
+        typer.echo(f"machines were not looked at: {error.message}", err=True)
     root = store or default_store(os.environ)
     gone, size = tidy(Store(root))
     for path in gone:
@@ -63,7 +45,7 @@ def prune(
     typer.echo(f"{len(gone)} removed, {size >> 20} MiB, from {root}", err=True)
 
 
-@app.command()
+@app.command(rich_help_panel="Projects")
 def schema(
     folder: Annotated[Path, typer.Argument(help="Where vm.schema.json and guest.schema.json are written.")],
 ) -> None:

@@ -1,0 +1,185 @@
+"""PURE: what a user writes on a command line -> checked values: memory, sizes, ports, binds, images, public keys."""
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from vmtasks.config import UNITS
+from vmtasks.errors import ConfigError
+
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+USER = r"[a-z_][a-z0-9_-]{0,31}"
+KEY_TYPES = (
+    "ssh-ed25519",
+    "ssh-rsa",
+    "ecdsa-sha2-nistp256",
+    "ecdsa-sha2-nistp384",
+    "ecdsa-sha2-nistp521",
+    "sk-ssh-ed25519@openssh.com",
+    "sk-ecdsa-sha2-nistp256@openssh.com",
+)
+
+
+def memory(text: str) -> int:
+    """RAM in bytes, whole MiB: `2048` (MiB), `1.5G`, `512m`. ConfigError for anything else."""
+    match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMG]?)", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"--memory {text!r}: not a size; use MiB, or a number with K, M or G, as in 2048 or 1.5G")
+    mib = int(float(match[1]) * UNITS[match[2].upper() or "M"]) >> 20
+    if mib == 0:
+        raise ConfigError(f"--memory {text!r}: less than 1 MiB; use 64M or more")
+    return mib << 20
+
+
+def size(text: str, option: str = "--disk") -> int:
+    """A size in bytes: `20G`, `20GB`, `512MB`, `1024`; binary units, no fractions. ConfigError for anything else."""
+    match = re.fullmatch(r"([1-9][0-9]*)(?:([KMGT])B?|B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ConfigError(f"{option} {text!r}: not a size; use a whole number with K, M, G or T, as in 20G")
+    return int(match[1]) * UNITS[(match[2] or "").upper()]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A loopback port of this host that leads to a port of the guest. `host` 0: any that is free."""
+
+    host: int
+    guest: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Forward":
+        """`8080:80`. ConfigError that names the side that is wrong."""
+        left, colon, right = text.partition(":")
+        if not colon:
+            raise ConfigError(f"-p {text!r}: no colon; write HOST:GUEST, as in 8080:80")
+        made = cls(_port(left, text, "the host's side"), _port(right, text, "the guest's side"))
+        if made.guest == 0:
+            raise ConfigError(f"-p {text!r}: the guest's side is 0, where nothing can listen; use 1 to 65535")
+        return made
+
+    def __str__(self) -> str:
+        """As parse() takes it."""
+        return f"{self.host}:{self.guest}"
+
+
+def _port(text: str, whole: str, side: str) -> int:
+    if not text:
+        raise ConfigError(f"-p {whole!r}: {side} is missing; write HOST:GUEST, as in 8080:80")
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise ConfigError(f"-p {whole!r}: {side}, {text!r}, is not a port number; use 0 to 65535")
+    if int(text) > 65535:
+        raise ConfigError(f"-p {whole!r}: {side}, {text}, is out of range; use 0 to 65535")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class Bind:
+    """A folder of this host at a path of the guest."""
+
+    host: str
+    guest: str
+    read_only: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> "Bind":
+        """`HOST:GUEST` or `HOST:GUEST:ro`. ConfigError that names the side that is wrong; looks at no file system.
+
+        The host's side may hold colons, the guest's side none.
+        """
+        mode, rest = "rw", text
+        for ending in (":ro", ":rw"):
+            if text.endswith(ending) and text.count(":") > 1:
+                mode, rest = ending[1:], text.removesuffix(ending)
+        host, colon, guest = rest.rpartition(":")
+        if not colon:
+            raise ConfigError(f"--bind {text!r}: no colon; write HOST:GUEST or HOST:GUEST:ro")
+        if not host:
+            raise ConfigError(f"--bind {text!r}: the host's side is missing; name a folder of this host")
+        if not guest:
+            raise ConfigError(f"--bind {text!r}: the guest's side is missing; name an absolute path in the guest")
+        path = PurePosixPath(guest)
+        if not path.is_absolute() or ".." in path.parts or not guest.isprintable() or str(path) in ("/", "//"):
+            raise ConfigError(f"--bind {text!r}: the guest's side, {guest!r}, must be an absolute path below /")
+        return cls(host, str(path), mode == "ro")
+
+
+def image(text: str) -> tuple[str, str]:
+    """`guest[:snapshot]` -> both, either empty where it was left out. ConfigError for what is neither."""
+    guest, colon, snapshot = text.partition(":")
+    for part, what in ((guest, "guest"), (snapshot, "snapshot")):
+        if part and not re.fullmatch(NAME, part):
+            raise ConfigError(f"image {text!r}: {part!r} is no name of a {what}; write GUEST or GUEST:SNAPSHOT")
+    if text and ((not guest and not snapshot) or (colon and not snapshot)):
+        raise ConfigError(f"image {text!r}: nothing after the colon; write GUEST or GUEST:SNAPSHOT")
+    return guest, snapshot
+
+
+def machine_name(text: str) -> str:
+    """The name of a machine, as it is. ConfigError when it cannot name a folder."""
+    if not re.fullmatch(NAME, text):
+        raise ConfigError(f"--name {text!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit")
+    return text
+
+
+def user(text: str) -> str:
+    """A user of the guest. ConfigError when it cannot be one."""
+    if not re.fullmatch(USER, text):
+        raise ConfigError(f"--user {text!r}: not a user's name; use lower-case letters, digits, '_' and '-'")
+    return text
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """One line of authorized_keys, without options."""
+
+    kind: str
+    blob: str
+    comment: str = ""
+
+    def __str__(self) -> str:
+        """The line."""
+        return f"{self.kind} {self.blob} {self.comment}".rstrip()
+
+    @property
+    def fingerprint(self) -> str:
+        """`SHA256:...`, as ssh-keygen shows it."""
+        import hashlib  # noqa: PLC0415
+
+        digest = hashlib.sha256(base64.b64decode(self.blob)).digest()
+        return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
+
+
+def public_keys(text: str, where: str) -> list[PublicKey]:
+    """The keys of a public key file. ConfigError for a private key, for what is no key, and for a file without one.
+
+    No message holds anything of the text: it may be a secret that was named by mistake.
+    """
+    if "PRIVATE KEY" in text or "PuTTY-User-Key-File" in text:
+        raise ConfigError(f"{where}: this is a private key; name the public half, which ends in .pub")
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        key = public_key(line)
+        if key is None:
+            raise ConfigError(f"{where}: line {number} is not a public key; it begins with ssh-ed25519 or the like")
+        found.append(key)
+    if not found:
+        raise ConfigError(f"{where}: there is no public key in it")
+    return found
+
+
+def public_key(line: str) -> PublicKey | None:
+    """The key that a line holds; None when its type, its length fields or its characters are not those of a key."""
+    kind, _, rest = line.strip().partition(" ")
+    blob, _, comment = rest.strip().partition(" ")
+    if kind not in KEY_TYPES or not line.strip().isprintable():
+        return None
+    try:
+        raw = base64.b64decode(blob, validate=True)
+    except (binascii.Error, ValueError):
+        return None
+    inner = raw[4 : 4 + int.from_bytes(raw[:4], "big")]
+    return PublicKey(kind, blob, comment.strip()) if inner == kind.encode() else None

@@ -1,0 +1,130 @@
+"""What all commands share: the application, the project they speak of, output, and names that complete."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vmtasks import __version__
+from vmtasks.errors import StateError, VmTasksError
+
+if TYPE_CHECKING:
+    from vmtasks.session import Machine, Project
+
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+VERBATIM = {"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True}
+"""For commands whose last words are somebody else's command line."""
+_caught: list[int] = []
+
+
+def names(incomplete: str) -> list[str]:
+    """Machines, for the shell's completion, which must never fail."""
+    from vmtasks.session import Project  # noqa: PLC0415
+
+    try:
+        return [name for name in Project.find(Path.cwd()).names() if name.startswith(incomplete)]
+    except (VmTasksError, OSError):
+        return []
+
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The machine.", autocompletion=names, show_default=False)]
+AnyName = Annotated[
+    str,
+    typer.Argument(
+        metavar="[NAME]", help="The machine; by default the project's.", autocompletion=names, show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def main() -> None:
+    """Run the command line; failures that a user can mend end without a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, _interrupt)
+    try:
+        app()
+    except VmTasksError as error:
+        _say(f"error: {error}")
+        status = error.exit_code
+    except OSError as error:
+        if error.errno is None:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"error: {where}{error.strerror}")
+        status = 1
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(bool(end.code))
+    except KeyboardInterrupt:
+        status = 130
+    raise SystemExit(128 + _caught[0] if _caught else status)
+
+
+def _interrupt(number: int, _frame: Any) -> None:
+    """Unwind once, so that every `with` block ends what it began; nothing interrupts that."""
+    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    _caught.append(number)
+    raise KeyboardInterrupt(signal.Signals(number).name)
+
+
+def _say(text: str) -> None:
+    """To stderr, which may have been closed."""
+    try:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+    except OSError:
+        pass
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    """Virtual machines in daily use: run one, log in, copy files, stop it; on images that `doit` has installed."""
+    if version:
+        typer.echo(f"vmtasks {__version__}")
+        raise typer.Exit
+
+
+def project() -> "Project":
+    """The project that we are in, after what the dead have left was removed. From now on stdout is for data."""
+    from vmtasks import progress  # noqa: PLC0415
+    from vmtasks.session import Project  # noqa: PLC0415
+
+    progress.talk_on_stderr()
+    found = Project.find(Path.cwd(), os.environ)
+    found.reap(progress.say)
+    return found
+
+
+def machine(name: str) -> "Machine":
+    """The machine of this name; with none, the project's."""
+    return project().machine(name)
+
+
+def show(data: object) -> None:
+    """Print JSON on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+
+
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """Print columns, as wide as they must be."""
+    widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
+    for row in (head, *rows):
+        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+
+
+def confirm(question: str, otherwise: str) -> None:
+    """Ask a person. StateError when there is none to ask, or the answer is not yes."""
+    if not sys.stdin or sys.stdin.closed or not sys.stdin.isatty():
+        raise StateError("nothing was removed: nobody is there to ask", hint=otherwise)
+    sys.stderr.write(f"{question} [y/N] ")
+    sys.stderr.flush()
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise StateError("nothing was removed")

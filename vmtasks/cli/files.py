@@ -1,0 +1,47 @@
+"""`vmtasks cp`: files and folders into a machine and out of it."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vmtasks.cli.common import app, project
+
+
+@app.command(rich_help_panel="Use")
+def cp(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A path here, or NAME:PATH.", show_default=False)],
+    dest: Annotated[str, typer.Argument(metavar="DEST", help="A path here, or NAME:PATH.", show_default=False)],
+) -> None:
+    """Copy a file or a folder, with modes and times; one side is NAME:PATH, relative to the login user's home."""
+    from vmtasks import proc  # noqa: PLC0415
+    from vmtasks.errors import ConfigError, StateError  # noqa: PLC0415
+    from vmtasks.session.use import using  # noqa: PLC0415
+
+    here = project()
+    known = here.names()
+    into, out_of = _remote(dest, known), _remote(source, known)
+    if bool(into) == bool(out_of):
+        raise ConfigError("cp: one side must be NAME:PATH of a machine, the other a path here")
+    name, path = into or out_of or ("", "")
+    if into and not Path(source).exists():
+        raise StateError(f"cp: there is no {source}")
+    found = here.machine(name)
+    target = found.wait()
+    # With a folder before it, no local name is taken for a host or an option.
+    ours = str(Path(source if into else dest).absolute()) + ("/" if (source if into else dest).endswith("/") else "")
+    theirs = f"{target.name}:{path or '.'}"
+    words = ["scp", "-F", str(target.config), "-q", "-r", "-p", "--", *([ours, theirs] if into else [theirs, ours])]
+    with using(found, "cp", f"{source} {dest}") as outcome:
+        outcome.status = proc.attach(words)
+    raise typer.Exit(outcome.status)
+
+
+def _remote(text: str, known: list[str]) -> tuple[str, str] | None:
+    """Machine and path, if `text` names a machine; a path here may hold colons too."""
+    name, colon, path = text.partition(":")
+    if not colon or "/" in name:
+        return None
+    if name not in known and Path(text).exists():
+        return None
+    return name, path

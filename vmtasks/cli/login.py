@@ -1,0 +1,170 @@
+"""`vmtasks ssh | exec | forward | console | ssh-config`: into a machine, by SSH or by its console."""
+
+import shlex
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmtasks.cli.common import VERBATIM, AnyName, Name, app, machine
+
+if TYPE_CHECKING:
+    from vmtasks.session import Machine
+
+WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
+"""Options of ssh(1) that take a value."""
+
+
+@app.command(context_settings=VERBATIM, rich_help_panel="Use")
+def ssh(
+    ctx: typer.Context,
+    name: Name,
+    show: Annotated[bool, typer.Option("--print", help="Only print the command line.")] = False,
+) -> None:
+    """Log in, or run a command: `vmtasks ssh NAME [-- SSH-OPTIONS] [COMMAND]`.
+
+    One word is a line for the remote shell; several are passed on as they are. The exit status is that of the command,
+    and 255 when SSH itself failed.
+    """
+    found = machine(name)
+    if show:
+        found.running()
+        sys.stdout.write(f"{found.ssh_line()}\n")
+        return
+    options, words = split(ctx.args)
+    raise typer.Exit(session(found, "ssh", options, words))
+
+
+@app.command("exec", context_settings=VERBATIM, rich_help_panel="Use")
+def execute(
+    ctx: typer.Context,
+    name: Name,
+    user: Annotated[str, typer.Option(help="Run as this user of the guest.", show_default=False)] = "",
+    cwd: Annotated[str, typer.Option(help="Run in this folder of the guest.", show_default=False)] = "",
+    env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="Repeatable.")] = None,
+) -> None:
+    """Run a program with its arguments as they are: `vmtasks exec [OPTIONS] NAME PROGRAM [ARGUMENTS]`.
+
+    No shell of the guest sees them. The exit status is the program's; 128 + N after signal N; 255 when SSH failed.
+    """
+    from vmtasks import arguments  # noqa: PLC0415
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
+    from vmtasks.remote.ssh import remote_line, script  # noqa: PLC0415
+    from vmtasks.rules import VARIABLE  # noqa: PLC0415
+
+    words = ctx.args[1:] if ctx.args[:1] == ["--"] else ctx.args
+    if not words:
+        raise ConfigError("exec: no program; write vmtasks exec NAME PROGRAM [ARGUMENTS]")
+    values = {}
+    for item in env or []:
+        key, equals, value = item.partition("=")
+        if not equals or not VARIABLE.fullmatch(key):
+            raise ConfigError(f"--env {item!r}: write NAME=VALUE")
+        values[key] = value
+    who = arguments.user(user) if user else ""
+    line = remote_line(script(f"command {shlex.join(words)}\nexit $?", cwd=cwd, env=values, user=who))
+    raise typer.Exit(_attach(machine(name), "exec", [], line, shlex.join(words), who))
+
+
+def split(words: list[str]) -> tuple[list[str], list[str]]:
+    """`[--] [ssh options] [--] [command]` -> the options, and the words of the command."""
+    rest = list(words[1:] if words[:1] == ["--"] else words)
+    options: list[str] = []
+    while rest and rest[0].startswith("-") and rest[0] != "-":
+        word = rest.pop(0)
+        if word == "--":
+            break
+        options.append(word)
+        # As getopt: letters without a value may stand together; the first that takes one takes the rest, or the next.
+        taking = next((n for n, letter in enumerate(word[1:], 1) if letter in WITH_VALUE), None)
+        if taking == len(word) - 1 and rest:
+            options.append(rest.pop(0))
+    return options, rest
+
+
+def session(found: "Machine", verb: str, options: list[str], words: list[str]) -> int:
+    """Log in to a machine, or run a command in it, with our streams; returns the status of what ran."""
+    from vmtasks.remote.ssh import remote_line  # noqa: PLC0415
+
+    command = words[0] if len(words) == 1 else shlex.join(words)
+    # The login shell runs it as a child, so that a death by signal becomes a status, as in any shell.
+    line = remote_line(f'"${{SHELL:-/bin/sh}}" -c {shlex.quote(command)}\nexit $?') if words else ""
+    return _attach(found, verb, options, line, command, "")
+
+
+def _attach(found: "Machine", verb: str, options: list[str], line: str, shown: str, user: str) -> int:
+    from vmtasks import proc, progress  # noqa: PLC0415
+    from vmtasks.remote.ssh import FAILED  # noqa: PLC0415
+    from vmtasks.session import health  # noqa: PLC0415
+    from vmtasks.session.use import using  # noqa: PLC0415
+
+    target = found.wait()
+    with using(found, verb, shown, user) as outcome:
+        outcome.status = proc.attach(target.argv(*([line] if line else []), options=options))
+    if outcome.status == FAILED and (why := health.verdict(found)):
+        progress.say(f"error: {why}\nhint: vmtasks doctor {found.name}")
+    return outcome.status
+
+
+@app.command(rich_help_panel="Use")
+def forward(
+    name: Name,
+    local: Annotated[
+        list[str] | None, typer.Option("-L", metavar="PORT:HOST:PORT", help="From this host into the guest.")
+    ] = None,
+    remote: Annotated[
+        list[str] | None, typer.Option("-R", metavar="PORT:HOST:PORT", help="From the guest to this host.")
+    ] = None,
+    dynamic: Annotated[
+        list[str] | None, typer.Option("-D", metavar="PORT", help="A SOCKS proxy on this host, through the guest.")
+    ] = None,
+) -> None:
+    """Forward ports over SSH until Ctrl-C; listeners are on loopback only."""
+    from vmtasks import proc, progress  # noqa: PLC0415
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
+    from vmtasks.session.use import using  # noqa: PLC0415
+
+    wanted = [("-L", item) for item in local or []] + [("-R", item) for item in remote or []]
+    wanted += [("-D", item) for item in dynamic or []]
+    if not wanted:
+        raise ConfigError("forward: nothing to forward; give -L, -R or -D")
+    options = ["-N", "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes"]
+    for kind, item in wanted:
+        options += [kind, loopback(kind, item)]
+    found = machine(name)
+    target = found.wait()
+    progress.say(f"forwarding {', '.join(f'{kind} {item}' for kind, item in wanted)}; Ctrl-C ends it")
+    with using(found, "forward", shlex.join(options[5:])) as outcome:
+        outcome.status = proc.attach(target.argv(options=options))
+    raise typer.Exit(outcome.status)
+
+
+def loopback(kind: str, text: str) -> str:
+    """A forward with its listener on loopback. ConfigError for any other address."""
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
+
+    fields = text.split(":")
+    plain = 1 if kind == "-D" else 3
+    if len(fields) == plain:
+        return f"127.0.0.1:{text}"
+    if len(fields) == plain + 1 and fields[0] in ("127.0.0.1", "localhost"):
+        return text
+    form = "PORT" if kind == "-D" else "PORT:HOST:PORT"
+    raise ConfigError(f"{kind} {text!r}: write {form}; the listener is always on 127.0.0.1")
+
+
+@app.command("ssh-config", rich_help_panel="Use")
+def ssh_config(name: AnyName = "") -> None:
+    """Print the `Host` block for ssh, scp, sftp, rsync, git and editors: `vmtasks ssh-config NAME >>~/.ssh/config`."""
+    found = machine(name)
+    sys.stdout.write(found.running().config.read_text())
+
+
+@app.command(rich_help_panel="Use")
+def console(name: AnyName = "") -> None:
+    """Attach this terminal to the guest's serial console, also when SSH is dead; Ctrl-] detaches."""
+    from vmtasks.machine.terminal import attach  # noqa: PLC0415
+
+    found = machine(name)
+    found.running()
+    attach(found.serial, found.name)

@@ -1,0 +1,148 @@
+"""`vmtasks logs | port | doctor`: look at a machine, or at this host."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vmtasks.cli.common import AnyName, AsJson, Name, app, machine, project, show, table
+
+if TYPE_CHECKING:
+    from vmtasks.session import Machine
+
+POLL_S = 0.2
+
+
+def described(found: "Machine") -> dict[str, Any]:
+    """A machine as every `--json` shows it; docs/machines.md has the keys."""
+    from dataclasses import asdict  # noqa: PLC0415
+
+    import msgspec  # noqa: PLC0415
+
+    from vmtasks.arguments import Forward  # noqa: PLC0415
+    from vmtasks.session.use import uses  # noqa: PLC0415
+
+    view = found.status()
+    record = view.record
+    if record is None:
+        return {"name": found.name, "status": view.status}
+    alive = view.status in ("booting", "running")
+    target = found.target(record)
+    forwards = [Forward(record.ssh_port, 22), *map(Forward.parse, record.forwards)] if alive else []
+    return {
+        "name": found.name,
+        "status": view.status,
+        "image": f"{record.guest}:{record.snapshot}",
+        "digest": record.image,
+        "created": record.created,
+        "started": record.started,
+        "removed_when_stopped": record.throwaway,
+        "pid": record.pid if alive else 0,
+        "cpu_s": _cpu_s(record.pid) if alive else 0.0,
+        "rss": _rss(record.pid) if alive else 0,
+        "accel": record.accel,
+        "cpus": record.cpus,
+        "memory": record.memory,
+        "network": record.network,
+        "user": record.ssh_user,
+        "key": str(target.key),
+        "ssh_config": str(found.folder / "ssh_config"),
+        "ssh": view.ssh,
+        "ports": [asdict(forward) for forward in forwards],
+        "binds": [msgspec.to_builtins(bind) for bind in record.binds],
+        "sessions": [asdict(use) for use in uses(found)],
+    }
+
+
+def _cpu_s(pid: int) -> float:
+    """Seconds of CPU that a process has used; see proc(5)."""
+    import os  # noqa: PLC0415
+    from pathlib import Path  # noqa: PLC0415
+
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _rss(pid: int) -> int:
+    """Bytes of memory that a process holds."""
+    import os  # noqa: PLC0415
+    from pathlib import Path  # noqa: PLC0415
+
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except OSError:
+        return 0
+
+
+@app.command(rich_help_panel="Look")
+def logs(
+    name: AnyName = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the machine ends.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="As it came, with control sequences.")] = False,
+    qemu: Annotated[bool, typer.Option("--qemu", help="What QEMU said, not the guest.")] = False,
+) -> None:
+    """Print what the serial console has said."""
+    from vmtasks.machine.console import Cleaner  # noqa: PLC0415
+
+    found = machine(name)
+    path = found.qemu_log if qemu else found.console_log
+    cleaner = Cleaner()
+    out = sys.stdout.buffer
+
+    def ended() -> bool:
+        record = found.record()
+        return record is None or found.pid(record) is None
+
+    while not path.exists() and follow and not ended():
+        time.sleep(POLL_S)
+    if not path.exists():
+        return
+    with path.open("rb") as log:
+        while True:
+            last = ended()  # asked first: what is said before the end is then still read
+            data = log.read(65536)
+            out.write(data if raw else cleaner.feed(data).encode())
+            out.flush()
+            if not data:
+                if not follow or last:
+                    return
+                time.sleep(POLL_S)
+
+
+@app.command(rich_help_panel="Look")
+def port(name: Name, as_json: AsJson = False) -> None:
+    """Show which loopback ports lead to which ports of a machine."""
+    found = machine(name)
+    found.running()
+    ports = described(found)["ports"]
+    if as_json:
+        show(ports)
+    else:
+        table(("HOST", "GUEST"), [(f"127.0.0.1:{item['host']}", str(item["guest"])) for item in ports])
+
+
+@app.command(rich_help_panel="Look")
+def doctor(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="A machine; without one, this host.")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Look at this host, or at a machine layer by layer; exit status 1 when something is wrong, and says what."""
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from vmtasks.session import health  # noqa: PLC0415
+
+    here = project()
+    layers = []
+    for layer in health.machine_layers(here.machine(name)) if name else health.host_layers(here.config()):
+        layers.append(layer)
+        if not as_json:
+            mark = {True: "✓", False: "✗", None: "-"}[layer.passed]
+            sys.stdout.write(f"{mark} {layer.name}: {layer.says}\n")
+            sys.stdout.flush()
+    if as_json:
+        show([asdict(layer) for layer in layers])
+    raise typer.Exit(1 if any(layer.passed is False for layer in layers) else 0)

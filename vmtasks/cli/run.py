@@ -1,0 +1,159 @@
+"""`vmtasks run`: make a machine and use it; without -d it goes with the command."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from vmtasks.cli.common import AsJson, app, project, show
+
+if TYPE_CHECKING:
+    from vmtasks.arguments import PublicKey
+    from vmtasks.session import Wants
+
+COMMAND = "vmtasks.command"
+"""Where the words after `--` are kept."""
+
+
+class WithCommand(TyperCommand):
+    """A command whose words after the first `--` are left alone, so that IMAGE may be left out before them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the words after `--` for the command."""
+        if "--" in args:
+            at = args.index("--")
+            ctx.meta[COMMAND] = args[at + 1 :]
+            args = args[:at]
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=WithCommand, options_metavar="[OPTIONS]", rich_help_panel="Machines")
+def run(
+    ctx: typer.Context,
+    image: Annotated[
+        str, typer.Argument(metavar="[IMAGE]", help="GUEST[:SNAPSHOT]; by default the project's guest, and clean.")
+    ] = "",
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Leave it running, and print its name.")] = False,
+    name: Annotated[str, typer.Option(help="Its name; by default one is made up.", show_default=False)] = "",
+    rm: Annotated[bool, typer.Option("--rm", help="With -d: remove it when it is stopped.")] = False,
+    memory: Annotated[str, typer.Option(help="RAM: MiB, or with K, M or G.", show_default=False)] = "",
+    cpus: Annotated[int | None, typer.Option(min=1, max=256, help="Virtual CPUs.", show_default=False)] = None,
+    disk: Annotated[str, typer.Option(help="Size of its disk, as in 20G.", show_default=False)] = "",
+    bind: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:GUEST[:ro]", help="Have a folder of this host in it; repeatable.")
+    ] = None,
+    publish: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--port", metavar="HOST:GUEST", help="Forward a loopback port to it; repeatable."),
+    ] = None,
+    network: Annotated[str, typer.Option(help="user, or none: only SSH reaches it.", show_default=False)] = "",
+    ssh_port: Annotated[str, typer.Option(help="Loopback port of its SSH, or auto.")] = "auto",
+    ssh_key: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE.pub", help="Let the holder of this key in too; repeatable.")
+    ] = None,
+    user: Annotated[str, typer.Option(help="The user to log in as; it must exist.", show_default=False)] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Make a machine and log in, or run the words after `--` in it; then it is removed, unless -d is given.
+
+    It has a disk, a key and a port of its own. The exit status is that of the command.
+    """
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
+    from vmtasks.session import Wants  # noqa: PLC0415
+
+    words: list[str] = ctx.meta.get(COMMAND, [])
+    if rm and not detach:
+        raise ConfigError("--rm goes with -d: without -d the machine is always removed")
+    given = _wants(name=name, memory=memory, disk=disk, bind=bind or [], publish=publish or [], ssh_key=ssh_key or [])
+    wants = Wants(
+        image=image, cpus=cpus, network=_network(network), ssh_port=_ssh_port(ssh_port), user=_user(user),
+        throwaway=rm or not detach, **given,
+    )  # fmt: skip
+    (_detached if detach else _coupled)(wants, words, as_json=as_json)
+
+
+def _coupled(wants: "Wants", words: list[str], *, as_json: bool) -> None:  # noqa: ARG001 - both are called alike
+    from vmtasks import progress  # noqa: PLC0415
+    from vmtasks.cli.login import session  # noqa: PLC0415
+    from vmtasks.session import ephemeral  # noqa: PLC0415
+
+    with ephemeral(project(), wants) as machine:
+        status = session(machine, "run", [], words)
+        progress.say(f"machine {machine.name}: removed")
+    raise typer.Exit(status)
+
+
+def _detached(wants: "Wants", words: list[str], *, as_json: bool) -> None:
+    from vmtasks.cli.login import session  # noqa: PLC0415
+    from vmtasks.cli.look import described  # noqa: PLC0415
+
+    machine = project().create(wants)
+    try:
+        machine.start()
+    except BaseException:
+        if wants.throwaway:
+            machine.destroy(lambda _: None)
+        raise
+    if as_json:
+        show(described(machine))
+    else:
+        sys.stdout.write(f"{machine.name}\n")
+        sys.stdout.flush()
+    if words:
+        raise typer.Exit(session(machine, "run", [], words))
+
+
+# -- what was given
+
+
+def _wants(
+    *, name: str, memory: str, disk: str, bind: list[str], publish: list[str], ssh_key: list[Path]
+) -> dict[str, Any]:
+    from vmtasks import arguments  # noqa: PLC0415
+
+    return {
+        "name": arguments.machine_name(name) if name else "",
+        "memory": arguments.memory(memory) if memory else None,
+        "disk_size": arguments.size(disk) if disk else None,
+        "binds": tuple(arguments.Bind.parse(text) for text in bind),
+        "forwards": tuple(arguments.Forward.parse(text) for text in publish),
+        "authorized": tuple(key for path in ssh_key for key in read_keys(path)),
+    }
+
+
+def read_keys(path: Path) -> "list[PublicKey]":
+    """The public keys in a file. ConfigError when it holds none, or a private one, of which nothing is shown."""
+    from vmtasks import arguments  # noqa: PLC0415
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
+
+    try:
+        text = path.expanduser().read_bytes()[: 1 << 20].decode(errors="replace")
+    except OSError as error:
+        raise ConfigError(f"--ssh-key {path}: cannot be read: {error.strerror}") from None
+    return arguments.public_keys(text, f"--ssh-key {path}")
+
+
+def _network(text: str) -> str:
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
+
+    if text not in ("", "none", "user"):
+        raise ConfigError(f"--network {text!r}: use user, or none")
+    return text
+
+
+def _ssh_port(text: str) -> int:
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
+
+    if text == "auto":
+        return 0
+    if not text.isascii() or not text.isdigit() or not 1024 <= int(text[:9]) <= 65535:
+        raise ConfigError(f"--ssh-port {text!r}: use auto, or a port from 1024 to 65535")
+    return int(text)
+
+
+def _user(text: str) -> str:
+    from vmtasks import arguments  # noqa: PLC0415
+
+    return arguments.user(text) if text else ""

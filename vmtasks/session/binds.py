@@ -1,0 +1,111 @@
+"""Folders of this host in a machine: mounted by 9p where the guest's kernel has it, else copied by rsync, and said so.
+
+A copy goes to the guest when the machine starts and before each command, and what is newer in the guest comes back
+after it; nothing is deleted on either side. A copy that is read-only is mounted so, on top of itself.
+"""
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from vmtasks import proc, progress
+from vmtasks.arguments import Bind
+from vmtasks.errors import ConfigError, SshError
+from vmtasks.remote import ssh
+from vmtasks.remote.sync import copy
+from vmtasks.session.place import Place
+from vmtasks.state import BindRecord, MachineRecord
+
+MOUNT_S = 60.0
+STAGE = "/var/lib/vmtasks/binds"
+"""Where the copy of a read-only bind stands in the guest; root's alone."""
+
+PROBE = "modprobe 9pnet_virtio 2>/dev/null; modprobe 9p 2>/dev/null; grep -qw 9p /proc/filesystems"
+MOUNT = r"""
+grep -q " $guest 9p " /proc/mounts && exit 0
+mkdir -p "$guest" && mount -t 9p -o "trans=virtio,version=9p2000.L,msize=262144,$mode" "$tag" "$guest"
+"""
+FOLDER = r"""
+[ -d "$guest" ] || { mkdir -p "$guest" && chown "$who" "$guest"; }
+"""
+READ_ONLY = r"""
+mkdir -p "$guest" "$stage" && chmod 755 "$stage" || exit
+grep -q " $guest " /proc/mounts && exit 0
+mount -o bind "$stage" "$guest" && mount -o remount,bind,ro "$guest"
+"""
+
+
+def check(bind: Bind) -> BindRecord:
+    """The bind with its folder's whole path. ConfigError, naming the host's side, when there is no such folder."""
+    try:
+        folder = Path(bind.host).expanduser().resolve()
+    except RuntimeError:
+        folder = Path(bind.host)
+    where = f"--bind {bind.host}:{bind.guest}: the host's side, {bind.host!r},"
+    if not folder.exists():
+        raise ConfigError(f"{where} does not exist")
+    if not folder.is_dir():
+        raise ConfigError(f"{where} is not a folder")
+    mode = os.R_OK | os.X_OK | (0 if bind.read_only else os.W_OK)
+    if not os.access(folder, mode):
+        raise ConfigError(f"{where} may not be {'read' if bind.read_only else 'written to'} by you; use :ro or another")
+    return BindRecord(host=str(folder), guest=bind.guest, read_only=bind.read_only)
+
+
+def attach(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRecord:
+    """Have each bind in the guest. SshError when one cannot be had; returns the record, which says how each is."""
+    if not record.binds:
+        return record
+    has_9p = _root(target, PROBE).status == 0
+    done = []
+    for number, bind in enumerate(record.binds):
+        how = "9p" if has_9p else "rsync"
+        if has_9p:
+            mode = "ro" if bind.read_only else "rw"
+            _must(_root(target, MOUNT, guest=bind.guest, tag=f"bind{number}", mode=mode), target, bind)
+        else:
+            _place(target, number, bind)
+            push(target, number, bind)
+            if bind.how != how:
+                progress.say(f"machine {place.name}: its kernel has no 9p, so {bind.host} is copied to {bind.guest}")
+        done.append(msgspec.structs.replace(bind, how=how))
+    return place.write(msgspec.structs.replace(record, binds=done))
+
+
+def before(place: Place, record: MachineRecord) -> None:
+    """Bring what is copied up to date in the guest."""
+    for number, bind in enumerate(record.binds):
+        if bind.how == "rsync":
+            push(place.target(record), number, bind)
+
+
+def after(place: Place, record: MachineRecord) -> None:
+    """Bring back what is newer in the guest. Links that lead out of the folder stay there."""
+    for bind in record.binds:
+        if bind.how == "rsync" and not bind.read_only:
+            copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", back=True)
+
+
+def push(target: ssh.Target, number: int, bind: BindRecord) -> None:
+    """Copy what is newer on the host."""
+    into = f"{STAGE}/{number}" if bind.read_only else bind.guest
+    copy(target, f"{bind.host}/", f"{into}/", as_root=bind.read_only)
+
+
+def _place(target: ssh.Target, number: int, bind: BindRecord) -> None:
+    if bind.read_only:
+        _must(_root(target, READ_ONLY, guest=bind.guest, stage=f"{STAGE}/{number}"), target, bind)
+    else:
+        _must(_root(target, FOLDER, guest=bind.guest, who=target.user), target, bind)
+
+
+def _root(target: ssh.Target, text: str, **env: str) -> proc.Result:
+    line = ssh.remote_line(ssh.script(text, cwd="/", env=env, user="root"))
+    return proc.run(target.argv(line), timeout_s=MOUNT_S, check=False)
+
+
+def _must(done: proc.Result, target: ssh.Target, bind: BindRecord) -> None:
+    if done.status != 0:
+        said = done.stderr.strip() or f"status {done.status}"
+        raise SshError(f"machine {target.name}: {bind.host} cannot be had at {bind.guest}: {said}")

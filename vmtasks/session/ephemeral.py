@@ -1,0 +1,49 @@
+"""A machine that lives as long as a block of code: gone on every way out, and reaped if even that was cut short."""
+
+import contextlib
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+
+from vmtasks import progress
+from vmtasks.errors import VmTasksError
+from vmtasks.progress import Say
+from vmtasks.session.machine import Machine
+from vmtasks.session.project import Project, Wants
+
+
+@contextlib.contextmanager
+def ephemeral(
+    project: Project, wants: Wants | None = None, *, keep: bool = False, note: Say = progress.say
+) -> Iterator[Machine]:
+    """A running machine of its own for the length of the block.
+
+    However the block ends, the machine is then stopped and removed with its disk and key, unless `keep`. If this
+    process is killed, the kernel ends QEMU with it (where the main thread has started it), and Project.reap() of the
+    next command removes the rest. Raises what Project.create() and Machine.start() raise; the console's log of a boot
+    that failed is kept as `failed-boot.log` in the state folder.
+    """
+    machine = project.create(wants or Wants(), owner=0 if keep else os.getpid())
+    try:
+        # The kernel would end it with the thread, not with the process.
+        main = threading.current_thread() is threading.main_thread()
+        try:
+            machine.start(note, die_with_us=main and not keep)
+        except VmTasksError as error:
+            _keep_log(machine, error)
+            raise
+        yield machine
+    finally:
+        if not keep:
+            machine.destroy(lambda _: None)
+
+
+def _keep_log(machine: Machine, error: VmTasksError) -> None:
+    """The log that the error names goes with the machine; so keep a copy, one for each project."""
+    if error.log is None:
+        return
+    kept = machine.config.vm_dir / "failed-boot.log"
+    with contextlib.suppress(OSError):
+        shutil.copyfile(error.log, kept)
+        error.log = kept

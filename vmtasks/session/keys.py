@@ -1,0 +1,202 @@
+"""Who may log in to a machine: its own key, put in place over the key of its image, and public keys of people.
+
+The guest's `authorized_keys` are rewritten beside and renamed, so that a kill at any moment locks nobody out. Sessions
+that are open stay open: a server looks at these files only when somebody logs in.
+"""
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import msgspec
+
+from vmtasks import arguments, proc
+from vmtasks.arguments import PublicKey
+from vmtasks.errors import ConfigError, SshError, StateError
+from vmtasks.remote import ssh
+from vmtasks.session.place import Place
+from vmtasks.state import MachineRecord
+
+NO_SUCH_USER = 67
+CANNOT_BECOME = 126
+CHANGE_S = 60.0
+LINE = "\n"
+
+CHANGE = r"""
+change() {
+    new=$1.vmtasks
+    cp -p "$1" "$new" || return
+    { grep -v -F -e "$drop" "$1" || :; [ -z "$put" ] || printf '%s\n' "$put"; } >"$new" && mv "$new" "$1"
+}
+all=$drop
+[ -z "$put" ] || drop="$drop
+$put"
+found=
+while IFS=: read -r name _ _ _ _ home _; do
+    file=$home/.ssh/authorized_keys
+    if [ "$name" = "$who" ]; then
+        found=1
+        if [ ! -f "$file" ]; then
+            mkdir -p "$home/.ssh" && chmod 700 "$home/.ssh" && : >"$file" && chmod 600 "$file" || exit
+            [ "$(id -u)" != 0 ] || chown -R "$who" "$home/.ssh" || exit
+        fi
+        change "$file" || exit
+    elif [ -n "$everywhere" ] && grep -q -F -e "$all" "$file" 2>/dev/null; then
+        change "$file" || exit
+    fi
+done </etc/passwd
+[ -n "$found" ] || exit 67
+sync
+"""
+"""Takes the lines with any of $drop out of $who's file and puts the lines of $put in; `everywhere`: also where others
+have a line of $drop."""
+
+
+READ = r"""
+while IFS=: read -r name _ _ _ _ home _; do
+    [ "$name" != "$who" ] || cat "$home/.ssh/authorized_keys"
+done </etc/passwd
+"""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A key that lets in. `ours`: the machine's own, without which vmtasks cannot log in."""
+
+    key: PublicKey
+    ours: bool
+
+
+def make_pair(private: Path, comment: str) -> PublicKey:
+    """Make an ed25519 key pair: `private` with mode 0600, the public half beside it. What is there is overwritten."""
+    beside = private.with_name(f".{private.name}.new")
+    for old in (beside, public_half(beside)):
+        old.unlink(missing_ok=True)
+    proc.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", beside], timeout_s=60)
+    public_half(beside).rename(public_half(private))
+    beside.rename(private)
+    return read_public(private)
+
+
+def public_half(private: Path) -> Path:
+    """Where ssh-keygen puts it."""
+    return private.with_name(f"{private.name}.pub")
+
+
+def read_public(private: Path) -> PublicKey:
+    """The public half of a key, taken from the private one: two files may be out of step after a kill."""
+    text = proc.run(["ssh-keygen", "-y", "-f", private], timeout_s=30).stdout
+    (key,) = arguments.public_keys(text, str(private))
+    if not public_half(private).is_file():
+        public_half(private).write_text(f"{key}\n")
+    return key
+
+
+def settle(place: Place, record: MachineRecord) -> MachineRecord:
+    """Give a machine its own key in place of the one of its image, which is then refused. Returns the new record.
+
+    May be repeated after a kill at any moment: both keys are tried until the machine's own is known to work.
+    """
+    user = record.login or record.ssh_user
+    if not place.own_key.is_file():
+        make_pair(place.own_key, f"vmtasks {place.name}")
+    own, door = read_public(place.own_key), read_public(place.door_key(record))
+    record = place.write(msgspec.structs.replace(record, key="changing"))
+    target = replace(place.target(record), also=(place.own_key,))
+    ssh.write_config(target)
+    change(target, user, put=[str(own), *record.authorized], drop=[door.blob], everywhere=True)
+    ssh.close(target)
+    settled = msgspec.structs.replace(record, key="own", ssh_user=user)
+    ssh.write_config(place.target(settled))
+    prove(place.target(settled))
+    return place.write(settled)
+
+
+def rotate(place: Place, record: MachineRecord) -> PublicKey:
+    """Give a running machine a new key; the old one is refused from then on. Sessions that are open stay open."""
+    fresh = place.own_key.with_name("id_ed25519.next")
+    target = place.target(record)
+    old = read_public(place.own_key)
+    stale = [read_public(fresh).blob] if fresh.is_file() else []
+    key = make_pair(fresh, f"vmtasks {place.name}")
+    change(target, record.ssh_user, put=[str(key)], drop=stale or [key.blob])
+    prove(replace(target, key=fresh))
+    # From here on the new key is the machine's. A kill before the last step leaves the old one in the guest; the next
+    # rotation takes out all that the machine ever had, which `retired` lists.
+    retired = place.own_key.with_name("retired")
+    with retired.open("a") as file:
+        file.write(f"{old.blob}\n")
+    fresh.rename(place.own_key)
+    public_half(fresh).rename(public_half(place.own_key))
+    proc.run(target.argv(options=["-O", "stop"]), timeout_s=10, check=False)  # open sessions go on, new ones log in
+    change(target, record.ssh_user, put=[], drop=retired.read_text().split(), everywhere=True)
+    retired.unlink()
+    return key
+
+
+def listed(place: Place, record: MachineRecord, user: str) -> list[Listed]:
+    """The keys in the guest's authorized_keys of `user`. Lines with options or of other kinds are left out."""
+    own = read_public(key_in_use(place, record)).blob
+    become = "" if user == record.ssh_user else "root"
+    done = _in_guest(place.target(record), ssh.script(READ, cwd="/", env={"who": user}, user=become))
+    if done.status == ssh.FAILED:
+        raise SshError(f"the keys of {user} in {place.name} could not be read: {ssh.explain(done.stderr)}")
+    found = [key for line in done.stdout.splitlines() if (key := arguments.public_key(line)) is not None]
+    return [Listed(key, key.blob == own) for key in found]
+
+
+def key_in_use(place: Place, record: MachineRecord) -> Path:
+    """The private key with which vmtasks logs in."""
+    return place.target(record).key
+
+
+def add(place: Place, record: MachineRecord, added: list[PublicKey], user: str) -> None:
+    """Let the holders of these keys in as `user`."""
+    change(place.target(record), user, put=[str(key) for key in added], drop=[key.blob for key in added])
+
+
+def remove(place: Place, record: MachineRecord, which: str, user: str) -> list[PublicKey]:
+    """Let nobody in any more with the key of this fingerprint, comment or public key file; returns what was removed."""
+    path = Path(which)
+    blobs: set[str] = set()
+    if path.is_file():
+        blobs = {key.blob for key in arguments.public_keys(path.read_text(errors="replace"), which)}
+    there = listed(place, record, user)
+    doomed = [item for item in there if item.key.blob in blobs or which in (item.key.fingerprint, item.key.comment)]
+    if any(item.ours for item in doomed):
+        raise StateError(f"that is machine {place.name}'s own key", hint=f"vmtasks keys rotate {place.name}")
+    if not doomed:
+        raise StateError(f"no key of {user} in {place.name} is {which!r}", hint=f"vmtasks keys list {place.name}")
+    change(place.target(record), user, put=[], drop=[item.key.blob for item in doomed])
+    return [item.key for item in doomed]
+
+
+def change(target: ssh.Target, user: str, *, put: list[str], drop: list[str], everywhere: bool = False) -> None:
+    """Rewrite authorized_keys in the guest. ConfigError for a user that it does not have, SshError otherwise."""
+    env = {"drop": LINE.join(drop), "put": LINE.join(put), "who": user, "everywhere": "1" if everywhere else ""}
+    done = _in_guest(target, ssh.script(CHANGE, cwd="/", env=env, user="root"))
+    if done.status == CANNOT_BECOME and user == target.user:  # without root, our own file is all that can be changed
+        done = _in_guest(target, ssh.script(CHANGE, cwd="/", env=env))
+    if done.status == NO_SUCH_USER:
+        raise ConfigError(f"machine {target.name} has no user {user!r}; name one that its image has")
+    if done.status != 0:
+        said = done.stderr.strip() or f"status {done.status}"
+        raise SshError(f"the keys of {user} in {target.name} could not be changed: {said}", hint="vmtasks doctor")
+
+
+def prove(target: ssh.Target) -> None:
+    """SshError unless a new connection with the target's key, and no other, is let in."""
+    folder = target.folder / "proof"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    alone = replace(target, folder=folder, also=())
+    ssh.write_config(alone)
+    try:
+        done = proc.run(alone.argv("true", options=["-o", "ControlPath=none"]), timeout_s=CHANGE_S, check=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if done.status != 0:
+        raise SshError(f"machine {target.name} does not take its new key: {ssh.explain(done.stderr)}")
+
+
+def _in_guest(target: ssh.Target, text: str) -> proc.Result:
+    return proc.run(target.argv(ssh.remote_line(text)), timeout_s=CHANGE_S, check=False)

@@ -1,0 +1,253 @@
+"""Start a machine's QEMU on a port that is free, and wait until it lets us in or cannot come up any more."""
+
+import re
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+
+from vmtasks import atomic, hardware, proc, progress
+from vmtasks.arguments import Forward
+from vmtasks.config import FALLBACK_PORTS, show_size
+from vmtasks.errors import MachineError, SshError, VmTasksError
+from vmtasks.machine import argv, qmp, vm
+from vmtasks.machine.argv import Share, Spec
+from vmtasks.machine.console import read_log
+from vmtasks.machine.ports import port_free, port_holder
+from vmtasks.remote import ssh
+from vmtasks.session import binds, keys, ladder
+from vmtasks.session.place import Place
+from vmtasks.state import MachineRecord
+
+FIRST_PORT = 2222
+CPU_EVERY_S = 3.0
+LOGIN_S = 10.0
+STUCK = {
+    "paused": "its CPU is paused, so that nothing in the guest can answer",
+    "guest-panicked": "the guest's kernel panicked; QEMU keeps it as it was then",
+    "internal-error": "QEMU stopped it after an error of its own",
+    "io-error": "QEMU stopped it because its disk could not be written: is the host's disk full?",
+    "shutdown": "the guest has powered off",
+}
+"""What QMP calls a machine that does not run, and what that means."""
+
+
+def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> ssh.Target:
+    """Start QEMU and wait until SSH answers; afterwards the record says so. On failure nothing is left running."""
+    config, accel = place.config, place.state.accel
+    vm.end_stray(place.qmp)
+    for old in (place.sockets / "ssh", place.qmp, place.serial):
+        old.unlink(missing_ok=True)
+    history, key = place.state.store.history, f"start {config.label}"
+    with progress.step(f"start {place.name}", expected_s=history.expected_s(key)) as step:
+        step.now(f"boot ({accel.name}, {config.cpus} CPU, {show_size(config.memory)})")
+        start = place.console_log.stat().st_size if place.console_log.exists() else 0
+        pid, port, forwards = launch(place, record, die_with_us=die_with_us)
+        record = place.write(
+            msgspec.structs.replace(
+                record,
+                pid=pid.number,
+                pid_started=pid.started,
+                ssh_port=port,
+                forwards=[str(forward) for forward in forwards],
+                memory=config.memory,
+                cpus=config.cpus,
+                accel=accel.name,
+                network=config.network,
+                started=round(time.time(), 1),
+                ready=False,
+            )
+        )
+        try:
+            target = wait(place, record, start)
+        except BaseException as error:
+            ladder.stop(place, record, lambda _: None, gentle=False)
+            if isinstance(error, VmTasksError):
+                error.console = tuple(read_log(place.console_log, start).tail())
+                error.log = place.console_log
+                if not record.image:
+                    error.hint = "doit install --disk: log in there and run key.sh from the CD"
+            raise
+    history.record(key, step.elapsed_s)
+    return target
+
+
+def wait(place: Place, record: MachineRecord, console_from: int = 0) -> ssh.Target:
+    """Wait until SSH answers, the keys are as they must be, and the binds are there. SshError says why they are not.
+
+    The host keys of a machine that was installed by hand are learned here, once: nobody is between us and a port
+    that our own QEMU forwards.
+    """
+    deadline_s = place.config.guest.ssh.ready_timeout_s * place.state.accel.factor
+    watch = Watch(place, record, console_from)
+    if not record.host_keys:
+        learned = ssh.learn_host_keys(record.ssh_port, timeout_s=deadline_s, alive=watch)
+        record = place.write(msgspec.structs.replace(record, host_keys=learned))
+        deadline_s = LOGIN_S  # its server answers, so that a login must succeed soon
+    target = place.target(record)
+    if record.key == "changing":
+        target = replace(target, also=(place.own_key,))
+    ssh.write_config(target)
+    links(place, record)
+    ssh.wait_ready(target, timeout_s=deadline_s, alive=watch)
+    if record.own and record.key != "own":
+        record = keys.settle(place, record)
+        target = place.target(record)
+    record = binds.attach(place, target, record)
+    place.write(msgspec.structs.replace(record, ready=True))
+    return target
+
+
+@dataclass
+class Watch:
+    """Whether a machine can still come up; to be asked between two tries of SSH. Calling it raises SshError if not."""
+
+    place: Place
+    record: MachineRecord
+    console_from: int = 0
+    cpu_asked: float = 0.0
+
+    def __call__(self) -> bool:
+        """False when its process has ended."""
+        self.heed_console()
+        if time.monotonic() - self.cpu_asked > CPU_EVERY_S:
+            self.cpu_asked = time.monotonic()
+            stuck = STUCK.get(cpu(self.place))
+            if stuck is not None:
+                force = "vmtasks stop --force" if self.record.own else "doit stop"
+                raise SshError(f"machine {self.place.name}: {stuck}", hint=f"{force}, then start it again")
+        return self.place.pid(self.record) is not None
+
+    def heed_console(self) -> None:
+        """SshError when the console says that the boot has failed: no need to wait for the deadline."""
+        transcript = read_log(self.place.console_log, self.console_from)
+        for failure in self.place.config.guest.failures:
+            if failure.cause != "login" and transcript.match(failure.expect):
+                raise SshError(f"machine {self.place.name}: the guest {failure.says}")
+
+
+def cpu(place: Place) -> str:
+    """What QMP says of the machine: `running`, a key of STUCK, or empty when QEMU does not answer within seconds."""
+    try:
+        with qmp.connect(place.qmp, timeout_s=3, ended=lambda: not place.qmp.exists()) as control:
+            return str(control.cmd("query-status")["status"])
+    except MachineError:
+        return ""
+
+
+# -- ports
+
+
+def launch(place: Place, record: MachineRecord, *, die_with_us: bool) -> tuple[vm.Pid, int, list[Forward]]:
+    """Start QEMU on the wanted port, or with none wanted on the first free one of 2222 and the fallback range."""
+    want = record.want_port if record.own else place.config.ssh_port
+    wanted = [want] if want else [FIRST_PORT, *FALLBACK_PORTS]
+    forwards = [Forward.parse(text) for text in record.forwards]
+    for port in wanted:
+        try:
+            key = (place.key_cd,) if place.key_cd.is_file() else ()
+            pid = vm.launch(spec(place, record, port, cds=key), place.qemu_log, die_with_us=die_with_us)
+        except MachineError as error:
+            taken = vm.port_taken(error)
+            if taken is None:
+                raise
+            if taken != port:
+                raise forward_taken(taken) from None
+        else:
+            return pid, port, resolve(place, forwards)
+    if not want:
+        ours = f"ports {wanted[0]} and {wanted[1]} to {wanted[-1]} are all taken{holders(wanted)}"
+        other = "vmtasks run --ssh-port N" if record.own else "port=N"
+        raise MachineError(ours, hint=f"stop a machine (vmtasks ps, or doit stop), or choose a port: {other}")
+    raise ssh_port_taken(want, own=record.own)
+
+
+def ssh_port_taken(port: int, *, own: bool) -> MachineError:
+    """Who holds the port, and the next free one."""
+    free = next((p for p in FALLBACK_PORTS if p != port and port_free(p)), None)
+    if free is None:
+        offer = "ports 22220 to 22229 are taken too; choose another"
+    else:
+        offer = f"vmtasks run --ssh-port {free}" if own else f"doit port={free} start, or port=auto"
+    return MachineError(f"port {port} is taken{by(port)}", hint=offer)
+
+
+def forward_taken(port: int) -> MachineError:
+    """A port of `-p` that somebody else has."""
+    free = next((p for p in range(port + 1, port + 100) if p <= 65535 and port_free(p)), None)
+    hint = f"-p {free}:GUEST" if free else "choose another port for this host's side"
+    return MachineError(f"port {port}, the host's side of a forward, is taken{by(port)}", hint=hint)
+
+
+def by(port: int) -> str:
+    """` by name (pid N)`, where that can be known."""
+    holder = port_holder(port)
+    return f" by {holder}" if holder else ""
+
+
+def holders(ports: list[int]) -> str:
+    """Who has them, once each."""
+    found = sorted({holder for port in ports if (holder := port_holder(port))})
+    return f" by {', '.join(found)}" if found else ""
+
+
+def resolve(place: Place, forwards: list[Forward]) -> list[Forward]:
+    """The forwards with the ports that QEMU has chosen where any free one was asked for."""
+    if all(forward.host for forward in forwards):
+        return forwards
+    with qmp.connect(place.qmp, timeout_s=5) as control:
+        table = str(control.cmd("human-monitor-command", **{"command-line": "info usernet"}))
+    chosen = re.findall(r"HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)", table)
+    found: list[Forward] = []
+    for forward in forwards:
+        known = {known.host for known in [*forwards, *found]}
+        ports = [int(host) for host, guest in chosen if int(guest) == forward.guest and int(host) not in known]
+        found.append(forward if forward.host or not ports else Forward(ports[0], forward.guest))
+    return found
+
+
+# -- what is started
+
+
+def spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
+    """The machine's QEMU."""
+    return hardware.spec(
+        place.config,
+        place.state.accel,
+        name=place.name,
+        disk=place.disk.absolute(),
+        network=place.config.network,
+        ssh_port=port,
+        forwards=tuple((forward.host, forward.guest) for forward in map(Forward.parse, record.forwards)),
+        shares=tuple(
+            Share(f"bind{number}", bind.host, read_only=bind.read_only) for number, bind in enumerate(record.binds)
+        ),
+        console_socket=place.serial,
+        console_log=place.console_log.absolute(),
+        qmp_socket=place.qmp,
+        pidfile=(place.folder / f"{place.name}.pid").absolute(),
+        **more,
+    )
+
+
+def links(place: Place, record: MachineRecord) -> None:
+    """State files by the names that scripts expect: ports, and links to the sockets in their short folder."""
+    forwards = map(Forward.parse, record.forwards)
+    rows = [("ssh", record.ssh_port), *((str(forward.guest), forward.host) for forward in forwards)]
+    atomic.write(place.folder / f"{place.name}.ports", "".join(f"{what},{port}\n" for what, port in rows))
+    places = {
+        f"{place.name}-monitor.socket": "qmp",
+        f"{place.name}-serial.socket": "serial",
+        "ssh_config": "ssh_config",
+    }
+    for name, socket_name in places.items():
+        link = place.folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(place.sockets / socket_name)
+
+
+def on_terminal(place: Place, record: MachineRecord, display: str, **more: Any) -> int:
+    """Run the machine in the foreground with its console here; returns QEMU's status."""
+    port = place.config.ssh_port or next((p for p in (FIRST_PORT, *FALLBACK_PORTS) if port_free(p)), FIRST_PORT)
+    return proc.attach(argv.on_terminal(spec(place, record, port, **more), display))

@@ -1,0 +1,286 @@
+"""A machine by its name: start, stop, look, restore, snapshot, remove. A folder with a record; no daemon.
+
+.vm/run/<name>/machine.toml  its record        disk.qcow2   its disk, an overlay on an image of the store
+               <name>.pid, <name>.ports, <name>.log (the console), monitor and serial sockets, ssh_config (links)
+               id_ed25519    its own key, if it has one     sessions/   who uses it now
+"""
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from vmtasks import progress, snapshots
+from vmtasks.config import show_size
+from vmtasks.errors import StateError
+from vmtasks.media import disk
+from vmtasks.progress import Say
+from vmtasks.remote import ssh
+from vmtasks.session import binds, ladder, launch
+from vmtasks.session.place import Place
+from vmtasks.state import CLEAN, MANUAL, MachineRecord, PhaseRecord
+from vmtasks.store import ImageRecord, read_record
+
+Status = Literal["absent", "booting", "running", "stale", "stopped"]
+
+
+@dataclass(frozen=True)
+class View:
+    """A machine as `status` shows it."""
+
+    name: str
+    status: Status
+    record: MachineRecord | None
+    ssh: str
+
+
+class Machine(Place):
+    """One named machine of a project."""
+
+    # -- looking
+
+    def status(self) -> View:
+        """What the machine is doing now. Takes no lock and waits at most for one try of SSH."""
+        record = self.record()
+        if record is None:
+            return View(self.name, "absent", None, "")
+        if self.pid(record) is None:
+            return View(self.name, "stale" if record.pid else "stopped", record, "")
+        return View(self.name, "running" if ssh.is_ready(self.target(record)) else "booting", record, self.ssh_line())
+
+    def running(self) -> ssh.Target:
+        """The target of a machine that runs. StateError, which tells them apart, when it does not."""
+        record = self.record()
+        if record is None:
+            raise StateError(f"machine {self.name} is not running: there is none", hint=self.command("start"))
+        if self.pid(record) is None:
+            how = "its process has ended without being stopped" if record.pid else "it is stopped"
+            raise StateError(f"machine {self.name} is not running: {how}", hint=self.command("start"))
+        return self.target(record)
+
+    def wait(self, note: Say = progress.say) -> ssh.Target:
+        """The target of a machine that runs, once it lets us in. Quick for one that has done so before."""
+        target = self.running()
+        record = self.record()
+        if record is None or record.ready:
+            return target
+        with self.lock():
+            record = self.record()
+            if record is None or self.pid(record) is None:
+                return self.running()
+            if not record.ready:
+                note(f"machine {self.name}: waiting until it lets us in")
+                return launch.wait(self, record)
+            return self.target(record)
+
+    def image(self) -> ImageRecord:
+        """The image that this machine starts from: that of the snapshot it was restored to, or `clean`."""
+        record = self.record()
+        return self.find_image(record.snapshot if record else CLEAN)
+
+    def snapshots(self) -> list[str]:
+        """Names of this guest's snapshots."""
+        own = sorted(p.stem for p in (self.config.guest_state / "snapshots").glob("*.toml"))
+        return ([CLEAN] if self.state.snapshot_record(CLEAN).is_file() else []) + own
+
+    # -- doing
+
+    def start(self, note: Say = progress.say, *, die_with_us: bool = False) -> ssh.Target:
+        """Have the machine running and SSH answering. A machine made from an older image is made anew, and says so.
+
+        One that `vmtasks run` has made keeps its disk: only its maker knows what is on it.
+        """
+        with self.lock():
+            record = self.ours()
+            if record is not None and record.image and not record.own:
+                image = self.image()
+                if record.image_sha256 != image.sha256:
+                    note(f"machine {self.name}: its image was replaced by {image.digest[:12]}; it starts afresh")
+                    ladder.stop(self, record, note)
+                    record = self.make(record.snapshot, image)
+            if record is not None and self.pid(record) is not None:
+                return self._attach(record, note)
+            if record is not None and record.pid:
+                note(f"machine {self.name} ended without being stopped; the next sync looks into every file")
+                self.crashed.touch()
+            if record is None or not self.disk.is_file():
+                record = self.make(record.snapshot if record else CLEAN, self.image(), record)
+            return launch.boot(self, record, die_with_us=die_with_us)
+
+    def empty(self, user: str, note: Say = progress.say) -> None:
+        """Give the machine an empty disk, for a person to install on, and log in as `user` once that is done."""
+        with self.lock():
+            record = self.ours()
+            if record is not None:
+                ladder.stop(self, record, note)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for old in (self.disk, self.folder / "ready", self.crashed):
+                old.unlink(missing_ok=True)
+            disk.create(self.disk, self.config.disk_size)
+            self.write(
+                MachineRecord(
+                    name=self.name,
+                    guest=self.config.label,
+                    snapshot=MANUAL,
+                    image="",
+                    image_sha256="",
+                    ssh_user=user,
+                    host_keys=[],
+                    changed=secrets.token_hex(8),
+                )
+            )
+
+    def attend(self, cds: Sequence[Path], *, boot: str, display: str, note: Say = progress.say) -> int:
+        """Boot the machine from `boot`, cd or disk, with its console on our terminal; returns QEMU's status.
+
+        A person is there, so there is no deadline. StateError when it was not installed by hand.
+        """
+        with self.lock():
+            record = self.ours()
+            if record is None or record.image or not self.disk.is_file():
+                raise StateError(f"machine {self.name} was not installed by hand", hint="doit install")
+            ladder.stop(self, record, note)
+            # Whoever is at the console may make new host keys, which the next start learns.
+            record = self.write(msgspec.structs.replace(record, pid=0, pid_started="", host_keys=[]))
+            return launch.on_terminal(self, record, display, cds=tuple(cds), boot=boot)
+
+    def amend(self, **values: Any) -> ssh.Target:
+        """Change values of the running machine's record, and what ssh knows of it; returns its new target."""
+        with self.lock():
+            record = self.ours()
+            if record is None or self.pid(record) is None:
+                raise StateError(f"machine {self.name} is not running", hint=self.command("start"))
+            ssh.close(self.target(record))
+            target = self.target(self.write(msgspec.structs.replace(record, **values)))
+            ssh.write_config(target)
+            return target
+
+    def stop(self, note: Say = progress.say, *, gentle: bool = True, timeout_s: float | None = None) -> str:
+        """Stop the machine, gently first; returns the rung of the ladder that was needed.
+
+        `timeout_s`: how long each gentle rung may take. What is newer in copied binds comes back first.
+        """
+        with self.lock():
+            record = self.record()
+            if record is None:
+                raise StateError(f"there is no machine {self.name}", hint=self.command("start"))
+            if gentle and record.ready and self.pid(record) is not None:
+                binds.after(self, record)
+            return ladder.stop(self, record, note, gentle=gentle, timeout_s=timeout_s)
+
+    def restore(self, snapshot: str = "", note: Say = progress.say) -> ImageRecord:
+        """Throw away what the machine has written and go back to `snapshot`, by default the one it came from."""
+        with self.lock():
+            record = self.ours()
+            name = snapshot or (record.snapshot if record else CLEAN)
+            image = self.find_image(name)
+            if record is not None:
+                ladder.stop(self, record, note, gentle=False)
+            self.make(name, image, record)
+            return image
+
+    def snapshot(self, name: str) -> ImageRecord:
+        """Save the stopped machine's disk as a snapshot of its own, which needs no other image."""
+        with self.lock():
+            if self.state.snapshot_record(name) == self.state.clean_record:
+                raise StateError("'clean' is the image that the phases end in; save the machine under another name")
+            record = self.ours()
+            if record is None or not self.disk.is_file():
+                raise StateError(f"machine {self.name} has no disk to save", hint=self.command("start"))
+            if self.pid(record) is not None:
+                raise StateError(f"machine {self.name} is running: its disk is not at rest", hint=self.command("stop"))
+            return snapshots.save(self.state, self.disk, record, name, self.keys_inside(record))
+
+    def destroy(self, note: Say = progress.say) -> list[Path]:
+        """Stop the machine and remove all that belongs to it; returns what was removed.
+
+        Nothing is kept of its disk, so that its power is simply cut; what is newer in copied binds comes back first.
+        """
+        if not self.folder.exists():
+            return []
+        with self.lock():
+            record = self.record()
+            if record is not None:
+                if record.ready and record.binds and self.pid(record) is not None:
+                    binds.after(self, record)
+                ladder.stop(self, record, note, gentle=False)
+            gone = sorted(self.folder.iterdir())
+            shutil.rmtree(self.sockets, ignore_errors=True)
+            # The record goes last: what a kill leaves half removed can still be listed, and removed again.
+            for path in sorted(gone, key=lambda path: path.name == "machine.toml"):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            self.folder.rmdir()
+            for leftover in (self.lock_file.with_suffix(".owner"), self.lock_file):
+                leftover.unlink(missing_ok=True)
+        return gone
+
+    # -- parts
+
+    def ours(self) -> MachineRecord | None:
+        """The record. StateError when the machine is of another guest or version, whose disk would be lost."""
+        record = self.record()
+        if record is not None and record.guest != self.config.label:
+            raise StateError(
+                f"machine {self.name} is of {record.guest}, and {self.config.label} was asked for; nothing was changed",
+                hint=f"name=OTHER for a second machine, or doit name={self.name} destroy",
+            )
+        return record
+
+    def find_image(self, snapshot: str) -> ImageRecord:
+        """The image of a snapshot. StateError when there is none, or when it cannot be used."""
+        path = self.state.snapshot_record(snapshot)
+        named = read_record(path, PhaseRecord)
+        if named is None:
+            there = ", ".join(self.snapshots()) or "none"
+            raise StateError(f"there is no snapshot {snapshot!r}; there is: {there}", hint="doit auto_install")
+        fault = self.state.image_fault(path)
+        image = self.state.store.record(named.digest)
+        if fault or image is None:
+            raise StateError(f"snapshot {snapshot!r} cannot be used: {fault}", hint="doit auto_install")
+        return image
+
+    def make(self, snapshot: str, image: ImageRecord, like: MachineRecord | None = None) -> MachineRecord:
+        """A fresh overlay and a record: a stopped machine that was never started. It keeps to what `like` was asked."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for old in (self.disk, self.folder / "ready", self.crashed, self.key_cd):
+            old.unlink(missing_ok=True)
+        size = max(image.virtual_size, self.config.disk_size)
+        disk.overlay(self.disk, self.state.store.image(image.digest), size=size)
+        fresh = MachineRecord(
+            name=self.name,
+            guest=self.config.label,
+            snapshot=snapshot,
+            image=image.digest,
+            image_sha256=image.sha256,
+            ssh_user=image.ssh_user,
+            host_keys=image.host_keys,
+            family=self.config.guest.name,
+            version=self.config.version,
+            created=round(time.time(), 1),
+        )
+        if like is not None and like.own:
+            kept = ("own", "throwaway", "owner", "owner_started", "login", "authorized", "disk_size", "want_port")
+            more = ("forwards", "binds", "memory", "cpus", "network", "created")
+            fresh = msgspec.structs.replace(fresh, **{name: getattr(like, name) for name in (*kept, *more)})
+        return self.write(fresh)
+
+    def keys_inside(self, record: MachineRecord) -> Path | None:
+        """The private key that the machine's disk lets in, if it is not the store's."""
+        key = self.own_key if record.key == "own" else self.door_key(record)
+        return None if key == self.state.key else key
+
+    def _attach(self, record: MachineRecord, note: Callable[[str], None]) -> ssh.Target:
+        """Use a machine that runs already; it may still be booting."""
+        target = launch.wait(self, record)
+        note(f"machine {self.name} is running (pid {record.pid}, port {record.ssh_port})")
+        has = {"memory": show_size(record.memory), "cpus": record.cpus, "network": record.network}
+        asked = {"memory": show_size(self.config.memory), "cpus": self.config.cpus, "network": self.config.network}
+        for key, value in has.items():
+            if value != asked[key]:
+                note(f"machine {self.name} keeps {key} {value} until it is stopped and started; asked was {asked[key]}")
+        return target
