@@ -48,7 +48,7 @@ def main() -> None:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, _interrupt)
     try:
-        app()
+        app(prog_name="vmtasks")
     except VmTasksError as error:
         _say(f"error: {error}")
         status = error.exit_code

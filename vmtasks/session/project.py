@@ -100,6 +100,7 @@ class Project:
         ConfigError for what it cannot be, StateError for a name that is taken. Nothing of it is left then.
         """
         guest, snapshot = arguments.image(wants.image)
+        bound = [binds.check(bind) for bind in wants.binds]
         base = self.config(guest)
         state = State(base)
         tidy.register(state.store, base.vm_dir)
@@ -133,7 +134,7 @@ class Project:
             disk_size=size,
             want_port=wants.ssh_port,
             forwards=[str(forward) for forward in wants.forwards],
-            binds=[binds.check(bind) for bind in wants.binds],
+            binds=bound,
             created=round(time.time(), 1),
         )
         made = adapted(base, record)

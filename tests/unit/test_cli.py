@@ -1,0 +1,139 @@
+"""The command line itself: usage errors are status 2 on stderr, help is there, nothing is done by mistake."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from vmtasks.cli import app
+from vmtasks.cli.files import _remote
+from vmtasks.cli.login import loopback, split
+from vmtasks.errors import ConfigError
+
+
+def vmtasks(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run the command with nothing of ours in its environment."""
+    clean = {"HOME": str(cwd), "PATH": os.environ["PATH"], "VMTASKS_STORE": str(cwd / "store"), **env}
+    return subprocess.run(
+        [sys.executable, "-c", "from vmtasks.cli import main; main()", *words],
+        cwd=cwd, env=clean, capture_output=True, check=False, stdin=subprocess.DEVNULL, text=True, timeout=120,
+    )  # fmt: skip
+
+
+def every() -> list[list[str]]:
+    """All commands, those of groups too."""
+    found = []
+    for name, command in get_command(app).commands.items():  # type: ignore[attr-defined]
+        inner = getattr(command, "commands", None)
+        found += [[name, other] for other in inner] if inner else [[name]]
+    return found
+
+
+@pytest.mark.parametrize("words", every(), ids=" ".join)
+def test_k1_every_command_has_help(words: list[str]) -> None:
+    done = CliRunner().invoke(app, [*words, "--help"], prog_name="vmtasks")
+    assert done.exit_code == 0
+    assert f"Usage: vmtasks {' '.join(words)}" in done.stdout
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--bogus"], "--bogus"),
+        (["run", "--bogus"], "--bogus"),
+        (["nosuch"], "nosuch"),
+        (["run", "--memory", "4GB"], "--memory '4GB'"),
+        (["run", "--disk", "1.5G"], "--disk '1.5G'"),
+        (["run", "-p", "70000:80"], "the host's side, 70000"),
+        (["run", "--bind", "/nosuch:/x"], "/nosuch"),
+        (["run", "--bind", "x"], "no colon"),
+        (["run", "--network", "bridge"], "--network"),
+        (["run", "--ssh-port", "80"], "--ssh-port"),
+        (["run", "--name", "../x"], "--name"),
+        (["run", "--user", "X Y"], "--user"),
+        (["run", "--rm"], "--rm"),
+        (["run", "--cpus", "0"], "--cpus"),
+        (["run", "a:b:c"], "image"),
+        (["run", "--ssh-key", "/nosuch.pub"], "/nosuch.pub"),
+        (["rm"], "rm: name machines"),
+        (["forward", "x"], "nothing to forward"),
+    ],
+)
+def test_k9_usage_errors_are_status_2(words: list[str], says: str, tmp_path: Path) -> None:
+    done = vmtasks(*words, cwd=tmp_path)
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert says in done.stderr
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+
+
+def test_k14_errors_are_plain_text_on_stderr(tmp_path: Path) -> None:
+    done = vmtasks("ssh", "nosuch", cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: there is no machine 'nosuch'")
+    assert "\x1b" not in done.stderr
+
+
+def test_k10_a_store_without_an_image_names_the_next_step(tmp_path: Path) -> None:
+    done = vmtasks("run", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "has no image of tiny" in done.stderr
+    assert "doit auto_install" in done.stderr
+    assert not list(tmp_path.rglob("machine.toml"))
+
+
+def test_k24_no_byte_of_a_private_key_goes_anywhere(tmp_path: Path) -> None:
+    secret = "b3BlbnNzaC1rZXktdjEAAAAABG5vbmU"  # noqa: S105 - nobody's
+    key = tmp_path / "id"
+    key.write_text(f"-----BEGIN OPENSSH PRIVATE KEY-----\n{secret}\n-----END OPENSSH PRIVATE KEY-----\n")
+    done = vmtasks("run", "--ssh-key", str(key), cwd=tmp_path)
+    assert done.returncode == 2
+    assert "this is a private key" in done.stderr
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path != key]
+    assert not [path for path in written if secret.encode() in path.read_bytes()]
+    assert secret not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "command"),
+    [
+        ([], [], []),
+        (["uname", "-a"], [], ["uname", "-a"]),
+        (["--", "-v", "uname", "-a"], ["-v"], ["uname", "-a"]),
+        (["-vv", "-L", "1:h:2", "-p22", "x"], ["-vv", "-L", "1:h:2", "-p22"], ["x"]),
+        (["-tv", "-o", "A=b", "--", "-x"], ["-tv", "-o", "A=b"], ["-x"]),
+        (["--", "--", "-x"], [], ["-x"]),
+        (["-fNL", "1:h:2"], ["-fNL", "1:h:2"], []),
+        (["-"], [], ["-"]),
+    ],
+)
+def test_what_is_for_ssh_and_what_for_the_guest(given: list[str], options: list[str], command: list[str]) -> None:
+    assert split(given) == (options, command)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "line"),
+    [("-L", "1:h:2", "127.0.0.1:1:h:2"), ("-R", "localhost:1:h:2", "localhost:1:h:2"), ("-D", "9", "127.0.0.1:9")],
+)
+def test_listeners_are_on_loopback(kind: str, text: str, line: str) -> None:
+    assert loopback(kind, text) == line
+
+
+@pytest.mark.parametrize(("kind", "text"), [("-L", "0.0.0.0:1:h:2"), ("-L", "*:1:h:2"), ("-D", "::1:9"), ("-L", "1")])
+def test_other_listeners_are_refused(kind: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"127\.0\.0\.1"):
+        loopback(kind, text)
+
+
+@pytest.mark.parametrize(
+    ("text", "side"),
+    [("a:x", ("a", "x")), ("a:", ("a", "")), ("./a:x", None), ("/x/a:b", None), ("plain", None), ("b:x", ("b", "x"))],
+)
+def test_sides_of_cp(text: str, side: tuple[str, str] | None) -> None:
+    assert _remote(text, ["a"]) == side
