@@ -110,13 +110,32 @@ def test_every_field_of_a_machine_is_in_its_argv():
         "disk_bus": "ide", "disk_serial": "x", "cds": ["/x"], "nic": "e1000", "network": "none", "ssh_port": 2222,
         "rng": False, "console_socket": "/x", "console_log": "/x", "qmp_socket": "/x", "firmware_log": "/x",
         "pidfile": "/x", "throwaway": True, "boot": "cd",
-        "disk_cache": "none",
+        "disk_cache": "none", "forwards": ((8080, 80),), "shares": (argv.Share("bind0", "/x"),),
     }  # fmt: skip
     only_with_cds = {"cd_bus"}
     assert {f.name for f in fields(Spec)} == set(other) | only_with_cds
     for name, value in other.items():
         assert proc.quote(command(spec(**{name: value}))) != base, name
     assert command(spec(cds=["/x"], cd_bus="virtio-scsi")) != command(spec(cds=["/x"], cd_bus="ide"))
+
+
+def test_k25_every_listener_is_on_loopback():
+    words = command(spec(ssh_port=2222, forwards=((8080, 80), (0, 443))))
+    (net,) = values_of(words, "-netdev")
+    rules = [item for item in net.split(",") if item.startswith("hostfwd=")]
+    assert rules == [
+        "hostfwd=tcp:127.0.0.1:2222-:22", "hostfwd=tcp:127.0.0.1:8080-:80", "hostfwd=tcp:127.0.0.1:0-:443"
+    ]  # fmt: skip
+
+
+def test_a_folder_is_shared_only_when_asked_and_read_only_then():
+    assert values_of(command(spec()), "-fsdev") == []
+    words = command(spec(shares=(argv.Share("bind0", "/a,b", read_only=True), argv.Share("bind1", "/c"))))
+    first, second = values_of(words, "-fsdev")
+    assert "path=/a,,b," in first
+    assert first.endswith("readonly=on")
+    assert "readonly" not in second
+    assert "virtio-9p-pci,fsdev=fs1,mount_tag=bind1" in values_of(words, "-device")
 
 
 def test_the_terminal_machine_has_the_same_hardware():

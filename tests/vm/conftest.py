@@ -21,6 +21,11 @@ RUN_S = 240.0
 OURS = re.compile(r"VM_.*|VMTASKS_.*|SSH_PORT|DFLY_VERSION|XDG_RUNTIME_DIR")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What takes too long for every run."""
+    parser.addoption("--exhaustive", action="store_true", help="run also what takes many minutes")
+
+
 def pytest_configure() -> None:
     """A shell starts a command in the background with SIGINT and SIGQUIT ignored, and so would all that tests start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -33,6 +38,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.vm)
+            if item.get_closest_marker("exhaustive") and not item.config.getoption("--exhaustive", default=False):
+                item.add_marker(pytest.mark.skip(reason="only with --exhaustive"))
 
 
 @dataclass(frozen=True)

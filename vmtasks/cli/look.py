@@ -33,7 +33,7 @@ def described(found: "Machine") -> dict[str, Any]:
     return {
         "name": found.name,
         "status": view.status,
-        "image": f"{record.guest}:{record.snapshot}",
+        "image": f"{record.family or record.guest}:{record.snapshot}",
         "digest": record.image,
         "created": record.created,
         "started": record.started,

@@ -16,7 +16,7 @@ def snapshot(
     """Save a stopped machine's disk; `vmtasks run GUEST:SNAPSHOT` makes machines from it."""
     found = machine(name)
     found.snapshot(tag)
-    sys.stdout.write(f"{found.config.label}:{tag}\n")
+    sys.stdout.write(f"{found.config.guest.name}:{tag}\n")
 
 
 @app.command(rich_help_panel="Snapshots")

@@ -4,6 +4,7 @@ A copy goes to the guest when the machine starts and before each command, and wh
 after it; nothing is deleted on either side. A copy that is read-only is mounted so, on top of itself.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -12,11 +13,13 @@ import msgspec
 from vmtasks import proc, progress
 from vmtasks.arguments import Bind
 from vmtasks.errors import ConfigError, SshError
+from vmtasks.lock import lock
 from vmtasks.remote import ssh
 from vmtasks.remote.sync import copy
 from vmtasks.session.place import Place
 from vmtasks.state import BindRecord, MachineRecord
 
+COPY_S = 3600.0
 MOUNT_S = 60.0
 STAGE = "/var/lib/vmtasks/binds"
 """Where the copy of a read-only bind stands in the guest; root's alone."""
@@ -75,22 +78,31 @@ def attach(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRe
 
 def before(place: Place, record: MachineRecord) -> None:
     """Bring what is copied up to date in the guest."""
-    for number, bind in enumerate(record.binds):
-        if bind.how == "rsync":
-            push(place.target(record), number, bind)
+    with _alone(place, record):
+        for number, bind in enumerate(record.binds):
+            if bind.how == "rsync":
+                push(place.target(record), number, bind)
 
 
 def after(place: Place, record: MachineRecord) -> None:
     """Bring back what is newer in the guest. Links that lead out of the folder stay there."""
-    for bind in record.binds:
-        if bind.how == "rsync" and not bind.read_only:
-            copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", back=True)
+    with _alone(place, record):
+        for bind in record.binds:
+            if bind.how == "rsync" and not bind.read_only:
+                copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", back=True)
 
 
 def push(target: ssh.Target, number: int, bind: BindRecord) -> None:
     """Copy what is newer on the host."""
     into = f"{STAGE}/{number}" if bind.read_only else bind.guest
     copy(target, f"{bind.host}/", f"{into}/", as_root=bind.read_only)
+
+
+def _alone(place: Place, record: MachineRecord) -> contextlib.AbstractContextManager[object]:
+    """One copy at a time: sessions may begin and end together."""
+    if not any(bind.how == "rsync" for bind in record.binds):
+        return contextlib.nullcontext()
+    return lock(place.folder / "binds.lock", f"the binds of machine {place.name}", timeout_s=COPY_S)
 
 
 def _place(target: ssh.Target, number: int, bind: BindRecord) -> None:

@@ -23,6 +23,8 @@ from vmtasks.state import MachineRecord
 FIRST_PORT = 2222
 CPU_EVERY_S = 3.0
 LOGIN_S = 10.0
+AGAIN_S = 30.0
+"""How long a machine may take that has let us in before."""
 STUCK = {
     "paused": "its CPU is paused, so that nothing in the guest can answer",
     "guest-panicked": "the guest's kernel panicked; QEMU keeps it as it was then",
@@ -80,6 +82,8 @@ def wait(place: Place, record: MachineRecord, console_from: int = 0) -> ssh.Targ
     that our own QEMU forwards.
     """
     deadline_s = place.config.guest.ssh.ready_timeout_s * place.state.accel.factor
+    if record.ready:
+        deadline_s = min(deadline_s, AGAIN_S)
     watch = Watch(place, record, console_from)
     if not record.host_keys:
         learned = ssh.learn_host_keys(record.ssh_port, timeout_s=deadline_s, alive=watch)

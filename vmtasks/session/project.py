@@ -56,7 +56,9 @@ class Project:
 
     @classmethod
     def find(cls, start: Path, environ: Mapping[str, str] = os.environ) -> "Project":
-        """The project that `start` is in, or none."""
+        """The project that `start` is in, or none. VM_CONFIG names its file where that is another."""
+        if environ.get("VM_CONFIG"):
+            return cls(start, environ)
         found = (folder for folder in (start, *start.parents) if (folder / CONFIG_PATH).is_file())
         return cls(next(found, None), environ)
 

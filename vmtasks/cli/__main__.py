@@ -1,0 +1,5 @@
+"""`python -m vmtasks.cli`: the same as `vmtasks`."""
+
+from vmtasks.cli import main
+
+main()
