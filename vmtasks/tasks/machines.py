@@ -3,7 +3,7 @@
 import shutil
 import sys
 import time
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,7 @@ def task_start() -> Task:
     return {"actions": [action(start)], "task_dep": images_needed(), "io": {"capture": False}}
 
 
+@cache
 def images_needed() -> list[str]:
     """What must be made before the machine can start: nothing, if it was installed or its snapshot saved by hand."""
     return ["snapshot"] if State(CONFIG).on_clean(CONFIG.name) else []
