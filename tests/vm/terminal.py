@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 from conftest import Ended, Project
 
-KEY_S = 0.01
+KEY_S = 0.002
 """Pause between typed characters."""
 
 
