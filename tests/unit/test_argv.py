@@ -148,6 +148,17 @@ def test_the_terminal_machine_has_the_same_hardware():
     }
     assert not set(here) & {"-pidfile", "-chardev", "-mon"}
     assert values_of(here, "-serial") == ["mon:stdio"]
+    assert values_of(here, "-sandbox") == values_of(there, "-sandbox")
+
+
+def test_a_window_has_the_same_hardware_too():
+    machine = spec(cds=["/a"], ssh_port=2222)
+    here, there = argv.on_terminal(machine, "gtk"), argv.on_terminal(machine)
+    assert values_of(here, "-display") == ["gtk"]
+    assert values_of(here, "-sandbox") == [argv.WINDOW_SANDBOX]
+    assert [w for w in here if w not in {"gtk", argv.WINDOW_SANDBOX}] == [
+        w for w in there if w not in {"none", argv.SANDBOX}
+    ]
 
 
 # ---- the real thing

@@ -139,6 +139,25 @@ def test_every_variable_is_in_the_readme() -> None:
             assert f"`{name}`" in text, name
 
 
+def test_every_task_explains_itself() -> None:
+    """What it does, how it ends, and an example that there is, in `doit help TASK`."""
+    names = [name for name in sorted(tasks()) if not name.startswith("check:") and name != "check"]
+    script = "import sys, doit.doit_cmd as d\nfor n in sys.argv[1:]: d.DoitMain().run(['help', n]); print('----')"
+    with tempfile.TemporaryDirectory() as folder:
+        env = {"PATH": os.environ["PATH"], "VM_DIR": f"{folder}/vm", "VMTASKS_STORE": f"{folder}/store"}
+        words = [sys.executable, "-c", script, *names]
+        done = subprocess.run(words, cwd=TOP, env=env, capture_output=True, text=True, check=True)
+    pages = done.stdout.split("----\n")[:-1]
+    assert len(pages) == len(names) > 20
+    for name, page in zip(names, pages, strict=True):
+        assert page.startswith(f"{name}  "), page
+        assert "\n\nExit status: " in page, name
+        example = re.findall(r"^Example: (doit .*?)(?:  .*)?$", page, re.MULTILINE)
+        assert len(example) == 1, name
+        for command in re.split(r" (?:&&|\|\|) ", example[0]):
+            check_doit(shlex.split(command)[1:])
+
+
 def test_tests_named_in_the_table_of_promises_exist() -> None:
     there = "\n".join(path.read_text() for path in TOP.glob("tests/**/*.py"))
     named = set(re.findall(r"`(test_\w+)`", (TOP / "docs/parity.md").read_text()))

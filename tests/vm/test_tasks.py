@@ -77,15 +77,3 @@ def test_versions_and_names_side_by_side(project: Project) -> None:
     finally:
         project.name = "tiny"
         project.doit("version=2", "destroy", "--yes")
-
-
-def test_every_task_explains_itself(project: Project) -> None:
-    """What it does, how it ends, and an example, in `doit help TASK`; one line of it in `doit list`."""
-    listed = project.doit("list", "--all").good().splitlines()
-    names = [line.split()[0] for line in listed if not line.startswith("check")] + ["check_prereqs"]
-    assert {"auto_install", "install", "look:2", "phase:3", "provision", "quick", "test:unit"} <= set(names)
-    for name in {name.partition(":")[0]: name for name in names}.values():
-        output = project.doit("help", name).good()
-        assert output.startswith(f"{name}  ")
-        for part in ("\n\n", "\nExit status: ", "\nExample: doit "):
-            assert part in output, name

@@ -7,6 +7,8 @@ from pathlib import Path
 GUEST_SSH_PORT = 22
 PROGRAM = "qemu-system-x86_64"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+WINDOW_SANDBOX = "on,obsolete=deny,elevateprivileges=deny"
+"""For a machine in a window, whose toolkit starts helpers and sets the priorities of its threads."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,14 @@ def on_terminal(spec: Spec, display: str = "none") -> list[str]:
     """
     plain = replace(spec, pidfile=None, firmware_log=None)
     here = ["-serial", "mon:stdio", "-display", display, "-vga", "std"]
-    return [PROGRAM, *basics(plain), *board(plain), *disk(plain), *cds(plain), *network(plain), *here, *extras(plain)]
+    sandbox = SANDBOX if display == "none" else WINDOW_SANDBOX
+    machine = [*board(plain), *disk(plain), *cds(plain), *network(plain), *here, *extras(plain)]
+    return [PROGRAM, *basics(plain, sandbox), *machine]
 
 
-def basics(spec: Spec) -> list[str]:
+def basics(spec: Spec, sandbox: str = SANDBOX) -> list[str]:
     """Nothing that was not asked for, and no system calls that QEMU does not need."""
-    return ["-name", f"guest={_comma(spec.name)}", "-nodefaults", "-no-user-config", "-sandbox", SANDBOX]
+    return ["-name", f"guest={_comma(spec.name)}", "-nodefaults", "-no-user-config", "-sandbox", sandbox]
 
 
 def board(spec: Spec) -> list[str]:
