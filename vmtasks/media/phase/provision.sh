@@ -4,8 +4,9 @@
 
 PATH=/sbin:/bin:/usr/sbin:/usr/bin:/usr/local/sbin:/usr/local/bin
 export PATH
+VMTASKS_SSH=yes
 VMTASKS_STEP=$VMTASKS_MEDIA/step
-export VMTASKS_STEP
+export VMTASKS_SSH VMTASKS_STEP
 
 say() { printf '\n::vmtasks:%s:%s\n' "$VMTASKS_TOKEN" "$*"; }
 
