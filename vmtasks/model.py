@@ -190,6 +190,13 @@ class Exchange(Table, frozen=True, kw_only=True):
         str, Meta(min_length=1, description="regular expression; matched against text without control sequences")
     ]
     send: Annotated[str, Meta(description="text to type; \\r for Enter, \\u001b for Escape")]
+    again: Annotated[
+        bool, Meta(description="type it again each time that `expect` comes again before the next prompt does")
+    ] = False
+    echo: Annotated[
+        bool,
+        Meta(description="`send` is a line: each character must come back before the next is typed, and Enter is last"),
+    ] = False
     timeout_s: Seconds = 60
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vmtasks.errors import PhaseError
+from vmtasks.errors import MachineError, PhaseError
 from vmtasks.machine.console import Sentinel, Transcript
 from vmtasks.machine.vm import Booted
 from vmtasks.model import Exchange, FailureText
@@ -38,6 +38,9 @@ CAUSES = (
 
 POLL_S = 0.1
 POWEROFF_S = 60.0
+ECHO_S = 1.0
+"""How long an echo may take on fast hardware."""
+
 PANIC_LINES_S = 1.0
 WHILE_BOOTING = {"loader", "login", "mountroot", "single-user"}
 """What cannot happen any more once the script runs; its output may hold such words."""
@@ -137,14 +140,33 @@ class Phase:
         if self._done >= len(self.dialogue):
             return
         exchange = self.dialogue[self._done]
+        before = self.dialogue[self._done - 1] if self._done else None
         if self.transcript.match(exchange.expect):
             self._done += 1
-            for data in self.booted.serial.type(exchange.send):
-                self._take(data)
+            self._type(exchange)
             self._last_exchange = time.monotonic()
+        elif before is not None and before.again and self.transcript.match(before.expect):
+            self._type(before)
         elif time.monotonic() - self._last_exchange > self.limits.scaled(exchange.timeout_s):
             waited = seconds(time.monotonic() - self._last_exchange)
             self._fail("dialogue", f"the boot dialogue waited {waited} for {exchange.expect!r}, which did not come")
+
+    def _type(self, exchange: Exchange) -> None:
+        """Type one answer; where it must come back, nothing goes wrong unseen."""
+        serial, line = self.booted.serial, exchange.send.removesuffix("\r")
+        patience_s, timeout_s = self.limits.scaled(ECHO_S), self.limits.scaled(exchange.timeout_s)
+        typing = (
+            serial.type_line(line, patience_s=patience_s, timeout_s=timeout_s)
+            if exchange.echo
+            else serial.type(exchange.send)
+        )
+        try:
+            for data in typing:
+                self._take(data)
+                if not data and self.booted.process.poll() is not None:
+                    return
+        except MachineError as error:
+            self._fail("dialogue", f"the boot dialogue failed at the prompt {exchange.expect!r}: {error.message}")
 
     def _watch_texts(self) -> None:
         if self.status is not None:
@@ -189,6 +211,9 @@ class Phase:
         if self.status is None:
             if self.shutdown_reason == "guest-reset":
                 self._fail("reset", "the guest rebooted without a verdict")
+            if self._done < len(self.dialogue) and not self.begun:
+                expect = self.dialogue[self._done].expect
+                self._fail("dialogue", f"the guest powered off while the boot dialogue waited for {expect!r}")
             told = "after it began" if self.begun else "before its script began"
             self._fail("no-verdict", f"the guest powered off {told}, without a verdict")
         self._judge_verdict()

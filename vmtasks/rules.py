@@ -24,7 +24,7 @@ def check(config: Config) -> None:
     for problem in (*tree(config), *build(config), *suites(config)):
         raise ConfigError(f"{file}: {problem}")
     file = show(config.guest_dir / "guest.toml")
-    for problem in (*guest(config), *questions(config), *installer(config), *expressions(config)):
+    for problem in (*guest(config), *questions(config), *installer(config), *dialogues(config), *expressions(config)):
         raise ConfigError(f"{file}: {problem}")
 
 
@@ -174,6 +174,16 @@ def versions(made: Download, version: str) -> Iterator[str]:
             yield f"installer.{key} = {text!r}: only {{version}} is replaced; remove the other braces"
         elif rest != text and not version:
             yield f"installer.{key} = {text!r}: the guest has no version; write version = ..."
+
+
+def dialogues(config: Config) -> Iterator[str]:
+    """Answers that cannot be typed as they are wanted."""
+    for name, exchanges in config.guest.dialogue.items():
+        for exchange in exchanges:
+            line = exchange.send.removesuffix("\r")
+            if exchange.echo and not (line and line.isprintable() and line.isascii() and line != exchange.send):
+                where = f"{key_path(['dialogue', name])}.send = {exchange.send!r}"
+                yield f"{where}: with echo = true it must be a line of plain text that ends in \\r"
 
 
 def expressions(config: Config) -> Iterator[str]:

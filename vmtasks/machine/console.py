@@ -26,6 +26,15 @@ KEEP_CHARS = 1 << 16
 KEY_DELAY_S = 0.03
 """Pause between typed characters: a BIOS keyboard buffer holds 15 keys, and loaders poll slowly under emulation."""
 
+KILL_LINE = "\x15"
+"""Ctrl-U: a loader that edits lines throws away what stands on its line; the others do nothing."""
+
+LINE_TRIES, ENTER_TRIES = 8, 3
+"""How often a line is typed that does not come back as it was, and Enter, when no new line comes."""
+
+SETTLE_S = 0.3
+"""Without a word for so long, no echo of what was typed before is under way any more."""
+
 # ECMA-48: CSI with parameters, OSC strings (a terminal's title), and other escapes of two characters. All of bounded
 # length: what is longer is not one, whether it came in one piece or not.
 _CSI, _OSC, _OTHER = r"\[[0-?]{0,64}[ -/]{0,8}", r"\][^\x07\n\r\x1b]{0,256}", r"[ -/]{0,8}"
@@ -128,6 +137,39 @@ def read_log(path: Path, start: int = 0) -> Transcript:
     return transcript
 
 
+class Echo:
+    """What has come back of a line that is being typed."""
+
+    def __init__(self, line: str) -> None:
+        """`line` is what is going to be typed, without Enter."""
+        self._line = line
+        self._cleaner = Cleaner()
+        self.text = ""
+
+    @property
+    def last(self) -> str:
+        """The line that the other side is at."""
+        return self.text.rpartition("\n")[2]
+
+    def feed(self, data: bytes) -> None:
+        """Take in what was read."""
+        self.text += self._cleaner.feed(data)
+
+    def shows(self, count: int) -> bool:
+        """Whether the first `count` characters have come back, once or twice each, and nothing else."""
+        wanted = self._line[:count]
+        return self.last in (wanted, _twice(wanted))
+
+    def fits(self) -> bool:
+        """Whether what has come back can still become the line."""
+        return self._line.startswith(self.last) or _twice(self._line).startswith(self.last)
+
+
+def _twice(text: str) -> str:
+    """As it looks on a serial line to which the firmware copies the screen that the loader writes to as well."""
+    return "".join(character * 2 for character in text)
+
+
 class Serial:
     """The socket behind COM1. QEMU records it to a file on its own; this is for reading along and typing."""
 
@@ -167,6 +209,61 @@ class Serial:
             until = time.monotonic() + KEY_DELAY_S
             while (left := until - time.monotonic()) > 0:
                 yield self.read(left)
+
+    def type_line(self, line: str, *, patience_s: float, timeout_s: float) -> Iterator[bytes]:
+        """Type `line`, each character when the one before has come back, and then Enter.
+
+        Gives what the guest says meanwhile, and empty bytes while it says nothing. A line is thrown away and typed anew
+        when something else came back, or nothing within `patience_s`. MachineError after `timeout_s`, or when nothing
+        helped; Enter is never typed after a line that did not come back whole.
+        """
+        deadline = time.monotonic() + timeout_s
+        echo = Echo(line)
+        for _ in range(LINE_TRIES):
+            if time.monotonic() > deadline:
+                break
+            yield from self._key(KILL_LINE, Echo(line), lambda: False, min(patience_s, SETTLE_S))
+            echo = Echo(line)
+            yield from self._keys(line, echo, patience_s, deadline)
+            if not echo.shows(len(line)):
+                yield from self._settle(echo, deadline)
+                continue
+            lines = echo.text.count("\n")
+            for _ in range(ENTER_TRIES):
+                yield from self._key("\r", echo, lambda: echo.text.count("\n") > lines, patience_s)  # noqa: B023
+                if echo.text.count("\n") > lines:
+                    return
+            raise MachineError(f"{line!r} was typed, but Enter had no effect")
+        raise MachineError(f"{line!r} was typed, and {echo.last!r} came back")
+
+    def _keys(self, line: str, echo: Echo, patience_s: float, deadline: float) -> Iterator[bytes]:
+        """Type the characters of `line` one after the other, as long as each comes back.
+
+        One that does not is not typed again: whether it got lost, or only its echo, cannot be known.
+        """
+        for count, character in enumerate(line, 1):
+            yield from self._key(character, echo, lambda: echo.shows(count) or not echo.fits(), patience_s)  # noqa: B023
+            if not echo.shows(count) or time.monotonic() > deadline:
+                return
+
+    def _key(self, key: str, echo: Echo, done: Callable[[], bool], timeout_s: float) -> Iterator[bytes]:
+        """Send one key and read until `done`, or for `timeout_s`."""
+        with contextlib.suppress(OSError):
+            self._socket.sendall(key.encode())
+        until = time.monotonic() + timeout_s
+        while not done() and (left := until - time.monotonic()) > 0:
+            data = self.read(min(left, KEY_DELAY_S))
+            echo.feed(data)
+            yield data
+
+    def _settle(self, echo: Echo, deadline: float) -> Iterator[bytes]:
+        """Read until nothing has come for a while."""
+        quiet = time.monotonic()
+        while (now := time.monotonic()) - quiet < SETTLE_S and now < deadline:
+            data = self.read(KEY_DELAY_S)
+            echo.feed(data)
+            quiet = now if data else quiet
+            yield data
 
 
 @contextlib.contextmanager
