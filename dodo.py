@@ -16,11 +16,13 @@ TOOLS = Path(sys.executable).parent
 
 def shell_files() -> list[str]:
     """Every file that a POSIX shell runs: by its first line, since most have no ending. Templates: see tests/unit."""
-    found = [Path("doit"), *Path("vmtasks").rglob("*.sh"), *Path("phases").rglob("*"), *Path("examples").rglob("*")]
+    folders = ("examples", "phases", "tests/rehearsal")
+    found = [Path("doit"), *Path("vmtasks").rglob("*.sh"), *(p for f in folders for p in Path(f).rglob("*"))]
     first = (
         (path, path.read_bytes()[:32].split(b"\n")[0]) for path in found if path.is_file() and path.suffix != ".j2"
     )
-    return sorted(str(path) for path, line in first if line.startswith((b"#!/bin/sh", b"# shellcheck shell=sh")))
+    starts = (b"#!/bin/sh", b"# shellcheck shell=sh", b"#!/usr/libexec/standin/bin/dash")
+    return sorted(str(path) for path, line in first if line.startswith(starts))
 
 
 # By file: what the tests of a file share, such as a running machine, is made once.

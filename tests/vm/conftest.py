@@ -22,8 +22,14 @@ OURS = re.compile(r"VM_.*|VMTASKS_.*|SSH_PORT|DFLY_VERSION|XDG_RUNTIME_DIR")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """What takes too long for every run."""
+    """Switches of the VM tests; they are known where the command names tests/vm or a file in it."""
     parser.addoption("--exhaustive", action="store_true", help="run also what takes many minutes")
+    parser.addoption("--remake-golden", action="store_true", help="write expected records anew; look at the difference")
+
+
+def exhaustive(config: pytest.Config) -> bool:
+    """Whether every case is wanted, however long that takes."""
+    return bool(config.getoption("--exhaustive", default=False))
 
 
 def pytest_configure() -> None:
@@ -232,7 +238,7 @@ class Project:
     def ssh(self, command: str, *, user: str = "") -> subprocess.CompletedProcess[str]:
         """Run a command in the machine with the plain OpenSSH client, as anybody could."""
         config = self.state / "run" / self.name / "ssh_config"
-        login = ["-l", user] if user else []
+        login = ["-l", user, "-o", "ControlPath=none"] if user else []  # a shared connection is the other user's
         return subprocess.run(
             ["ssh", "-F", str(config), *login, self.name, command],
             capture_output=True,

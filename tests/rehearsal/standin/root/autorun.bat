@@ -1,0 +1,1 @@
+left over on the CD
