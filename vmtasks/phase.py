@@ -155,8 +155,9 @@ class Phase:
         """Type one answer; where it must come back, nothing goes wrong unseen."""
         serial, line = self.booted.serial, exchange.send.removesuffix("\r")
         patience_s, timeout_s = self.limits.scaled(ECHO_S), self.limits.scaled(exchange.timeout_s)
+        clean = not self.transcript.unmatched
         typing = (
-            serial.type_line(line, patience_s=patience_s, timeout_s=timeout_s)
+            serial.type_line(line, clean=clean, patience_s=patience_s, timeout_s=timeout_s)
             if exchange.echo
             else serial.type(exchange.send)
         )

@@ -31,7 +31,7 @@ TOP = Path(__file__).resolve().parents[2]
 PEER = TOP / "tests/rehearsal/loader_peer.py"
 GUEST = msgspec.convert(tomllib.loads((TOP / "phases/dragonfly/guest.toml").read_text()), GuestFile)
 TOKEN = "0123456789abcdef"  # noqa: S105
-PROMPT_S = 3
+PROMPT_S = 6
 SEEDS = range(8)
 MEANT = ["set console=comconsole", "boot"]
 
@@ -73,7 +73,7 @@ def talk(vices: Vices, dialogue: list[Exchange]) -> Went:
         title="phase 1-install",
         token=TOKEN,
         booted=Booted(peer, Serial(ours), Control(peer)),  # type: ignore[arg-type]
-        limits=Limits(total_s=30.0, silence_s=5.0),
+        limits=Limits(total_s=60.0, silence_s=10.0),
         dialogue=dialogue,
         failures=GUEST.failures,
         firmware_log=Path(os.devnull),

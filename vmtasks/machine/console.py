@@ -210,8 +210,11 @@ class Serial:
             while (left := until - time.monotonic()) > 0:
                 yield self.read(left)
 
-    def type_line(self, line: str, *, patience_s: float, timeout_s: float) -> Iterator[bytes]:
+    def type_line(self, line: str, *, clean: bool, patience_s: float, timeout_s: float) -> Iterator[bytes]:
         """Type `line`, each character when the one before has come back, and then Enter.
+
+        `clean`: nothing stands on the other side's line yet. Only a line on which something stands is thrown away
+        first: whether a loader knows that key is not certain, and a plain line needs it not.
 
         Gives what the guest says meanwhile, and empty bytes while it says nothing. A line is thrown away and typed anew
         when something else came back, or nothing within `patience_s`. MachineError after `timeout_s`, or when nothing
@@ -222,7 +225,11 @@ class Serial:
         for _ in range(LINE_TRIES):
             if time.monotonic() > deadline:
                 break
-            yield from self._key(KILL_LINE, Echo(line), lambda: False, min(patience_s, SETTLE_S))
+            stray = Echo(line)
+            yield from self._settle(stray, deadline)
+            if stray.text or not clean:
+                yield from self._key(KILL_LINE, Echo(line), lambda: False, min(patience_s, SETTLE_S))
+            clean = False
             echo = Echo(line)
             yield from self._keys(line, echo, patience_s, deadline)
             if not echo.shows(len(line)):
