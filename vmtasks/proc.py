@@ -1,6 +1,5 @@
 """The one door to other processes: list argv, stdin closed, explicit deadline, always reaped."""
 
-import ctypes
 import logging
 import os
 import selectors
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from vmtasks.errors import CommandError, MissingToolError
+from vmtasks.prctl import before_exec
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ def attach(argv: Sequence[str | Path]) -> int:
     words = [str(word) for word in argv]
     words[0] = find(words[0])
     log.debug("attach %s", quote(words))
-    ended = subprocess.run(words, check=False, preexec_fn=_end_with_parent())
+    ended = subprocess.run(words, check=False, preexec_fn=before_exec(die_with_us=True))
     return shell_status(ended.returncode)
 
 
@@ -162,13 +162,15 @@ def spawn(
     pass_fds: Sequence[int] = (),
     pipe: bool = False,
     stdin: bool | IO[bytes] = False,
+    unprivileged: bool = False,
 ) -> Iterator[Child]:
     """Start a helper and see to it that it is gone when the block ends.
 
     Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`, stderr to `errors`), and
     otherwise nowhere. Input comes from a file, through a pipe with `stdin=True`, and otherwise from nowhere. The child
     leads its own process group, so Ctrl-C reaches it only through us. On the way out: SIGTERM, 2 s, SIGKILL, reaped.
-    With `die_with_us` the kernel ends it when we are killed and cannot (Linux only).
+    With `die_with_us` the kernel ends it when we are killed and cannot; `unprivileged` leaves it no capability, also
+    when we are root (both Linux only).
     """
     words = [str(word) for word in argv]
     words[0] = find(words[0])
@@ -182,7 +184,7 @@ def spawn(
         stderr=subprocess.STDOUT if output is not None or merge else (errors or sink),
         pass_fds=tuple(pass_fds),
         process_group=0,
-        preexec_fn=_end_with_parent() if die_with_us else None,  # noqa: PLW1509 - one system call, nothing allocated
+        preexec_fn=before_exec(die_with_us=die_with_us, unprivileged=unprivileged),  # noqa: PLW1509 - system calls only
     )
     try:
         yield child
@@ -193,10 +195,13 @@ def spawn(
                 stream.close()
 
 
-def detach(argv: Sequence[str | Path], output: IO[bytes], *, die_with_us: bool = False) -> Child:
+def detach(
+    argv: Sequence[str | Path], output: IO[bytes], *, die_with_us: bool = False, unprivileged: bool = False
+) -> Child:
     """Start a process in a session of its own, which outlives us; what it says goes to `output`.
 
-    With `die_with_us` the kernel ends it when the calling thread ends, however that happens (Linux only).
+    With `die_with_us` the kernel ends it when the calling thread ends, however that happens; `unprivileged` as for
+    spawn() (both Linux only).
     """
     words = [str(word) for word in argv]
     words[0] = find(words[0])
@@ -207,7 +212,7 @@ def detach(argv: Sequence[str | Path], output: IO[bytes], *, die_with_us: bool =
         stdout=output,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_end_with_parent() if die_with_us else None,  # noqa: PLW1509 - one system call, nothing allocated
+        preexec_fn=before_exec(die_with_us=die_with_us, unprivileged=unprivileged),  # noqa: PLW1509 - system calls only
     )
 
 
@@ -261,18 +266,3 @@ def command_line(pid: int) -> str:
         except OSError:
             return ""
     return run(["ps", "-o", "args=", "-p", str(pid)], timeout_s=10, check=False).stdout.strip()
-
-
-def _end_with_parent() -> Callable[[], None] | None:
-    """What a child does before exec so that SIGKILL reaches it when its parent dies. See prctl(2), PR_SET_PDEATHSIG."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def ask() -> None:
-        prctl(1, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died between fork and prctl
-            os._exit(1)
-
-    return ask

@@ -144,6 +144,24 @@ def test_b40_a_machine_that_fails_does_not_stop_the_others(cli: Cli) -> None:
     assert done.returncode == 1
 
 
+# -- jobs
+
+
+def test_jobs_outlive_their_command(cli: Cli) -> None:
+    job = cli.good("exec", "--detach", "box", "sh", "-c", "for n in 1 2 3 4; do echo $n; sleep 1; done; exit 7").strip()
+    first = cli("attach", "box", job[:6])
+    assert (first.returncode, first.stdout) == (7, b"1\n2\n3\n4\n"), first.stderr
+    assert cli("attach", "box", job).stdout == first.stdout
+    long = cli.good("exec", "-d", "box", "sleep", "300").strip()
+    states = {item["job"]: (item["state"], item["status"]) for item in cli.json("jobs", "box")}  # type: ignore[attr-defined]
+    assert states == {job: ("ended", 7), long: ("running", None)}
+    cli.good("cancel", "box", long)
+    assert cli("attach", "box", long).returncode == 128 + 15
+    assert "no job of box" in cli.bad("attach", "box", "nosuch")
+    cli.good("jobs", "box", "--clear")
+    assert cli.json("jobs", "box") == []
+
+
 # -- what it is
 
 
@@ -180,6 +198,16 @@ def test_k15_state_files_are_where_scripts_expect_them(cli: Cli) -> None:
 
 def test_k25_b14_nothing_listens_beyond_loopback(cli: Cli) -> None:
     assert listeners([int(str(cli.machine("box")["pid"]))]) == {"0100007F"}
+
+
+def test_k26_b14_qemu_is_unprivileged_also_for_root(cli: Cli) -> None:
+    status = Path(f"/proc/{cli.machine('box')['pid']}/status").read_text()
+    facts = dict(line.split(":\t", 1) for line in status.splitlines())
+    for name in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"):
+        if name != "CapBnd" or os.getuid() == 0:
+            assert int(facts[name], 16) == 0, name
+    assert facts["NoNewPrivs"] == "1"
+    assert facts["Seccomp"] == "2"
 
 
 def test_k26_no_folder_of_this_host_is_shared_unasked(cli: Cli) -> None:

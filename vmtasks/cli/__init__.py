@@ -1,6 +1,6 @@
 """`vmtasks ...`: machines in daily use, on the images that a project's tasks have made. Owns typer."""
 
-from vmtasks.cli import files, keys, life, login, look, project, run, snapshots
+from vmtasks.cli import files, jobs, keys, life, login, look, project, run, snapshots
 from vmtasks.cli.common import app, main
 
-__all__ = ["app", "files", "keys", "life", "login", "look", "main", "project", "run", "snapshots"]
+__all__ = ["app", "files", "jobs", "keys", "life", "login", "look", "main", "project", "run", "snapshots"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vmtasks.cli.common import VERBATIM, AnyName, Name, app, machine
+from vmtasks.cli.jobs import start_job
 
 if TYPE_CHECKING:
     from vmtasks.session import Machine
@@ -42,6 +43,7 @@ def execute(
     user: Annotated[str, typer.Option(help="Run as this user of the guest.", show_default=False)] = "",
     cwd: Annotated[str, typer.Option(help="Run in this folder of the guest.", show_default=False)] = "",
     env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="Repeatable.")] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="As a job: print its id and let it run.")] = False,
 ) -> None:
     """Run a program with its arguments as they are: `vmtasks exec [OPTIONS] NAME PROGRAM [ARGUMENTS]`.
 
@@ -62,6 +64,9 @@ def execute(
             raise ConfigError(f"--env {item!r}: write NAME=VALUE")
         values[key] = value
     who = arguments.user(user) if user else ""
+    if detach:
+        sys.stdout.write(f"{start_job(name, words, cwd=cwd, env=values, user=who)}\n")
+        return
     line = remote_line(script(f"command {shlex.join(words)}\nexit $?", cwd=cwd, env=values, user=who))
     raise typer.Exit(_attach(machine(name), "exec", [], line, shlex.join(words), who))
 

@@ -58,7 +58,7 @@ def boot(spec: argv.Spec, output: Path, *, pass_fds: Sequence[int] = ()) -> Iter
     words = argv.command(spec)
     with (
         output.open("wb") as sink,
-        proc.spawn(words, output=sink, pass_fds=pass_fds, die_with_us=True) as child,
+        proc.spawn(words, output=sink, pass_fds=pass_fds, die_with_us=True, unprivileged=True) as child,
         contextlib.ExitStack() as stack,
     ):
         try:
@@ -82,7 +82,7 @@ def launch(spec: argv.Spec, output: Path, *, die_with_us: bool = False) -> Pid:
     was why. QEMU's -daemonize is not used: it forks, which its sandbox then forbids.
     """
     with output.open("wb") as sink:
-        child = proc.detach(argv.command(spec), sink, die_with_us=die_with_us)
+        child = proc.detach(argv.command(spec), sink, die_with_us=die_with_us, unprivileged=True)
     try:
         with qmp.connect(spec.qmp_socket, timeout_s=LAUNCH_S, ended=_ended(child)) as control:
             control.cmd("query-status")

@@ -11,13 +11,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
 from vmtasks import progress, snapshots
 from vmtasks.config import show_size
 from vmtasks.errors import StateError
+from vmtasks.machine.console import read_log
 from vmtasks.media import disk
 from vmtasks.progress import Say
 from vmtasks.remote import ssh
@@ -25,6 +26,11 @@ from vmtasks.session import binds, ladder, launch
 from vmtasks.session.place import Place
 from vmtasks.state import CLEAN, MANUAL, MachineRecord, PhaseRecord
 from vmtasks.store import ImageRecord, read_record
+
+WINDOW_S = 180.0
+
+if TYPE_CHECKING:
+    from vmtasks.remote.link import Link
 
 Status = Literal["absent", "booting", "running", "stale", "stopped"]
 
@@ -62,6 +68,21 @@ class Machine(Place):
             how = "its process has ended without being stopped" if record.pid else "it is stopped"
             raise StateError(f"machine {self.name} is not running: {how}", hint=self.command("start"))
         return self.target(record)
+
+    def link(self, window_s: float = WINDOW_S) -> "Link":
+        """A resilient connection to the running machine, for commands and jobs; see vmtasks.remote.link.
+
+        `window_s`: how long the guest may take to come back. StateError when the machine does not run.
+        """
+        from vmtasks.remote.link import Link  # noqa: PLC0415 - paramiko takes 0.2 s
+
+        target, record = self.running(), self.record()
+        return Link(
+            target,
+            window_s=window_s,
+            console=lambda: read_log(self.console_log).tail(),
+            alive=lambda: record is not None and self.pid(record) is not None,
+        )
 
     def wait(self, note: Say = progress.say) -> ssh.Target:
         """The target of a machine that runs, once it lets us in. Quick for one that has done so before."""

@@ -1,0 +1,160 @@
+"""A machine that is ill: doctor, start and ssh say what is wrong with it; the stop ladder goes as far as it must."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Project, until
+from machines import Cli
+
+pytestmark = pytest.mark.timeout(400)
+
+SSHD_OFF = (
+    "doas sh -c 'sed -i s/^sshd=YES/sshd=NO/ /etc/rc.conf; kill $(cat /run/dropbear.pid 2>/dev/null || pidof dropbear)'"
+)
+LONGEST_S = 180.0
+
+
+@pytest.fixture(scope="module")
+def cli(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Cli]:
+    """A project whose machines have but a second, times the factor of this host, to come up again."""
+    made = Cli(Project(tmp_path_factory.mktemp("ill") / "project", store))
+    made.make("box")
+    yield made
+    made("rm", "--all", "--force")
+    made.nothing_left()
+
+
+@pytest.fixture
+def box(cli: Cli) -> Cli:
+    """With a machine that is well."""
+    if cli.machine("box")["status"] != "running":
+        cli("stop", "--force", "box")
+        cli.good("start", "box")
+    return cli
+
+
+def said_by(cli: Cli, *words: str) -> str:
+    """What a command says that must fail in good time."""
+    began = time.monotonic()
+    done = cli(*words)
+    assert time.monotonic() - began < LONGEST_S
+    assert done.returncode != 0, done.stdout
+    return done.stdout.decode() + done.stderr.decode()
+
+
+def failed(cli: Cli) -> tuple[str, str]:
+    """The layer at which doctor stops, and why."""
+    began = time.monotonic()
+    done = cli("doctor", "box")
+    assert time.monotonic() - began < LONGEST_S
+    assert done.returncode == 1, done.stdout
+    (line,) = [line for line in done.stdout.decode().splitlines() if line.startswith("✗")]
+    name, _, why = line[2:].partition(": ")
+    return name, why
+
+
+def test_b34_all_layers_pass(box: Cli) -> None:
+    layers = box.json("doctor", "box")
+    names = ["record", "process", "QMP", "console", "port", "banner", "authentication", "command"]
+    assert [layer["name"] for layer in layers] == names  # type: ignore[attr-defined]
+    assert all(layer["passed"] for layer in layers)  # type: ignore[attr-defined]
+
+
+def test_b34_the_host(box: Cli) -> None:
+    done = box("doctor")
+    for what in ("qemu-system-x86_64", "rsync", "accelerator", "store", "state", "ports"):
+        assert f" {what}: " in done.stdout.decode()
+
+
+def test_b31_the_cpu_is_paused(box: Cli) -> None:
+    box.good("pause", "box")
+    try:
+        name, why = failed(box)
+        assert (name, why.partition(":")[0]) == ("QMP", "paused")
+        assert "its CPU is paused" in said_by(box, "start", "box")
+        assert box.machine("box")["status"] == "booting"
+        assert "nothing in the guest can answer" in said_by(box, "ssh", "box", "--", "-o", "ControlPath=none", "true")
+    finally:
+        box.good("resume", "box")
+    assert box("ssh", "box", "true").returncode == 0
+
+
+def test_k4_b31_no_ssh_server_answers(box: Cli) -> None:
+    box("ssh", "box", SSHD_OFF)
+    until(lambda: box("ssh", "box", "--", "-o", "ControlPath=none", "true").returncode == 255, 60, "the end of sshd")
+    subprocess.run(["ssh", "-F", str(box.machine("box")["ssh_config"]), "-O", "exit", "box"], check=False, timeout=30)
+    name, why = failed(box)
+    assert name == "banner"
+    assert "no SSH server answers in the guest" in why
+    assert box("wait", "box", "--timeout", "5").returncode == 1
+    assert "did not accept SSH within" in said_by(box, "start", "box")
+    # Nobody can power it off from inside; the button still does it.
+    output = box("stop", "box").stderr.decode()
+    assert "stopped (ACPI power button)" in output
+
+
+def test_k17_k27_a_guest_that_heeds_nobody(cli: Cli) -> None:
+    """Sshd does not come up any more, so that start fails too, and leaves nothing running."""
+    said = fix_sshd_by_hand(cli)
+    assert said
+    deaf = "doas sh -c 'mount --bind /bin/true /sbin/poweroff; kill $(pidof acpid)'"
+    cli.good("ssh", "box", deaf)
+    output = cli("stop", "box", "--timeout", "4").stderr.decode()
+    assert "stopped (QMP quit): the guest did not power off" in output
+    assert not cli.project.qemus()
+
+
+def fix_sshd_by_hand(cli: Cli) -> str:
+    """A machine made anew under the same name."""
+    cli.good("rm", "--force", "box")
+    return cli.make("box")
+
+
+def test_b31_the_kernel_panicked(box: Cli) -> None:
+    box.start(
+        "ssh",
+        "box",
+        "doas sh -c 'sync; echo c >/proc/sysrq-trigger'",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until(lambda: failed_layer(box) == "QMP", 90, "the panic")
+    _, why = failed(box)
+    assert "the guest's kernel panicked" in why
+    assert "panicked" in said_by(box, "start", "box")
+
+
+def failed_layer(cli: Cli) -> str:
+    return next((layer["name"] for layer in cli_layers(cli) if layer["passed"] is False), "")
+
+
+def cli_layers(cli: Cli) -> list[dict[str, object]]:
+    return list(json.loads(cli("doctor", "box", "--json").stdout))
+
+
+def test_b31_qemu_was_killed(cli: Cli) -> None:
+    if not cli.project.qemus():
+        cli.good("start", "box")
+    (pid,) = cli.project.qemus()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: not cli.project.qemus(), 10, "QEMU to go")
+    name, why = failed(cli)
+    assert name == "process"
+    assert f"QEMU, process {pid}, is gone" in why
+    assert "its process has ended without being stopped" in said_by(cli, "ssh", "box", "true")
+    assert cli.machine("box")["status"] == "stale"
+
+
+def test_b7_a_machine_that_is_stopped_says_so(cli: Cli) -> None:
+    cli("stop", "--force", "box")
+    began = time.monotonic()
+    assert "machine box is not running: it is stopped" in cli.bad("ssh", "box", "true")
+    assert "it is stopped" in failed(cli)[1]
+    assert time.monotonic() - began < 30
+    assert "not running" in cli("stop", "box").stderr.decode()

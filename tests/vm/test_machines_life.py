@@ -1,0 +1,304 @@
+"""Machines come and go: each way out of `vmtasks run`, ports, names, pids, snapshots; and nothing stays behind."""
+
+import fcntl
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import termios
+import time
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import Project, free_port, until
+from machines import RANGE, Cli, held, login, make_key, range_alone, sockets
+from test_machines_use import here
+
+from vmtasks.machine import vm
+from vmtasks.media import disk
+from vmtasks.session import Project as Machines
+from vmtasks.session import Wants
+from vmtasks.state import PhaseRecord
+from vmtasks.store import ImageRecord, Store, write_record
+
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture
+def cli(tmp_path: Path, store: Path) -> Iterator[Cli]:
+    """A project without a machine, which must be so again at the end."""
+    made = Cli(Project(tmp_path / "project", store))
+    (made.run_folder).mkdir(exist_ok=True)
+    before = sockets()
+    yield made
+    made("rm", "--all", "--force")
+    made.nothing_left()
+    assert not [name for name in sockets() - before if any_of(made, name)]
+
+
+def any_of(cli: Cli, name: str) -> bool:
+    """Whether a socket folder is of this project; others test at the same time."""
+    return any(vm.socket_folder(cli.run_folder / other).name == name for other in ("tiny-1", "tiny-2", "a", "b", "c"))
+
+
+def files(cli: Cli) -> set[str]:
+    """All files of the project's state folder that may not grow."""
+    kept = re.compile(r"access\.log|doit\.sqlite3.*|tiny/.*")
+    every = (str(path.relative_to(cli.project.state)) for path in cli.project.state.rglob("*"))
+    return {path for path in every if not kept.fullmatch(path)}
+
+
+# -- session-coupled
+
+
+def test_b6_b10_b15_b41_run_a_command_and_be_gone(cli: Cli) -> None:
+    before = files(cli)
+    done = cli("run", "--ssh-port", str(free_port()), "--", "echo out; echo err >&2; touch kept; exit 42")
+    assert done.returncode == 42, done.stderr
+    assert done.stdout == b"out\n"
+    assert b"err\n" in done.stderr
+    assert files(cli) == before
+    assert cli.json("ps") == []
+    words = ["--user", "root", "--network", "none", "--ssh-port", str(free_port())]
+    with here() as port:
+        script = f"id -un; ls kept; wget -T 3 -qO- http://10.0.2.2:{port}/ || echo cut off"
+        done = cli("run", *words, "--", script)
+    assert done.stdout == b"root\ncut off\n", done.stderr
+    assert files(cli) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_b8_c_signals(cli: Cli, number: signal.Signals) -> None:
+    run = cli.start("run", "--name", "a", "--ssh-port", str(free_port()))
+    until(lambda: cli.project.qemus() or run.poll() is not None, 60, "QEMU")
+    os.kill(run.pid, number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 128 + number, err
+    assert b"Traceback" not in err
+    assert out == b""
+    cli.nothing_left()
+
+
+def test_b8_c_a_signal_in_the_session(cli: Cli) -> None:
+    run = cli.start("run", "--name", "a", "--ssh-port", str(free_port()), "--", "echo in; sleep 300")
+    assert run.stdout is not None
+    assert run.stdout.readline() == b"in\n"
+    run.terminate()
+    run.communicate(timeout=60)
+    assert run.returncode == 128 + signal.SIGTERM
+    cli.nothing_left()
+
+
+def test_b8_c_its_terminal_is_closed(cli: Cli) -> None:
+    master, slave = pty.openpty()
+    run = cli.start(
+        "run", "--name", "a", "--ssh-port", str(free_port()), stdin=slave, stdout=slave, stderr=slave,
+        preexec_fn=lambda: fcntl.ioctl(slave, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(slave)
+    until(lambda: cli.project.qemus() or run.poll() is not None, 60, "QEMU")
+    os.close(master)
+    assert run.wait(60) == 128 + signal.SIGHUP
+    cli.nothing_left()
+
+
+def test_b8_d_b42_killed_and_reaped_by_the_next_command(cli: Cli) -> None:
+    before = files(cli)
+    run = cli.start("run", "--name", "a", "--ssh-port", str(free_port()))
+    until(lambda: cli.project.qemus() or run.poll() is not None, 60, "QEMU")
+    run.kill()
+    run.communicate(timeout=30)
+    until(lambda: not cli.project.qemus(), 10, "the kernel to end QEMU")
+    assert (cli.run_folder / "a").exists()
+    assert cli.json("ps") == []
+    assert files(cli) == before
+
+
+def test_b8_b_a_boot_that_fails_is_explained_and_gone(cli: Cli) -> None:
+    """A disk with nothing on it."""
+    cli.project.edit("phases/tiny/guest.toml", "ready_timeout_s = 20", "ready_timeout_s = 1")
+    broken = blank_image(cli)
+    said = cli.bad("run", f"tiny:{broken}", "--ssh-port", str(free_port()))
+    assert "did not accept SSH within" in said
+    log = re.search(r"log: (.*)", said)
+    assert log is not None
+    assert Path(log[1]).is_file()
+    cli.nothing_left()
+
+
+def blank_image(cli: Cli) -> str:
+    """A snapshot of an empty disk; returns its name."""
+    private = cli.project.root / "store"
+    store = Store(private)
+    shutil.copytree(cli.project.store / "keys", private / "keys")
+    shutil.copy2(cli.project.store / "accel.json", private / "accel.json")
+    digest = "b" * 64
+    (private / "images").mkdir(parents=True)
+    disk.create(store.partial(digest), 1 << 30)
+    made = store.publish(
+        digest,
+        lambda stat, sha256: ImageRecord(
+            digest=digest, guest="tiny", version="", name="blank", size=stat.st_size, mtime_ns=stat.st_mtime_ns,
+            sha256=sha256, virtual_size=1 << 30, ssh_user="dev", host_keys=["ssh-ed25519 AAAA"],
+        ),
+    )  # fmt: skip
+    write_record(cli.project.tiny / "snapshots/blank.toml", PhaseRecord(digest=digest, sha256=made.sha256))
+    cli.project.store = private
+    return "blank"
+
+
+# -- named
+
+
+def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequest) -> None:
+    cycles = 50 if request.config.getoption("--exhaustive", default=False) else 2
+    fingerprints = set()
+    before = files(cli)
+    keys = set((cli.project.store / "keys").rglob("*"))
+    for _ in range(cycles):
+        cli.make("a")
+        first = cli.good("ssh", "a", "cat /proc/sys/kernel/random/boot_id")
+        assert cli.good("ssh", "a", "cat /proc/sys/kernel/random/boot_id") == first, "it outlives a session"
+        fingerprints.add((cli.run_folder / "a" / "id_ed25519.pub").read_text())
+        assert "running: a; nothing was removed" in cli.bad("rm", "a")
+        cli.good("rm", "--force", "a")
+        cli.nothing_left()
+        assert files(cli) == before
+    assert len(fingerprints) == cycles
+    assert set((cli.project.store / "keys").rglob("*")) == keys
+
+
+def test_b4_several_at_once_share_nothing(cli: Cli, request: pytest.FixtureRequest) -> None:
+    many = 8 if request.config.getoption("--exhaustive", default=False) else 3
+    with range_alone(), ThreadPoolExecutor(many) as threads:
+        names = [text.strip() for text in threads.map(lambda _: cli.good("run", "-d", "--rm"), range(many))]
+        assert len(set(names)) == many
+        shown = [cli.machine(name) for name in names]
+        records = [tomllib.loads((cli.run_folder / name / "machine.toml").read_text()) for name in names]
+        assert len({record["ssh_port"] for record in records}) == many
+        assert {record["ssh_port"] for record in records} <= {2222, *RANGE}
+        assert len({str(item["key"]) for item in shown}) == many
+        assert len({(cli.run_folder / name / "id_ed25519").read_bytes() for name in names}) == many
+        assert len({item["pid"] for item in shown}) == many
+        refused = login(cli, names[0], Path(str(shown[1]["key"])), "true")
+        assert refused.returncode == 255
+        assert b"Permission denied" in refused.stderr
+        for name in names:
+            cli.good("stop", "--force", name)
+    cli.nothing_left()
+
+
+def test_k29_b3_snapshots_of_a_machine_with_its_own_key(cli: Cli) -> None:
+    cli.make("a")
+    cli.good("ssh", "a", "echo one >marker; sync")
+    assert "is running: its disk is not at rest" in cli.bad("snapshot", "a", "one")
+    output = cli("stop", "a").stderr.decode()
+    assert "stopped (power off in the guest)" in output
+    cli.good("snapshot", "a", "one")
+    assert [item["image"] for item in cli.json("snapshots")] == ["tiny:clean", "tiny:one"]  # type: ignore[attr-defined]
+    fsck(cli, "a")
+    cli.good("start", "a")
+    cli.good("ssh", "a", "rm marker; sync")
+    cli.good("keys", "rotate", "a")
+    cli.good("restore", "a", "one")
+    cli.good("start", "a")
+    assert cli.good("ssh", "a", "cat marker") == "one\n"
+    done = cli("run", "tiny:one", "--ssh-port", str(free_port()), "--", "cat marker; cat .ssh/authorized_keys")
+    assert done.stdout.startswith(b"one\nssh-ed25519 ")
+    assert done.stdout.count(b"ssh-ed25519") == 1
+    assert "there is no snapshot 'none-such'" in cli.bad("restore", "a", "none-such")
+
+
+def fsck(cli: Cli, name: str) -> None:
+    """The file system on the machine's disk was left clean."""
+    raw = cli.project.root / "raw"
+    subprocess.run(
+        ["qemu-img", "convert", "-O", "raw", cli.run_folder / name / "disk.qcow2", raw], check=True, timeout=120
+    )
+    part = cli.project.root / "part"
+    subprocess.run(["dd", f"if={raw}", f"of={part}", "bs=1M", "skip=1", "status=none"], check=True, timeout=120)
+    e2fsck = shutil.which("e2fsck", path=f"{os.environ['PATH']}:/sbin:/usr/sbin")
+    if e2fsck is None:
+        pytest.skip("e2fsck is not installed")
+    done = subprocess.run([e2fsck, "-fn", part], check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+    assert "recovering journal" not in done.stdout + done.stderr
+    raw.unlink()
+    part.unlink()
+
+
+def test_names_are_taken_once(cli: Cli) -> None:
+    (cli.run_folder / "a").mkdir()
+    (cli.run_folder / "a" / "machine.toml").write_text("")
+    assert "there is a machine 'a' already" in cli.bad("run", "-d", "--name", "a")
+    shutil.rmtree(cli.run_folder / "a")
+    assert "--disk 1M: less than the image's 1G" in cli.bad("run", "--disk", "1M", status=2)
+
+
+# -- ports and pids
+
+
+def test_k5_the_port_of_another(cli: Cli) -> None:
+    with range_alone(), held(22220):
+        said = cli.bad("run", "--ssh-port", "22220")
+        assert "port 22220 is taken by " in said
+        assert re.search(r"--ssh-port 2222[1-9]", said)
+    cli.nothing_left()
+
+
+def test_k5_k11_all_ports_are_taken(cli: Cli) -> None:
+    began = time.monotonic()
+    with range_alone(), held(2222, *RANGE):
+        said = cli.bad("run", "-d", "--rm")
+        assert "ports 2222 and 22220 to 22229 are all taken" in said
+        assert f"(pid {os.getpid()})" in said
+        assert cli.project.qemus() == []
+        said = cli.bad("run", "--ssh-port", "22221")
+        assert "22220 to 22229 are taken too" in said
+    assert time.monotonic() - began < 120
+    cli.nothing_left()
+
+
+def test_b17_a_forward_whose_port_is_taken(cli: Cli) -> None:
+    port = free_port()
+    with held(port):
+        said = cli.bad("run", "--ssh-port", str(free_port()), "-p", f"{port}:80")
+        assert f"port {port}, the host's side of a forward, is taken by " in said
+    cli.nothing_left()
+
+
+@pytest.mark.parametrize("known", ["pid", "pid and start"])
+def test_k3_the_pid_of_somebody_else(cli: Cli, known: str) -> None:
+    Machines(cli.project.root, cli.env()).create(Wants(name="a"))
+    record = cli.run_folder / "a" / "machine.toml"
+    with subprocess.Popen(["sleep", "300"]) as other:
+        began = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]
+        text = re.sub(r"(?m)^pid = .*$", f"pid = {other.pid}", record.read_text())
+        text = re.sub(r"(?m)^pid_started = .*$", f'pid_started = "{began if known != "pid" else 1}"', text)
+        record.write_text(text)
+        (cli.run_folder / "a" / "a.pid").write_text(f"{other.pid}\n")
+        assert cli.machine("a")["status"] == "stale"
+        assert "its process has ended without being stopped" in cli.bad("ssh", "a", "true")
+        doctor = cli("doctor", "a")
+        assert doctor.returncode == 1
+        assert b"that number is another process's now" in doctor.stdout
+        cli.good("stop", "a")
+        assert other.poll() is None
+        assert cli.machine("a")["status"] == "stopped"
+        other.kill()
+
+
+def test_k24_b19_a_private_key_is_refused_and_copied_nowhere(cli: Cli, tmp_path: Path) -> None:
+    make_key(tmp_path / "mine")
+    secret = (tmp_path / "mine").read_text().splitlines()[1]
+    said = cli.bad("run", "--ssh-key", str(tmp_path / "mine"), status=2)
+    assert "this is a private key" in said
+    assert secret not in said
+    for path in cli.project.state.rglob("*"):
+        assert not path.is_file() or secret.encode() not in path.read_bytes()
+    cli.nothing_left()

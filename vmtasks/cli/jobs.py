@@ -1,0 +1,104 @@
+"""`vmtasks jobs | attach | cancel`: commands in a machine that outlive the connection and this process."""
+
+import sys
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vmtasks.cli.common import AsJson, Name, app, machine, show, table
+
+if TYPE_CHECKING:
+    from vmtasks.remote.link import Link
+
+FOREVER_S = 365 * 86400.0
+Job = Annotated[str, typer.Argument(metavar="JOB", help="Its id; the first characters are enough.", show_default=False)]
+
+
+@app.command(rich_help_panel="Jobs")
+def jobs(
+    name: Name,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove those that are over, with their output.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the jobs of a machine; `vmtasks exec --detach` starts one."""
+    from dataclasses import asdict  # noqa: PLC0415
+
+    from vmtasks import progress  # noqa: PLC0415
+    from vmtasks.remote import job  # noqa: PLC0415
+
+    with _link(name) as link:
+        found = job.listing(link)
+        if clear:
+            for view in found:
+                if view.state not in ("starting", "running"):
+                    job.remove(link, view.job)
+                    progress.say(f"job {view.job}: removed")
+            return
+    if as_json:
+        show([asdict(view) for view in found])
+        return
+    rows = []
+    for view in found:
+        began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(view.started)) if view.started else ""
+        status = "" if view.status is None else str(view.status)
+        rows.append((view.job, view.state, status, began, str(view.size), view.title))
+    table(("JOB", "STATE", "STATUS", "STARTED", "BYTES", "COMMAND"), rows)
+
+
+@app.command(rich_help_panel="Jobs")
+def attach(name: Name, which: Job) -> None:
+    """Show all that a job has written, and go on until it is over; the exit status is the job's. Ctrl-C lets it run."""
+    from vmtasks.remote import job  # noqa: PLC0415
+    from vmtasks.session.use import using  # noqa: PLC0415
+
+    found = machine(name)
+    found.wait()
+    with found.link() as link, using(found, "attach", which) as outcome:
+        known = _find(link, which)
+        end = job.follow(link, known, timeout_s=FOREVER_S, on_data=_pass_on, keep=False)
+        outcome.status = end.status
+    raise typer.Exit(end.status)
+
+
+@app.command(rich_help_panel="Jobs")
+def cancel(name: Name, which: Job) -> None:
+    """End a job with all that it has started: SIGTERM, then SIGKILL."""
+    from vmtasks import progress  # noqa: PLC0415
+    from vmtasks.remote import job  # noqa: PLC0415
+
+    with _link(name) as link:
+        view = job.cancel(link, _find(link, which))
+    progress.say(f"job {view.job}: {view.state}, status {view.status}")
+
+
+def start_job(name: str, words: list[str], *, cwd: str, env: dict[str, str], user: str) -> str:
+    """Start a program as a job; returns its id."""
+    from vmtasks.remote import job  # noqa: PLC0415
+
+    with _link(name) as link:
+        return job.start(link, words, cwd=cwd, env=env, user=user)
+
+
+def _link(name: str) -> "Link":
+    found = machine(name)
+    found.wait()
+    return found.link()
+
+
+def _find(link: "Link", which: str) -> str:
+    """The id that begins with `which`."""
+    from vmtasks.errors import StateError  # noqa: PLC0415
+    from vmtasks.remote import job  # noqa: PLC0415
+
+    found = [view.job for view in job.listing(link) if view.job.startswith(which)]
+    if len(found) != 1:
+        how = "no job" if not found else f"{len(found)} jobs"
+        raise StateError(f"{how} of {link.target.name} begin with {which!r}", hint=f"vmtasks jobs {link.target.name}")
+    return found[0]
+
+
+def _pass_on(data: bytes, stream: str) -> None:
+    sink = (sys.stderr if stream == "stderr" else sys.stdout).buffer
+    sink.write(data)
+    sink.flush()

@@ -1,0 +1,36 @@
+"""What a child asks of the kernel before it becomes another program: to end with us, to be unprivileged. Linux only."""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
+CAPABILITIES = 64
+"""More than there are: to drop one that the kernel does not know is an error that changes nothing."""
+
+
+def before_exec(*, die_with_us: bool, unprivileged: bool = False) -> Callable[[], None] | None:
+    """For `preexec_fn`; None where there is nothing to ask, or nobody.
+
+    `die_with_us`: SIGKILL reaches the child when the thread that started it ends, however that happens. `unprivileged`:
+    also for root the program has no capability, and can gain none. See prctl(2) and capabilities(7). Both survive
+    exec; a change of the user id would undo the first, which is why the child stays who it is.
+    """
+    if sys.platform != "linux" or not (die_with_us or unprivileged):
+        return None
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask() -> None:
+        if unprivileged:
+            for capability in range(CAPABILITIES):
+                prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
+            prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+        if die_with_us:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:  # it died between fork and prctl
+                os._exit(1)
+
+    return ask
