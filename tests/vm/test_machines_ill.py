@@ -85,6 +85,17 @@ def test_b31_the_cpu_is_paused(box: Cli) -> None:
     assert box("ssh", "box", "true").returncode == 0
 
 
+@pytest.mark.exhaustive
+def test_b38_a_session_outlives_a_pause(box: Cli) -> None:
+    session = box.start("ssh", "box", "sleep 5; echo woke")
+    time.sleep(2)
+    box.good("pause", "box")
+    time.sleep(30)
+    box.good("resume", "box")
+    assert session.communicate(timeout=60)[0] == b"woke\n"
+    assert session.returncode == 0
+
+
 def test_k4_b31_no_ssh_server_answers(box: Cli) -> None:
     box("ssh", "box", SSHD_OFF)
     until(lambda: box("ssh", "box", "--", "-o", "ControlPath=none", "true").returncode == 255, 60, "the end of sshd")
@@ -142,7 +153,12 @@ def test_b31_qemu_was_killed(cli: Cli) -> None:
     if not cli.project.qemus():
         cli.good("start", "box")
     (pid,) = cli.project.qemus()
+    session = cli.start("ssh", "box", "echo in; sleep 300")
+    assert session.stdout is not None
+    assert session.stdout.readline() == b"in\n"
     os.kill(pid, signal.SIGKILL)
+    assert session.wait(90) == 255
+    session.communicate()
     until(lambda: not cli.project.qemus(), 10, "QEMU to go")
     name, why = failed(cli)
     assert name == "process"

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import Project, free_port, until
 from machines import RANGE, Cli, held, login, make_key, range_alone, sockets
-from test_machines_use import here
+from test_machines_use import digest, here
 
 from vmtasks.machine import vm
 from vmtasks.media import disk
@@ -160,6 +160,7 @@ def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequ
     fingerprints = set()
     before = files(cli)
     keys = set((cli.project.store / "keys").rglob("*"))
+    image = digest(cli.project.image(3))
     for _ in range(cycles):
         cli.make("a")
         first = cli.good("ssh", "a", "cat /proc/sys/kernel/random/boot_id")
@@ -170,6 +171,7 @@ def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequ
         cli.nothing_left()
         assert files(cli) == before
     assert len(fingerprints) == cycles
+    assert digest(cli.project.image(3)) == image
     assert set((cli.project.store / "keys").rglob("*")) == keys
 
 
@@ -238,6 +240,21 @@ def test_names_are_taken_once(cli: Cli) -> None:
     assert "there is a machine 'a' already" in cli.bad("run", "-d", "--name", "a")
     shutil.rmtree(cli.run_folder / "a")
     assert "--disk 1M: less than the image's 1G" in cli.bad("run", "--disk", "1M", status=2)
+
+
+def test_k13_folder_name_and_port_from_the_environment(cli: Cli) -> None:
+    port = free_port()
+    env = {**cli.env(), "VM_DIR": "vms", "VM_NAME": "server", "SSH_PORT": str(port)}
+    cli.project.doit("auto_install", env=env).good()
+    cli.env = lambda: env  # type: ignore[method-assign]
+    try:
+        line = cli.good("start")
+        assert (cli.project.root / "vms/run/server/server.ports").read_text() == f"ssh,{port}\n"
+        assert subprocess.run(["sh", "-c", f"{line.strip()} true"], check=False, timeout=60).returncode == 0
+        assert cli.good("start") == line
+    finally:
+        cli.good("rm", "--force", "server")
+    assert not (cli.project.root / "vms/run/server").exists()
 
 
 # -- ports and pids

@@ -176,6 +176,11 @@ def test_b17_k31_memory_cpus_and_ports(cli: Cli) -> None:
     assert get(host) == "served\n"
 
 
+def test_b29_its_disk_cannot_outgrow_its_size(cli: Cli) -> None:
+    words = ["qemu-img", "info", "-U", "--output=json", cli.run_folder / "box" / "disk.qcow2"]
+    assert json.loads(subprocess.check_output(words))["virtual-size"] == 1 << 30
+
+
 def test_b33_what_it_costs_is_shown(cli: Cli) -> None:
     shown = cli.machine("box")
     assert float(str(shown["cpu_s"])) > 1
