@@ -142,9 +142,8 @@ def cli_layers(cli: Cli) -> list[dict[str, object]]:
     return list(json.loads(cli("doctor", "box", "--json").stdout))
 
 
-def test_b31_qemu_was_killed(cli: Cli) -> None:
-    if not cli.project.qemus():
-        cli.good("start", "box")
+def test_b31_qemu_was_killed(box: Cli) -> None:
+    cli = box
     (pid,) = cli.project.qemus()
     session = cli.start("ssh", "box", "echo in; sleep 300")
     assert session.stdout is not None
