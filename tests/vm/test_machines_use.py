@@ -83,6 +83,12 @@ def test_exec_sets_user_folder_and_environment(cli: Cli) -> None:
     assert cli.good("exec", *words) == "root\n/etc\nit's $1\n"
 
 
+def test_another_user_is_another_connection(cli: Cli) -> None:
+    assert [cli.good("ssh", "box", *words, "id -un").strip() for words in ([], ["--", "-l", "root"], [])] == [
+        "dev", "root", "dev",
+    ]  # fmt: skip
+
+
 def test_b32_a_user_that_is_refused_is_an_authentication_failure(cli: Cli) -> None:
     done = cli("ssh", "box", "--", "-l", "nobody", "-o", "ControlPath=none", "true")
     assert done.returncode == 255

@@ -76,7 +76,7 @@ def write_config(target: Target) -> None:
         "    ServerAliveInterval 15",
         "    ServerAliveCountMax 4",
         "    ControlMaster auto",
-        f"    ControlPath {_quoted(target.folder / 'ssh')}",
+        f'    ControlPath {_quoted(target.folder / "ssh")[:-1]}-%r"',  # another user is another connection
         "    ControlPersist 60",
         "    LogLevel ERROR",
     ]
@@ -134,7 +134,7 @@ def explain(stderr: str) -> str:
 
 def close(target: Target) -> None:
     """End the shared connection, if there is one."""
-    if (target.folder / "ssh").exists():
+    if (target.folder / f"ssh-{target.user}").exists():
         proc.run(target.argv(options=["-O", "exit"]), timeout_s=10, check=False)
 
 

@@ -35,8 +35,8 @@ def stop(place: Place, record: MachineRecord, note: Say, *, gentle: bool = True,
     ssh.close(place.target(record))
     for leftover in (f"{place.name}.pid", f"{place.name}.ports"):
         (place.folder / leftover).unlink(missing_ok=True)
-    for leftover in ("ssh", "qmp", "serial"):
-        (place.sockets / leftover).unlink(missing_ok=True)
+    for socket in (*place.sockets.glob("ssh-*"), place.qmp, place.serial):
+        socket.unlink(missing_ok=True)
     now = place.record() or record
     place.write(msgspec.structs.replace(now, pid=0, pid_started="", ready=False))
     return rung

@@ -39,7 +39,7 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
     """Start QEMU and wait until SSH answers; afterwards the record says so. On failure nothing is left running."""
     config, accel = place.config, place.state.accel
     vm.end_stray(place.qmp)
-    for old in (place.sockets / "ssh", place.qmp, place.serial):
+    for old in (*place.sockets.glob("ssh-*"), place.qmp, place.serial):
         old.unlink(missing_ok=True)
     history, key = place.state.store.history, f"start {config.label}"
     with progress.step(f"start {place.name}", expected_s=history.expected_s(key)) as step:
