@@ -29,6 +29,7 @@ MOUNT = r"""
 grep -q " $guest 9p " /proc/mounts && exit 0
 mkdir -p "$guest" && mount -t 9p -o "trans=virtio,version=9p2000.L,msize=262144,$mode" "$tag" "$guest"
 """
+TRY = 'new=$guest/.vmtasks-$$; : >"$new" && rm "$new"'
 FOLDER = r"""
 [ -d "$guest" ] || { mkdir -p "$guest" && chown "$who" "$guest"; }
 """
@@ -63,17 +64,27 @@ def attach(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRe
     has_9p = _root(target, PROBE).status == 0
     done = []
     for number, bind in enumerate(record.binds):
-        how = "9p" if has_9p else "rsync"
-        if has_9p:
-            mode = "ro" if bind.read_only else "rw"
-            _must(_root(target, MOUNT, guest=bind.guest, tag=f"bind{number}", mode=mode), target, bind)
-        else:
+        why = "its kernel has no 9p" if not has_9p else _mount(target, number, bind)
+        if why:
             _place(target, number, bind)
             push(target, number, bind)
-            if bind.how != how:
-                progress.say(f"machine {place.name}: its kernel has no 9p, so {bind.host} is copied to {bind.guest}")
-        done.append(msgspec.structs.replace(bind, how=how))
+            if bind.how != "rsync":
+                progress.say(f"machine {place.name}: {why}, so {bind.host} is copied to {bind.guest}")
+        done.append(msgspec.structs.replace(bind, how="rsync" if why else "9p"))
     return place.write(msgspec.structs.replace(record, binds=done))
+
+
+def _mount(target: ssh.Target, number: int, bind: BindRecord) -> str:
+    """Mount it by 9p; returns why it is of no use so. The login user must be able to write where that is meant."""
+    mode = "ro" if bind.read_only else "rw"
+    _must(_root(target, MOUNT, guest=bind.guest, tag=f"bind{number}", mode=mode), target, bind)
+    if bind.read_only:
+        return ""
+    line = ssh.remote_line(ssh.script(TRY, cwd="/", env={"guest": bind.guest}))
+    if proc.run(target.argv(line), timeout_s=MOUNT_S, check=False).status == 0:
+        return ""
+    _must(_root(target, 'umount "$guest" && chown "$who" "$guest"', guest=bind.guest, who=target.user), target, bind)
+    return f"{target.user} may not write there by 9p, which keeps the numbers of users"
 
 
 def before(place: Place, record: MachineRecord) -> None:
