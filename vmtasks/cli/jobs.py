@@ -11,7 +11,9 @@ from vmtasks.cli.common import AsJson, Name, app, machine, show, table
 if TYPE_CHECKING:
     from vmtasks.remote.link import Link
 
-FOREVER_S = 365 * 86400.0
+FOREVER_S = 14 * 86400.0
+"""poll(2) takes no longer waits than 24 days."""
+
 Job = Annotated[str, typer.Argument(metavar="JOB", help="Its id; the first characters are enough.", show_default=False)]
 
 
