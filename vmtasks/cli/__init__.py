@@ -4,3 +4,10 @@ from vmtasks.cli import files, jobs, keys, life, login, look, project, run, snap
 from vmtasks.cli.common import app, main
 
 __all__ = ["app", "files", "jobs", "keys", "life", "login", "look", "main", "project", "run", "snapshots"]
+
+PANELS = ("Machines", "Use", "Jobs", "Look", "Snapshots", "Projects")
+"""The order of `vmtasks --help`."""
+
+app.registered_commands.sort(
+    key=lambda command: (PANELS.index(str(command.rich_help_panel)), command.callback is not run.run)
+)

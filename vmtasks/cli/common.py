@@ -16,7 +16,7 @@ from vmtasks.errors import StateError, VmTasksError
 if TYPE_CHECKING:
     from vmtasks.session import Machine, Project
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 VERBATIM = {"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True}
 """For commands whose last words are somebody else's command line."""
 _caught: list[int] = []
