@@ -1,9 +1,11 @@
 """Remove from a store what no project's record names. Each project tells the store where its records are."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from vmtasks import atomic
+from vmtasks.errors import StateError
 from vmtasks.state import MachineRecord, PhaseRecord
 from vmtasks.store import MediaRecord, Store, read_record
 
@@ -28,6 +30,10 @@ def prune(store: Store) -> tuple[list[Path], int]:
             continue
         images |= named_images(vm_dir)
         installers |= named_installers(vm_dir)
+    for key in (store.root / "keys" / "snapshots").glob("*"):
+        if key.name not in images:
+            with suppress(StateError), store.lock(f"image-{key.name}", timeout_s=0):
+                key.unlink(missing_ok=True)
     sizes = {path: path.stat().st_size for folder in ("images", "failed") for path in (store.root / folder).glob("*")}
     gone = store.prune(images)
     size = sum(sizes.get(path, 0) for path in gone)

@@ -37,10 +37,9 @@ def ps(as_json: AsJson = False) -> None:
 def start(name: AnyName = "", as_json: AsJson = False) -> None:
     """Start a machine, and wait until it lets us in; one that runs already is left as it is."""
     from vmtasks.cli.look import described  # noqa: PLC0415
-    from vmtasks.session import Machine  # noqa: PLC0415
 
     here = project()
-    found = here.machine(name) if name else Machine(here.config())
+    found = here.machine(name) if name else here.default()
     found.start()
     if as_json:
         show(described(found))

@@ -88,14 +88,10 @@ def _coupled(wants: "Wants", words: list[str], *, as_json: bool) -> None:  # noq
 def _detached(wants: "Wants", words: list[str], *, as_json: bool) -> None:
     from vmtasks.cli.login import session  # noqa: PLC0415
     from vmtasks.cli.look import described  # noqa: PLC0415
+    from vmtasks.session import first_start  # noqa: PLC0415
 
     machine = project().create(wants)
-    try:
-        machine.start()
-    except BaseException:
-        if wants.throwaway:
-            machine.destroy(lambda _: None)
-        raise
+    first_start(machine)
     if as_json:
         show(described(machine))
     else:

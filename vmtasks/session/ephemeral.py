@@ -25,18 +25,29 @@ def ephemeral(
     that failed is kept as `failed-boot.log` in the state folder.
     """
     machine = project.create(wants or Wants(), owner=0 if keep else os.getpid())
+    # The kernel would end it with the thread, not with the process.
+    main = threading.current_thread() is threading.main_thread()
+    first_start(machine, note, die_with_us=main and not keep, keep=keep)
     try:
-        # The kernel would end it with the thread, not with the process.
-        main = threading.current_thread() is threading.main_thread()
-        try:
-            machine.start(note, die_with_us=main and not keep)
-        except VmTasksError as error:
-            _keep_log(machine, error)
-            raise
         yield machine
     finally:
         if not keep:
             machine.destroy(lambda _: None)
+
+
+def first_start(machine: Machine, note: Say = progress.say, *, die_with_us: bool = False, keep: bool = False) -> None:
+    """Start a machine that was just made; one that does not come up is removed, unless `keep`.
+
+    Raises what Machine.start() raises.
+    """
+    try:
+        machine.start(note, die_with_us=die_with_us)
+    except BaseException as error:
+        if isinstance(error, VmTasksError):
+            _keep_log(machine, error)
+        if not keep:
+            machine.destroy(lambda _: None)
+        raise
 
 
 def _keep_log(machine: Machine, error: VmTasksError) -> None:

@@ -87,8 +87,6 @@ def read_public(private: Path) -> PublicKey:
     """The public half of a key, taken from the private one: two files may be out of step after a kill."""
     text = proc.run(["ssh-keygen", "-y", "-f", private], timeout_s=30).stdout
     (key,) = arguments.public_keys(text, str(private))
-    if not public_half(private).is_file():
-        public_half(private).write_text(f"{key}\n")
     return key
 
 

@@ -23,7 +23,7 @@ from vmtasks.media import disk
 from vmtasks.progress import Say
 from vmtasks.remote import ssh
 from vmtasks.session import binds, ladder, launch
-from vmtasks.session.place import Place
+from vmtasks.session.place import LOCK_S, Place
 from vmtasks.state import CLEAN, MANUAL, MachineRecord, PhaseRecord
 from vmtasks.store import ImageRecord, read_record
 
@@ -217,14 +217,15 @@ class Machine(Place):
                 raise StateError(f"machine {self.name} is running: its disk is not at rest", hint=self.command("stop"))
             return snapshots.save(self.state, self.disk, record, name, self.keys_inside(record))
 
-    def destroy(self, note: Say = progress.say) -> list[Path]:
+    def destroy(self, note: Say = progress.say, *, lock_s: float = LOCK_S) -> list[Path]:
         """Stop the machine and remove all that belongs to it; returns what was removed.
 
         Nothing is kept of its disk, so that its power is simply cut; what is newer in copied binds comes back first.
+        StateError when another command is at work on it for `lock_s` seconds.
         """
         if not self.folder.exists():
             return []
-        with self.lock():
+        with self.lock(lock_s):
             record = self.record()
             if record is not None:
                 if record.ready and record.binds and self.pid(record) is not None:

@@ -88,6 +88,14 @@ class Project:
             raise StateError(f"there is no machine {name!r}{known}", hint=hint)
         return self._open(name)
 
+    def default(self) -> Machine:
+        """The configured machine, whether or not it is there yet."""
+        base = self.config()
+        if self.root is None:
+            tidy.register(State(base).store, base.vm_dir)
+            adopt(State(base))
+        return Machine(base)
+
     def machines(self) -> Iterator[Machine]:
         """All machines whose guest is known here."""
         for name in self.names():
@@ -183,12 +191,20 @@ class Project:
             self._drop_lock(lock)
         for machine in self.machines():
             record = machine.record()
-            if record is None or not record.owner or proc.started(record.owner) == record.owner_started:
+            if record is None:
                 continue
+            if record.owner:
+                why, over = (
+                    "the command that it belonged to is gone",
+                    proc.started(record.owner) != record.owner_started,
+                )
+            else:
+                why, over = "it has ended", record.throwaway and bool(record.pid) and machine.pid(record) is None
             with suppress(StateError):  # somebody is at work on it
-                machine.destroy(lambda _: None)
-                gone.append(machine.name)
-                note(f"machine {machine.name}: removed, because the command that it belonged to is gone")
+                if over:
+                    machine.destroy(lambda _: None, lock_s=0)
+                    gone.append(machine.name)
+                    note(f"machine {machine.name}: removed, because {why}")
         return gone
 
     def _drop_lock(self, lock: Path) -> None:
@@ -210,7 +226,8 @@ class Project:
         base = self.config()
         record = State(base).machine(name)
         if record is not None and record.family and (record.family, record.version) != (base.guest.name, base.version):
-            base = self.config(record.family, record.version)
+            with suppress(ConfigError):  # a guest that is not there any more: the machine can still be removed
+                base = self.config(record.family, record.version)
         return Machine(base if record is None else adapted(base, record), name)
 
 
