@@ -32,6 +32,15 @@ def exhaustive(config: pytest.Config) -> bool:
     return bool(config.getoption("--exhaustive", default=False))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests have counted, also those of parallel workers."""
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, []):
+            for name, value in report.user_properties:
+                if name == "counts":
+                    terminalreporter.write_line(f"{report.nodeid}: {value}")
+
+
 def pytest_configure() -> None:
     """A shell starts a command in the background with SIGINT and SIGQUIT ignored, and so would all that tests start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -7,7 +7,7 @@ import multiprocessing
 import random
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -131,7 +131,9 @@ def test_the_commands_are_those_of_the_record(rehearsal: Rehearsal, number: int,
 
 
 @pytest.mark.timeout(7200)
-def test_every_failing_command_is_reported(rehearsal: Rehearsal, pytestconfig: pytest.Config) -> None:
+def test_every_failing_command_is_reported(
+    rehearsal: Rehearsal, pytestconfig: pytest.Config, record_property: Callable[[str, object], None]
+) -> None:
     """A command that fails, now and whenever it is tried again, ends its phase: status, step, power off, no image."""
     orders = []
     chance = random.Random(SEED)  # noqa: S311
@@ -144,8 +146,8 @@ def test_every_failing_command_is_reported(rehearsal: Rehearsal, pytestconfig: p
     problems = injected(rehearsal, orders)
     # Once more what went wrong, with a calmer host: a command whose failure is lost is lost again.
     problems = injected(rehearsal, [pair for pair in orders if pair in problems])
-    counts = f"\ncommands made to fail: {len(orders)}, reported as they must be: {len(orders) - len(problems)}"
-    pytestconfig.get_terminal_writer().line(counts)
+    reported = len(orders) - len(problems)
+    record_property("counts", f"commands made to fail: {len(orders)}, reported as they must be: {reported}")
     assert list(problems.values()) == []
     assert rehearsal.project.published() == before
 
