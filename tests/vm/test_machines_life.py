@@ -152,6 +152,7 @@ def blank_image(cli: Cli) -> str:
 # -- named
 
 
+@pytest.mark.timeout(7200)
 def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequest) -> None:
     cycles = 50 if request.config.getoption("--exhaustive", default=False) else 2
     fingerprints = set()
@@ -172,6 +173,7 @@ def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequ
     assert set((cli.project.store / "keys").rglob("*")) == keys
 
 
+@pytest.mark.timeout(1800)
 def test_b4_several_at_once_share_nothing(cli: Cli, request: pytest.FixtureRequest) -> None:
     many = 8 if request.config.getoption("--exhaustive", default=False) else 2
     with range_alone(), ThreadPoolExecutor(many) as threads:
@@ -201,6 +203,27 @@ def test_k29_b3_snapshots_of_a_machine_with_its_own_key(cli: Cli) -> None:
     assert done.stdout.startswith(b"one\nssh-ed25519 ")
     assert done.stdout.count(b"ssh-ed25519") == 1
     assert "there is no snapshot 'none-such'" in cli.bad("run", "tiny:none-such")
+
+
+def test_b16_binds(cli: Cli, tmp_path: Path) -> None:
+    """The guest's kernel has no 9p, so that these are copies, brought up to date around each command."""
+    root = tmp_path
+    for name in ("ours", "readonly"):
+        (root / name).mkdir()
+        (root / name / "from host").write_text(f"{name}\n")
+    cli.make("a", "--bind", f"{root}/ours:/work/o u r s", "--bind", f"{root}/readonly:/work/readonly:ro")
+    how = {bind["guest"]: bind["how"] for bind in cli.machine("a")["binds"]}  # type: ignore[attr-defined]
+    assert how == {"/work/o u r s": "rsync", "/work/readonly": "rsync"}
+    assert cli.good("ssh", "a", "cat '/work/o u r s/from host' '/work/readonly/from host'") == "ours\nreadonly\n"
+    (root / "ours" / "from host").write_text("new\n")
+    (root / "readonly" / "more").write_text("more\n")
+    script = "cat '/work/o u r s/from host' /work/readonly/more; echo back >'/work/o u r s/from guest'"
+    assert cli.good("ssh", "a", script) == "new\nmore\n"
+    assert (root / "ours" / "from guest").read_text() == "back\n"
+    done = cli("exec", "--user", "root", "a", "touch", "/work/readonly/x")
+    assert done.returncode == 1
+    assert b"Read-only file system" in done.stderr
+    assert sorted(path.name for path in (root / "readonly").iterdir()) == ["from host", "more"]
 
 
 @pytest.mark.exhaustive
