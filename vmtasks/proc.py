@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -176,24 +177,27 @@ def spawn(
     words = [str(word) for word in argv]
     words[0] = find(words[0])
     sink = subprocess.PIPE if pipe else (output or subprocess.DEVNULL)
-    child = subprocess.Popen(
-        words,
-        cwd=cwd,
-        env={**os.environ, **(env or {})},
-        stdin=(subprocess.PIPE if stdin else subprocess.DEVNULL) if isinstance(stdin, bool) else stdin,
-        stdout=sink,
-        stderr=subprocess.STDOUT if output is not None or merge else (errors or sink),
-        pass_fds=tuple(pass_fds),
-        process_group=0,
-        preexec_fn=before_exec(die_with_us=die_with_us, unprivileged=unprivileged),  # noqa: PLW1509 - system calls only
-    )
+    child: Child | None = None
     try:
+        with _whole():
+            child = subprocess.Popen(
+                words,
+                cwd=cwd,
+                env={**os.environ, **(env or {})},
+                stdin=(subprocess.PIPE if stdin else subprocess.DEVNULL) if isinstance(stdin, bool) else stdin,
+                stdout=sink,
+                stderr=subprocess.STDOUT if output is not None or merge else (errors or sink),
+                pass_fds=tuple(pass_fds),
+                process_group=0,
+                preexec_fn=before_exec(die_with_us=die_with_us, unprivileged=unprivileged),  # noqa: PLW1509 - system calls only
+            )
         yield child
     finally:
-        end(child)
-        for stream in (child.stdin, child.stdout, child.stderr):
-            if stream is not None:
-                stream.close()
+        if child is not None:
+            end(child)
+            for stream in (child.stdin, child.stdout, child.stderr):
+                if stream is not None:
+                    stream.close()
 
 
 def detach(
@@ -207,14 +211,42 @@ def detach(
     words = [str(word) for word in argv]
     words[0] = find(words[0])
     log.debug("detach %s", quote(words))
-    return subprocess.Popen(
-        words,
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-        preexec_fn=before_exec(die_with_us=die_with_us, unprivileged=unprivileged),  # noqa: PLW1509 - system calls only
-    )
+    child: Child | None = None
+    try:
+        with _whole():
+            child = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=before_exec(die_with_us=die_with_us, unprivileged=unprivileged),  # noqa: PLW1509 - system calls only
+            )
+    except BaseException:
+        if child is not None:
+            end(child)
+        raise
+    return child
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Hold back what a signal would raise, for the moment in which a child is there and nobody has its name yet."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
+    for number in ours:
+        signal.signal(number, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in ours.items():
+            signal.signal(number, handler)
+        for came in held:
+            signal.raise_signal(came)
 
 
 def wait(child: Child, timeout_s: float) -> bool:

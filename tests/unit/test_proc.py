@@ -243,3 +243,17 @@ def test_a_process_with_an_odd_name_is_known(tmp_path: Path):
     with proc.spawn([odd, "60"]) as child:
         assert proc.started(child.pid).isdecimal()
         assert int(proc.started(child.pid)) > 100
+
+
+def test_a_signal_while_a_child_starts_leaves_no_child(tmp_path: Path):
+    """Whenever it comes: as soon as the child runs, which is before Popen has returned, or a little later."""
+    code = (
+        "import sys\nfrom vmtasks import proc\n"
+        "with proc.spawn(['sh', '-c', f'echo $$ >{sys.argv[1]}; kill -INT $PPID; exec sleep 60']) as child:\n"
+        "    child.wait()\n"
+    )
+    for number in range(10):
+        pid = tmp_path / str(number)
+        ended = subprocess.run([sys.executable, "-c", code, pid], capture_output=True, check=False, timeout=60)
+        assert b"KeyboardInterrupt" in ended.stderr
+        assert not proc.started(int(pid.read_text()))
