@@ -12,8 +12,12 @@ import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from remotes import Guest
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = ("dodo.py", "config", "phases/tiny", "examples/project")
@@ -291,6 +295,26 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     project.doit("auto_install", timeout_s=480).good()
     yield root
     project.clean_up()
+
+
+@pytest.fixture(scope="session")
+def remote_guest(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator["Guest"]:
+    """The machine that all tests of vmtasks.remote share. Who ends it starts it again; see `guest`."""
+    from remotes import Guest  # noqa: PLC0415 - it imports this module
+
+    project = Project(tmp_path_factory.mktemp("remote") / "project", store)
+    made = Guest(project)
+    made.start()
+    yield made
+    project.clean_up()
+
+
+@pytest.fixture
+def guest(remote_guest: "Guest") -> "Guest":
+    """That machine, running."""
+    if not remote_guest.runs():
+        remote_guest.start()
+    return remote_guest
 
 
 @pytest.fixture

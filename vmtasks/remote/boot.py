@@ -17,8 +17,9 @@ Verdict = Literal["same", "rebooted", "unknown"]
 
 COARSE_S = 60.0
 TOLERANCE_S = 3.0
-DRIFT = 0.05
-"""What a guest's clock may lose against ours under emulation, as a part of the time that has passed."""
+SLACK_S = 1.0
+DRIFT = 0.002
+"""How much faster than ours a guest's clock may run."""
 
 PROBE = r"""
 PATH=$PATH:/sbin:/usr/sbin:/bin:/usr/bin
@@ -120,13 +121,12 @@ def from_text(text: str) -> Boot:
 def _by_uptime(before: Boot, after: Boot) -> Verdict:
     if before.uptime_s is None or after.uptime_s is None:
         return "unknown"
-    coarse = max(before.coarse_s, after.coarse_s)
     elapsed = after.asked - before.asked
-    if after.uptime_s < before.uptime_s - coarse:
+    if after.uptime_s < before.uptime_s - max(before.coarse_s, after.coarse_s):
         return "rebooted"
-    if after.uptime_s >= before.uptime_s + elapsed * (1 - DRIFT) - coarse and before.uptime_s > 2 * coarse:
-        return "same"
-    # It has less behind it than has passed here: it was paused, or it booted and has been up for longer than before.
+    if after.uptime_s > elapsed * (1 + DRIFT) + SLACK_S:
+        return "same"  # it was up before the first look; systems that are coarse never say too much
+    # It was paused, or it booted and has been up for longer than before.
     if before.boottime_s is not None and after.boottime_s is not None:
         return "same" if abs(after.boottime_s - before.boottime_s) <= TOLERANCE_S else "unknown"
     return "unknown"

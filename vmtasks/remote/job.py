@@ -114,9 +114,7 @@ def start(
     )
     for _ in range(5):
         try:
-            done = link.open(wait_s=link.window_s).execute(
-                script, stdin=text, timeout_s=START_S, detached=jobscript.STARTED
-            )
+            done = link.open().execute(script, stdin=text, timeout_s=START_S, detached=jobscript.STARTED)
         except ConnectionLostError as lost:
             link.recover(before, lost)
             continue
@@ -282,7 +280,7 @@ class _Tap:
 def _follow_once(link: Link, tap: _Tap, deadline: float, idle_s: float | None) -> None:
     """Follow over one connection until the runner is gone."""
     left = max(0.0, deadline - time.monotonic())
-    connection = link.open(wait_s=link.window_s)
+    connection = link.open()
     done = connection.execute(tap.script(jobscript.FOLLOW), timeout_s=left, idle_s=idle_s, on_data=tap, keep=False)
     if done.status == GONE:
         raise _none(link, tap.job)

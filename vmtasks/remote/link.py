@@ -69,6 +69,7 @@ class Link:
         self._events = events
         self._connection: Connection | None = None
         self._boot: Boot | None = None
+        self._reached = False
 
     def __enter__(self) -> Self:
         """Close it at the end of the block."""
@@ -84,13 +85,16 @@ class Link:
             self._connection.close()
         self._connection = self._boot = None
 
-    def open(self, *, wait_s: float = 0.0) -> Connection:
+    def open(self, *, wait_s: float | None = None) -> Connection:
         """The connection that stands, or a new one; tried again for `wait_s` while the guest is on its way up.
 
-        The errors are those of client.connect().
+        By default the first connection is tried once, and one that was lost for as long as the window. The errors are
+        those of client.connect().
         """
         if self._connection is not None and self._connection.is_connected():
             return self._connection
+        if wait_s is None:
+            wait_s = self.window_s if self._reached else 0.0
         self.close()
         until = time.monotonic() + wait_s
         while True:
@@ -105,6 +109,7 @@ class Link:
                     raise
                 time.sleep(RETRY_S)
             else:
+                self._reached = True
                 return self._connection
 
     def boot(self) -> Boot:
@@ -128,7 +133,7 @@ class Link:
         except ConnectionLostError as lost:
             if lost.started:
                 self.explain(before, lost)
-            return self.open(wait_s=self.window_s).execute(command, timeout_s=timeout_s, **more)
+            return self.open().execute(command, timeout_s=timeout_s, **more)
 
     def explain(self, before: Boot, lost: ConnectionLostError) -> None:
         """Connect again after a loss and raise what it meant: RebootedError, or `lost` with what is known now."""
@@ -146,7 +151,7 @@ class Link:
         """
         self.close()
         try:
-            self.open(wait_s=self.window_s)
+            self.open()
             verdict = boot.compare(before, self.boot())
         except ConnectionLostError:
             raise
@@ -167,7 +172,6 @@ class Link:
             return self.boot()
         except ConnectionLostError:
             self.close()
-            self.open(wait_s=self.window_s)
             return self.boot()
 
 
