@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 from remotes import LIMIT_S, Guest, until_true
 
-from vmtasks.errors import ConnectionLostError, RebootedError, SshError
+from vmtasks.errors import ConnectionLostError, RebootedError
 from vmtasks.remote import boot
 from vmtasks.remote.link import Link, resilient
 
@@ -64,7 +64,7 @@ def test_c5_no_alarm_from_clock_or_pause(guest: Guest) -> None:
             guest.root(f"date -s @$(($(date +%s) + {step}))")
             assert verdicts() == ["same"] * 3, step
         with guest.paused():
-            time.sleep(8)
+            time.sleep(5)
         assert verdicts() == ["same"] * 3
 
 
@@ -100,7 +100,9 @@ def test_c4_c8_c12_a_reboot_is_told_from_a_loss(guest: Guest) -> None:
 
 
 def test_c12_the_window_ends_with_the_reason(guest: Guest) -> None:
-    with guest.link(window_s=3, connect_s=2, keepalive_s=0.3) as link:
-        link.boot()
-        with guest.paused(), pytest.raises(SshError, match=r"did not come back within 3 s: tiny: .* nothing behind it"):
-            link.execute("sleep 60", timeout_s=LIMIT_S)
+    with guest.link(window_s=3, connect_s=2, keepalive_s=0.5) as link:
+        try:
+            with pytest.raises(ConnectionLostError, match=r"did not come back within 3 s: .* nothing behind it spoke"):
+                link.execute("echo begun; sleep 60", timeout_s=LIMIT_S, on_data=lambda *_: guest.qmp("stop"))
+        finally:
+            guest.qmp("cont")

@@ -21,7 +21,7 @@ class Qmp:
         self._protocol = protocol
         self._protocol.settimeout(ANSWER_S)
 
-    def cmd(self, name: str, **arguments: Any) -> Any:
+    def cmd(self, name: str, /, **arguments: Any) -> Any:
         """Run a QMP command and return what it returns."""
         from qemu.qmp import QMPError  # noqa: PLC0415
 
