@@ -1,16 +1,19 @@
 """Sync, build and run the user's suites in a machine, and collect what they leave."""
 
+import contextlib
 import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from vmtasks import atomic, plan, proc
-from vmtasks.errors import CommandError, SshError, StateError
+from vmtasks.errors import CommandError, CommandTimeoutError, ConfigError, SshError, StateError
+from vmtasks.machine.console import read_log
 from vmtasks.model import SuiteTable
-from vmtasks.remote import ssh
+from vmtasks.remote import job, ssh
+from vmtasks.remote.link import Link
 from vmtasks.remote.sync import Synced, sync
 from vmtasks.results import ResultRecord, Results
 from vmtasks.session import Machine
@@ -49,8 +52,9 @@ class Suites:
         table = self.config.build
         self._ready.unlink(missing_ok=True)
         if table.command.strip():
-            text = ssh.script(table.command, cwd=self.config.sync.dest, env=table.env, pidfile="/tmp/.vmtasks-build")  # noqa: S108 - in the guest
-            status = self._execute(text, sink, table.timeout_s, "/tmp/.vmtasks-build", "")  # noqa: S108
+            status = self._execute(
+                "build", table.command, sink, cwd=self.config.sync.dest, env=table.env, timeout_s=table.timeout_s
+            )
             if status != 0:
                 how = f"did not end within {table.timeout_s} s" if status == proc.TIMED_OUT else f"exited with {status}"
                 raise CommandError(f"build: {table.command!r} {how} in the guest", status=status)
@@ -67,10 +71,8 @@ class Suites:
         folder = self.results.folder / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        pidfile = f"/tmp/.vmtasks-{name}"  # noqa: S108 - in the guest
         cwd = self.config.sync.dest if suite.cwd == "." else f"{self.config.sync.dest}/{suite.cwd}"
         fresh = f"rm -f {shlex.quote(suite.junit)}; " if suite.junit else ""
-        text = ssh.script(fresh + suite.command, cwd=cwd, env=suite.env, user=suite.user, pidfile=pidfile)
         began = time.monotonic()
         with (folder / "output.log").open("wb") as log:
 
@@ -79,7 +81,15 @@ class Suites:
                 log.flush()
                 sink(data)
 
-            status = self._execute(text, both, suite.timeout_s, pidfile, suite.user)
+            status = self._execute(
+                f"test-{name}",
+                fresh + suite.command,
+                both,
+                cwd=cwd,
+                env=suite.env,
+                timeout_s=suite.timeout_s,
+                user=suite.user,
+            )
         took = time.monotonic() - began
         own = self._collect(suite, cwd, folder)
         output = (folder / "output.log").read_bytes().decode(errors="replace")
@@ -108,16 +118,54 @@ class Suites:
         crashed.unlink(missing_ok=True)
         return done
 
-    def _execute(self, text: str, sink: Callable[[bytes], None], timeout_s: float, pidfile: str, user: str) -> int:
-        target = self.machine.running()
-        status = ssh.execute(target, text, sink, timeout_s=timeout_s, at_deadline=ssh.end_script(pidfile, user))
-        if status == ssh.FAILED and not ssh.is_ready(target):
-            raise SshError(
-                f"the connection to {target.name} was lost; how the command ended is not known",
-                log=self.machine.console_log,
-                hint="doit status",
-            )
+    def _execute(
+        self,
+        name: str,
+        command: str,
+        sink: Callable[[bytes], None],
+        *,
+        cwd: str,
+        env: Mapping[str, str],
+        timeout_s: float,
+        user: str = "",
+    ) -> int:
+        """Run a command as a job, which a connection that breaks does not end; its status, 124 after `timeout_s`.
+
+        The job's id is written down before it starts: what a killed run has left in the guest is ended by the next.
+        """
+        target, note = self.machine.running(), self.machine.folder / f"job-{name}"
+        with Link(target, console=self._console, alive=self._alive) as link:
+            _end_leftover(link, note)
+            try:
+                end = job.run(
+                    link,
+                    command,
+                    cwd=cwd,
+                    env=env,
+                    user=user,
+                    title=f"{name}: {command}",
+                    timeout_s=timeout_s,
+                    on_data=lambda data, _: sink(data),
+                    keep=False,
+                    started=lambda which: atomic.write(note, which),
+                )
+                status = end.status
+                job.remove(link, end.view.job)
+                note.unlink()
+            except CommandTimeoutError:
+                status = proc.TIMED_OUT
+                _end_leftover(link, note)
+            except SshError as error:
+                error.log, error.hint = self.machine.console_log, error.hint or "doit status"
+                raise
         return status
+
+    def _alive(self) -> bool:
+        record = self.machine.record()
+        return record is not None and self.machine.pid(record) is not None
+
+    def _console(self) -> list[str]:
+        return read_log(self.machine.console_log).tail()
 
     def _collect(self, suite: SuiteTable, cwd: str, folder: Path) -> bytes | None:
         """Fetch artifacts into `folder`; returns the suite's own JUnit file if it wrote one."""
@@ -147,6 +195,15 @@ class Suites:
                 sys.stdout.write(f"artifacts: not all could be fetched: {got.stderr.strip()}\n")
         own = folder / suite.junit
         return own.read_bytes() if suite.junit and own.is_file() else None
+
+
+def _end_leftover(link: Link, note: Path) -> None:
+    """End and remove the job that a note names; one that the guest does not know needs neither."""
+    if note.exists():
+        with contextlib.suppress(StateError, ConfigError):
+            job.cancel(link, note.read_text())
+            job.remove(link, note.read_text())
+        note.unlink()
 
 
 def shell_glob(pattern: str) -> str:

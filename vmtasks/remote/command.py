@@ -78,9 +78,9 @@ def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
     if via:
         body = f"{empty}echo ::vmtasks:{token}:$$:{via} >&2; {text}"
     else:
-        group = 'kill -0 -$$ 2>/dev/null && set -- "${1:-sh}" $$ || set -- sh 0'
-        body = f'{group}; {empty}echo "::vmtasks:{token}:$2:$1" >&2; set --; {text}'
-        body = f"{GROUP_FIRST}exec setsid /bin/sh -c {shlex.quote(body)} sh setsid\n{body}"
+        first = f"{empty}kill -0 -$$ 2>/dev/null && set -- $$ || set -- 0; echo ::vmtasks:{token}:$1"
+        forms = {name: f"{first}:{name} >&2; set --; {text}" for name in ("setsid", "sh")}
+        body = f"{GROUP_FIRST}exec setsid /bin/sh -c {shlex.quote(forms['setsid'])}\n{forms['sh']}"
     program = "setsid /bin/sh" if via == "setsid" else "/bin/sh"
     line = ssh.remote_line(body, program)
     if len(line) <= LINE_BYTES:

@@ -1,0 +1,220 @@
+"""What a connection that fails says: real sockets, and paramiko's own server where a fault is needed."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import paramiko
+import pytest
+
+from vmtasks.errors import (
+    AuthFailedError,
+    BannerError,
+    CommandTimeoutError,
+    ConnectionLostError,
+    ConnectRefusedError,
+    ConnectTimeoutError,
+    HostKeyError,
+    SshError,
+)
+from vmtasks.remote import client
+from vmtasks.remote.ssh import Target
+
+LIMIT_S = 20.0
+
+
+@pytest.fixture(scope="module")
+def keys() -> dict[str, paramiko.PKey]:
+    import io  # noqa: PLC0415
+
+    from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
+
+    text = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    return {
+        "ecdsa": paramiko.ECDSAKey.generate(),
+        "ed25519": paramiko.Ed25519Key.from_private_key(io.StringIO(text.decode())),
+        "rsa": paramiko.RSAKey.generate(2048),
+    }
+
+
+@pytest.fixture
+def key(keys: dict[str, paramiko.PKey], tmp_path: Path) -> Path:
+    keys["rsa"].write_private_key_file(str(tmp_path / "key"))
+    return tmp_path / "key"
+
+
+def pin(*keys: paramiko.PKey) -> tuple[str, ...]:
+    return tuple(f"{key.get_name()} {key.get_base64()}" for key in keys)
+
+
+class Server(paramiko.ServerInterface):
+    """A server that lets anybody in who is not `nobody`, and does with commands what the test says."""
+
+    def __init__(self, on_exec: Callable[[paramiko.Channel, bytes], bool], delay_s: float) -> None:
+        self._on_exec = on_exec
+        self._delay_s = delay_s
+
+    def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002
+        return "publickey"
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:  # noqa: ARG002
+        time.sleep(self._delay_s)
+        return paramiko.AUTH_FAILED if username == "nobody" else paramiko.AUTH_SUCCESSFUL
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:  # noqa: ARG002
+        return paramiko.OPEN_SUCCEEDED
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        return self._on_exec(channel, command)
+
+
+Serve = Callable[..., int]
+
+
+@pytest.fixture
+def serve() -> Iterator[Serve]:
+    """Serve SSH on a loopback port; returns the port."""
+    listeners: list[socket.socket] = []
+
+    def start(
+        *host_keys: paramiko.PKey,
+        on_exec: Callable[[paramiko.Channel, bytes], bool] = lambda *_: True,
+        delay_s: float = 0.0,
+        raw: Callable[[socket.socket], None] | None = None,
+    ) -> int:
+        listener = socket.create_server(("127.0.0.1", 0))
+        listeners.append(listener)
+
+        def loop() -> None:
+            while True:
+                try:
+                    peer, _ = listener.accept()
+                except OSError:
+                    return
+                if raw:
+                    threading.Thread(target=raw, args=(peer,), daemon=True).start()
+                    continue
+                transport = paramiko.Transport(peer)
+                transport.set_log_channel("quiet")
+                for one in host_keys:
+                    transport.add_server_key(one)
+                transport.start_server(event=threading.Event(), server=Server(on_exec, delay_s))
+
+        threading.Thread(target=loop, daemon=True).start()
+        return int(listener.getsockname()[1])
+
+    yield start
+    for listener in listeners:
+        listener.close()
+
+
+def target(port: int, key: Path, *pinned: str, user: str = "dev") -> Target:
+    return Target("vm", port, user, key, pinned, key.parent)
+
+
+def hold(peer: socket.socket) -> None:
+    time.sleep(30)
+    peer.close()
+
+
+def say(text: bytes, *, then_close: bool) -> Callable[[socket.socket], None]:
+    def speak(peer: socket.socket) -> None:
+        peer.sendall(text)
+        if then_close:
+            peer.recv(1000)
+            peer.close()
+        else:
+            hold(peer)
+
+    return speak
+
+
+@pytest.mark.parametrize(
+    ("raw", "error", "says"),
+    [
+        (hold, BannerError, "nothing behind it spoke"),
+        (socket.socket.close, BannerError, "closed before a server spoke"),
+        (say(b"HTTP/1.0 400 Bad Request\r\n\r\n", then_close=True), BannerError, "broke off the key exchange"),
+        (say(b"SSH-2.0-x\r\n", then_close=True), BannerError, "broke off the key exchange"),
+        (say(b"SSH-2.0-x\r\n", then_close=False), ConnectTimeoutError, "the key exchange was not over in time"),
+    ],
+    ids=["silent", "closed", "not ssh", "gives up", "hangs"],
+)
+def test_servers_that_are_none(serve: Serve, key: Path, raw: object, error: type[SshError], says: str):
+    port = serve(raw=raw)
+    began = time.monotonic()
+    with pytest.raises(error, match=says) as caught:
+        client.connect(target(port, key, "ssh-rsa AAAA"), timeout_s=2, console=lambda: ["last words"])
+    assert time.monotonic() - began < 15
+    assert caught.value.console == ("last words",)
+
+
+def test_a_port_that_nobody_listens_on(key: Path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(ConnectRefusedError, match=f"port {port} of 127.0.0.1 refused"):
+        client.connect(target(port, key, "ssh-rsa AAAA"), timeout_s=5)
+
+
+@pytest.mark.parametrize("kind", ["rsa", "ecdsa", "ed25519"])
+def test_a_pinned_key_of_any_kind_is_asked_for_and_no_other_taken(
+    serve: Serve, key: Path, keys: dict[str, paramiko.PKey], kind: str
+):
+    port = serve(*keys.values())
+    with client.connect(target(port, key, *pin(keys[kind])), timeout_s=LIMIT_S) as connection:
+        assert connection.is_connected()
+        assert connection.server.startswith("SSH-2.0-")
+    others = [one for name, one in keys.items() if name != kind]
+    with pytest.raises(HostKeyError, match="is not pinned"):
+        client.connect(target(serve(*others), key, *pin(keys[kind])), timeout_s=LIMIT_S)
+    with pytest.raises(HostKeyError, match="no host key is recorded"):
+        client.connect(target(port, key), timeout_s=LIMIT_S)
+
+
+def test_logins_that_fail(serve: Serve, key: Path, keys: dict[str, paramiko.PKey]):
+    pinned = pin(keys["rsa"])
+    port = serve(keys["rsa"])
+    with pytest.raises(AuthFailedError, match="does not let nobody in"):
+        client.connect(target(port, key, *pinned, user="nobody"), timeout_s=LIMIT_S)
+    with pytest.raises(AuthFailedError, match="is not there"):
+        client.connect(target(port, key.parent / "none", *pinned), timeout_s=LIMIT_S)
+    (key.parent / "junk").write_text("not a key")
+    with pytest.raises(AuthFailedError, match="cannot be used"):
+        client.connect(target(port, key.parent / "junk", *pinned), timeout_s=LIMIT_S)
+    slow = serve(keys["rsa"], delay_s=10)
+    with pytest.raises(ConnectTimeoutError, match="the login as dev was not over in time"):
+        client.connect(target(slow, key, *pinned), timeout_s=2)
+
+
+def test_commands_that_a_server_does_not_carry_out(serve: Serve, key: Path, keys: dict[str, paramiko.PKey]):
+    def connect(on_exec: Callable[[paramiko.Channel, bytes], bool]) -> client.Connection:
+        return client.connect(target(serve(keys["rsa"], on_exec=on_exec), key, *pin(keys["rsa"])), timeout_s=LIMIT_S)
+
+    def cut(channel: paramiko.Channel, _: bytes) -> bool:
+        channel.get_transport().close()
+        return True
+
+    def close(channel: paramiko.Channel, _: bytes) -> bool:
+        threading.Timer(0.2, channel.close).start()
+        return True
+
+    with connect(lambda *_: False) as connection, pytest.raises(SshError, match="refused to run the command"):
+        connection.execute("true", timeout_s=LIMIT_S)
+    with connect(close) as connection, pytest.raises(SshError, match="gave no status"):
+        connection.execute("true", timeout_s=LIMIT_S)
+    with connect(cut) as connection, pytest.raises(ConnectionLostError, match="is not known") as lost:
+        connection.execute("true", timeout_s=LIMIT_S)
+    assert lost.value.started
+    with pytest.raises(ConnectionLostError, match="was not sent") as lost:
+        connection.execute("true", timeout_s=LIMIT_S)
+    assert not lost.value.started
+    with connect(lambda *_: True) as connection:
+        began = time.monotonic()
+        with pytest.raises(CommandTimeoutError, match="it may still run"):
+            connection.execute("true", timeout_s=1)
+        assert time.monotonic() - began < LIMIT_S
