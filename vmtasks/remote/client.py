@@ -43,6 +43,9 @@ BROKEN = (paramiko.SSHException, OSError, EOFError)
 """What paramiko raises when a connection breaks or a request is refused."""
 
 END_S = 20.0
+GOING_ON = 6
+"""How many commands that we left may keep their channels: OpenSSH's server has 10 for a connection; see MaxSessions."""
+
 HOST = "127.0.0.1"
 KEEPALIVE_S = 15.0
 LOG = "vmtasks.paramiko"
@@ -82,6 +85,7 @@ class Connection:
         self.target = target
         self._transport = transport
         self._via: commands.Via = ""
+        self._going_on: list[Any] = []
         self._closing = threading.Event()
         threading.Thread(target=self._watch, args=(keepalive_s,), name="vmtasks keepalive", daemon=True).start()
 
@@ -152,6 +156,9 @@ class Connection:
     def _channel(self, line: str, deadline: float) -> Iterator[Any]:
         """A channel on which a command line was sent. If the server does not take it, it closes the channel."""
         started = False
+        self._going_on = [channel for channel in self._going_on if not channel.closed]
+        while len(self._going_on) > GOING_ON:
+            self._going_on.pop(0).close()
         try:
             channel = self._transport.open_session(timeout=max(0.1, deadline - time.monotonic()))
             started = True
@@ -173,7 +180,11 @@ class Connection:
         try:
             yield channel
         finally:
-            channel.close()
+            if channel.status_event.is_set():
+                channel.close()
+            else:
+                # dropbear takes the exit of a command whose channel was closed before for that of a later one.
+                self._going_on.append(channel)
 
     def _gone(self) -> bool:
         """Whether the connection is broken; paramiko's thread may be about to say so."""
