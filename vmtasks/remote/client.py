@@ -50,6 +50,7 @@ HOST = "127.0.0.1"
 KEEPALIVE_S = 15.0
 LOG = "vmtasks.paramiko"
 MISSED = 4
+TRIES = 4
 RSA = ("rsa-sha2-512", "rsa-sha2-256")
 WINDOW_BYTES = 4 << 20
 logging.getLogger(LOG).setLevel(logging.CRITICAL + 1)  # what it logs, with tracebacks, is raised here as an error
@@ -75,6 +76,10 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no t
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock, default_window_size=WINDOW_BYTES)
         self.set_log_channel(LOG)
+
+
+class _NotStartedError(SshError):
+    """The server closed a channel before it took the command."""
 
 
 class Connection:
@@ -138,10 +143,34 @@ class Connection:
         run. ConfigError for a command that no system can take.
         """
         text = commands.script(command, cwd=cwd, env=env, user=user)
+        for left in reversed(range(TRIES)):
+            try:
+                return self._once(
+                    text, timeout_s, idle_s, user, stdin, on_line=on_line, on_data=on_data, keep=keep, detached=detached
+                )
+            except _NotStartedError:
+                # dropbear closes a channel that is opened just as another's command ends. Nothing has run.
+                if not left or not isinstance(stdin, bytes):
+                    raise
+                time.sleep(0.1)
+        raise AssertionError("the last try returns or raises")
+
+    def _once(
+        self,
+        text: str,
+        timeout_s: float,
+        idle_s: float | None,
+        user: str,
+        stdin: bytes | BinaryIO,
+        *,
+        detached: bytes,
+        **more: Any,
+    ) -> Executed:
+        """One try of execute()."""
         wire = commands.wire(text, secrets.token_hex(4), self._via, stdin=stdin != b"")
         deadline = time.monotonic() + timeout_s
         with self._channel(wire.line, deadline) as channel:
-            pump = Pump(channel, wire.token, on_line=on_line, on_data=on_data, keep=keep)
+            pump = Pump(channel, wire.token, **more)
             feed(channel, wire.preamble, stdin)
             outcome = pump.until_end(deadline, idle_s, detached=detached)
             self._via = self._via or pump.header.via
@@ -176,7 +205,7 @@ class Connection:
                 raise ConnectionLostError(f"the connection to {self.target.name} {what}", started=started) from None
             if time.monotonic() >= deadline:
                 raise CommandTimeoutError("the guest did not start the command in time", which="overall") from None
-            raise SshError(f"the guest's SSH server opens no channel for a command: {_said(error)}") from None
+            raise _NotStartedError(f"the guest's SSH server opens no channel for a command: {_said(error)}") from None
         try:
             yield channel
         finally:
@@ -207,7 +236,9 @@ class Connection:
                 stderr=pump.stderr,
                 hint="a command that must survive this is run as a job",
             )
-        raise SshError("the guest's SSH server refused to run the command, or gave no status for it")
+        if not channel.event_ready:  # no answer to the request, which comes before anything of the command
+            raise _NotStartedError("the guest's SSH server refused to run the command")
+        raise SshError("the guest's SSH server gave no status for the command")
 
     def _end(self, pump: Pump, user: str) -> bool:
         """End in the guest what a command has started; whether that is certain."""
