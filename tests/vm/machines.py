@@ -1,5 +1,8 @@
 """`vmtasks` as a user runs it, in a scratch project, and what it leaves behind."""
 
+import hashlib
+import http.client
+import http.server
 import json
 import os
 import signal
@@ -7,11 +10,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from conftest import REPOSITORY, Project, free_port, until
+from conftest import Project, free_port, until
 
 from vmtasks.lock import lock
 from vmtasks.machine.vm import socket_base
@@ -138,16 +142,48 @@ def end(process: subprocess.Popen[bytes], number: signal.Signals, timeout_s: flo
     return process.wait(timeout_s)
 
 
-__all__ = [
-    "COMMAND",
-    "RANGE",
-    "REPOSITORY",
-    "Cli",
-    "Done",
-    "end",
-    "held",
-    "login",
-    "make_key",
-    "range_alone",
-    "sockets",
-]
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def get(port: int) -> str:
+    """What a web server on a loopback port says."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request("GET", "/")
+    return connection.getresponse().read().decode()
+
+
+def open_port(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+@contextmanager
+def here() -> Iterator[int]:
+    """A web server of this host, on loopback; gives its port."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"from the host\n")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield int(server.server_address[1])
+        server.shutdown()
+
+
+@contextmanager
+def socks(proxy: int, host: str, port: int) -> Iterator[socket.socket]:
+    """A connection through a SOCKS 5 proxy that looks the name up itself; see RFC 1928."""
+    with socket.create_connection(("127.0.0.1", proxy), 30) as connection:
+        connection.sendall(b"\5\1\0")
+        assert connection.recv(2) == b"\5\0"
+        name = host.encode()
+        connection.sendall(b"\5\1\0\3" + bytes([len(name)]) + name + port.to_bytes(2, "big"))
+        assert connection.recv(10)[:2] == b"\5\0"
+        yield connection

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Project, free_port, until
-from machines import RANGE, Cli, held, login, make_key, range_alone, sockets
-from test_machines_use import digest, here
+from machines import RANGE, Cli, digest, held, here, login, make_key, range_alone, sockets
 
 from vmtasks.machine import vm
 from vmtasks.media import disk

@@ -1,23 +1,17 @@
 """One machine of `vmtasks run -d`, used in every way: commands, files, forwards, keys, console, sessions."""
 
-import hashlib
-import http.client
-import http.server
 import json
 import os
 import shlex
-import socket
 import stat
 import subprocess
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import Project, free_port, listeners, until
-from machines import COMMAND, Cli, login, make_key
+from machines import COMMAND, Cli, digest, get, here, login, make_key, open_port, socks
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -379,53 +373,3 @@ def test_b21_rotation_cuts_no_session(cli: Cli, tmp_path: Path) -> None:
 def test_b36_the_console_answers_without_ssh(cli: Cli) -> None:
     cli.good("ssh", "box", 'doas sh -c \'kill $(pidof dropbear | tr " " "\\n" | tail -1)\' || :')
     assert "login:" in cli.good("console", "box", stdin=b"\n")
-
-
-# -- helpers
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def get(port: int) -> str:
-    """What a web server on a loopback port says."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
-    connection.request("GET", "/")
-    return connection.getresponse().read().decode()
-
-
-def open_port(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-@contextmanager
-def here() -> Iterator[int]:
-    """A web server of this host, on loopback; gives its port."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(b"from the host\n")
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield int(server.server_address[1])
-        server.shutdown()
-
-
-@contextmanager
-def socks(proxy: int, host: str, port: int) -> Iterator[socket.socket]:
-    """A connection through a SOCKS 5 proxy that looks the name up itself; see RFC 1928."""
-    with socket.create_connection(("127.0.0.1", proxy), 30) as connection:
-        connection.sendall(b"\5\1\0")
-        assert connection.recv(2) == b"\5\0"
-        name = host.encode()
-        connection.sendall(b"\5\1\0\3" + bytes([len(name)]) + name + port.to_bytes(2, "big"))
-        assert connection.recv(10)[:2] == b"\5\0"
-        yield connection
