@@ -156,7 +156,7 @@ def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequ
     cycles = 50 if request.config.getoption("--exhaustive", default=False) else 2
     fingerprints = set()
     before = files(cli)
-    keys = set((cli.project.store / "keys").rglob("*"))
+    keys = set((cli.project.store / "keys").glob("*"))
     image = digest(cli.project.image(3))
     for _ in range(cycles):
         cli.make("a")
@@ -169,7 +169,7 @@ def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequ
         assert files(cli) == before
     assert len(fingerprints) == cycles
     assert digest(cli.project.image(3)) == image
-    assert set((cli.project.store / "keys").rglob("*")) == keys
+    assert set((cli.project.store / "keys").glob("*")) == keys
 
 
 @pytest.mark.timeout(1800)

@@ -58,7 +58,8 @@ def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda:
     from qemu.qmp import QMPError  # noqa: PLC0415
     from qemu.qmp.legacy import QEMUMonitorProtocol  # noqa: PLC0415
 
-    logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL)
+    for noisy in ("asyncio", "qemu.qmp"):  # of a connection that was given up they speak at length
+        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     deadline = time.monotonic() + timeout_s
     while True:
         protocol = QEMUMonitorProtocol(str(path))
