@@ -46,8 +46,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_configure() -> None:
-    """A shell starts a command in the background with SIGINT and SIGQUIT ignored, and so would all that tests start."""
+    """A shell in the background ignores SIGINT and SIGQUIT, nohup SIGHUP; and so would all that tests start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
