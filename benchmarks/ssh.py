@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vmtasks.config import load
+from vmtasks.errors import VmTasksError
 from vmtasks.remote import client, files
 from vmtasks.remote.ssh import Target
 from vmtasks.session import Machine
@@ -104,8 +105,11 @@ def main() -> int:
     parser.add_argument("--mib", type=int, default=100)
     parser.add_argument("variables", nargs="*", help="as doit takes them: guest=tiny store=/path")
     args = parser.parse_args()
-    config = load(Path.cwd(), dict(word.split("=", 1) for word in args.variables))
-    target = Machine(config).running()
+    try:
+        target = Machine(load(Path.cwd(), dict(word.split("=", 1) for word in args.variables))).running()
+    except VmTasksError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return error.exit_code
     ssh(target, "true")
     with client.connect(target, timeout_s=60) as connection:
         found = {"true": compare_true(target, connection, args.rounds), "cpu": waiting(connection, 10)}
