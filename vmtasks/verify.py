@@ -3,6 +3,7 @@
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ class Verification:
         try:
             self._stage("fetch", lambda: self._fetch(allow_unverified=allow_unverified))
             for number in numbers:
-                self._stage(self.builder.phase(number).name, lambda number=number: self._phase(number))  # type: ignore[misc]
+                self._stage(self.builder.phase(number).name, partial(self._phase, number))
             self._stage("snapshot", self.builder.snapshot)
             self._stage("start", self._start)
             self._stage("questions", self._ask, essential=False)

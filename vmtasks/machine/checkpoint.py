@@ -31,11 +31,6 @@ def load(socket: Path, tag: str) -> None:
     _job(socket, "snapshot-load", tag, vmstate=NODE, devices=[NODE])
 
 
-def delete(socket: Path, tag: str) -> None:
-    """Forget the moment `tag`."""
-    _job(socket, "snapshot-delete", tag, devices=[NODE])
-
-
 def _job(socket: Path, command: str, tag: str, **arguments: Any) -> None:
     """Carry out a job of QEMU's to its end, and leave the machine running."""
     name = f"vmtasks{next(_jobs)}"
