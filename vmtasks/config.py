@@ -197,25 +197,16 @@ def _assemble(
     version_from_env: str | None,
 ) -> Config:
     given = {variable.name: (text, source) for variable, text, source in overrides}
-    machine, hardware = vm.machine, guest.machine
     version, version_source = vm.version or guest.version, show(path) if vm.version else "guest.toml"
     if version_from_env and "version" not in given:
         version, version_source = version_from_env, f"environment {guest.version_env}"
-    port = _or(machine.ssh_port, 2222)
     folder = _place(*given["dir"], "folder") if "dir" in given else Path(".vm")
     store = _place(*given["store"], "folder") if "store" in given else default_store(environ)
-    values: dict[str, tuple[str, str]] = {
-        "accel": _from(machine.accel, "auto", path, "default"),
-        "cache": _from(machine.disk_cache, "writeback", path, "default"),
+    values = {
+        **_machine_values(vm, guest, path, version),
         "config": (show(path), "default"),
-        "cpus": _from(machine.cpus, hardware.cpus, path, "guest.toml"),
         "dir": (str(folder), "default"),
-        "disk": _from(machine.disk_size, hardware.disk_size, path, "guest.toml"),
         "guest": (vm.guest, guest_source),
-        "memory": _from(machine.memory, hardware.memory, path, "guest.toml"),
-        "name": _from(machine.name, f"{vm.guest}-{version}" if version else vm.guest, path, "guest and version"),
-        "network": _from(machine.network, "user", path, "default"),
-        "port": _from(machine.ssh_port, 2222, path, "default"),
         "store": (str(store), "default"),
         "version": (version, version_source),
     }
@@ -235,7 +226,7 @@ def _assemble(
         cpus=int(values["cpus"][0]),
         disk_size=parse_size(values["disk"][0]),
         disk_cache=values["cache"][0],
-        ssh_port=None if port == "auto" else int(port),
+        ssh_port=None if values["port"][0] == "auto" else int(values["port"][0]),
         accel=values["accel"][0],
         network=values["network"][0],
         sync=vm.sync,
@@ -245,6 +236,21 @@ def _assemble(
         vars={**guest.vars, **vm.vars.get(guest.name, {})},
         settings=settings,
     )
+
+
+def _machine_values(vm: VmFile, guest: GuestFile, path: Path, version: str) -> dict[str, tuple[str, str]]:
+    """What a machine is to be like, with where each value came from: the project's file, or what it leaves open."""
+    machine, hardware = vm.machine, guest.machine
+    return {
+        "accel": _from(machine.accel, "auto", path, "default"),
+        "cache": _from(machine.disk_cache, "writeback", path, "default"),
+        "cpus": _from(machine.cpus, hardware.cpus, path, "guest.toml"),
+        "disk": _from(machine.disk_size, hardware.disk_size, path, "guest.toml"),
+        "memory": _from(machine.memory, hardware.memory, path, "guest.toml"),
+        "name": _from(machine.name, f"{vm.guest}-{version}" if version else vm.guest, path, "guest and version"),
+        "network": _from(machine.network, "user", path, "default"),
+        "port": _from(machine.ssh_port, 2222, path, "default"),
+    }
 
 
 def help_table(config: Config, environ: Mapping[str, str] = os.environ) -> list[tuple[str, str, str, str, str]]:
@@ -347,10 +353,6 @@ def _place(text: str, source: str, kind: str) -> Path:
         return Path(text).expanduser()
     except RuntimeError:
         raise ConfigError(f"{where} = {text!r}: there is no such user's home; write the whole path") from None
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is UNSET else value
 
 
 def _from(value: Any, default: Any, path: Path, otherwise: str) -> tuple[str, str]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from vmtasks import atomic, plan, proc
 from vmtasks.errors import CommandError, CommandTimeoutError, ConfigError, SshError, StateError
-from vmtasks.machine.console import read_log
 from vmtasks.model import SuiteTable
 from vmtasks.remote import job, ssh
 from vmtasks.remote.link import Link
@@ -133,8 +132,8 @@ class Suites:
 
         The job's id is written down before it starts: what a killed run has left in the guest is ended by the next.
         """
-        target, note = self.machine.running(), self.machine.folder / f"job-{name}"
-        with Link(target, console=self._console, alive=self._alive) as link:
+        note = self.machine.folder / f"job-{name}"
+        with self.machine.link() as link:
             _end_leftover(link, note)
             try:
                 end = job.run(
@@ -159,13 +158,6 @@ class Suites:
                 error.log, error.hint = self.machine.console_log, error.hint or "doit status"
                 raise
         return status
-
-    def _alive(self) -> bool:
-        record = self.machine.record()
-        return record is not None and self.machine.pid(record) is not None
-
-    def _console(self) -> list[str]:
-        return read_log(self.machine.console_log).tail()
 
     def _collect(self, suite: SuiteTable, cwd: str, folder: Path) -> bytes | None:
         """Fetch artifacts into `folder`; returns the suite's own JUnit file if it wrote one."""

@@ -69,15 +69,16 @@ def test_a_path_of_any_characters_stays_one_value(name: str):
     words = command(
         spec(
             disk=f"/d/{name}", cds=[f"/c/{name}"], console_log=f"/l/{name}", console_socket=f"/s/{name}",
-            qmp_socket=f"/q/{name}", firmware_log=f"/f/{name}", pidfile=f"/p/{name}",
+            qmp_socket=f"/q/{name}", firmware_log=f"/f/{name}", pidfile=f"/p/{name}", events=f"/e/{name}",
         )
     )  # fmt: skip
     nodes = [json.loads(value) for value in values_of(words, "-blockdev")]
     assert [node["file"]["filename"] for node in nodes] == [f"/d/{name}", f"/c/{name}"]
     doubled = name.replace(",", ",,")
-    serial, monitor, firmware = values_of(words, "-chardev")
+    serial, monitor, events, firmware = values_of(words, "-chardev")
     assert serial == f"socket,id=serial0,path=/s/{doubled},server=on,wait=off,logfile=/l/{doubled},logappend=on"
     assert monitor == f"socket,id=qmp0,path=/q/{doubled},server=on,wait=off"
+    assert events == f"pipe,id=events0,path=/e/{doubled}"
     assert firmware == f"file,id=firmware,path=/f/{doubled}"
     assert values_of(words, "-pidfile") == [f"/p/{name}"]
 
@@ -109,7 +110,7 @@ def test_every_field_of_a_machine_is_in_its_argv():
         "name": "x", "accel": "kvm", "cpu": "host", "machine_type": "q35", "memory": 1 << 30, "cpus": 4, "disk": "/x",
         "disk_bus": "ide", "disk_serial": "x", "cds": ["/x"], "nic": "e1000", "network": "none", "ssh_port": 2222,
         "rng": False, "console_socket": "/x", "console_log": "/x", "qmp_socket": "/x", "firmware_log": "/x",
-        "pidfile": "/x", "throwaway": True, "boot": "cd",
+        "events": "/x", "pidfile": "/x", "throwaway": True, "boot": "cd",
         "disk_cache": "none", "forwards": ((8080, 80),), "shares": (argv.Share("bind0", "/x"),),
     }  # fmt: skip
     only_with_cds = {"cd_bus"}

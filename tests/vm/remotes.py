@@ -9,9 +9,11 @@ from typing import Any
 
 from conftest import Project, until
 
+from vmtasks.config import load
 from vmtasks.machine import qmp
 from vmtasks.remote import client, ssh
 from vmtasks.remote.link import Link
+from vmtasks.session import Machine
 
 START = "dropbear -s -r /etc/dropbear/dropbear_ed25519_host_key"
 LIMIT_S = 60.0
@@ -44,13 +46,21 @@ class Guest:
     def connect(self, **more: Any) -> client.Connection:
         return client.connect(self.target, **{"timeout_s": LIMIT_S, **more})
 
+    def machine(self) -> Machine:
+        """As the project knows it."""
+        return Machine(load(self.project.root, {"store": str(self.project.store)}, {}))
+
     def link(self, **more: Any) -> Link:
         return Link(self.target, **{"connect_s": 30.0, **more})
 
+    @property
+    def control(self) -> Path:
+        """QEMU's control socket."""
+        return (self.project.state / "run/tiny/tiny-monitor.socket").resolve()
+
     @contextlib.contextmanager
     def monitor(self) -> Iterator[qmp.Qmp]:
-        socket = self.project.state / "run/tiny/tiny-monitor.socket"
-        with qmp.connect(socket.resolve(), timeout_s=20) as connection:
+        with qmp.connect(self.control, timeout_s=20) as connection:
             yield connection
 
     def qmp(self, command: str, **arguments: Any) -> Any:

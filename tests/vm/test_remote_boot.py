@@ -7,6 +7,7 @@ import pytest
 from remotes import LIMIT_S, Guest, until_true
 
 from vmtasks.errors import ConnectionLostError, RebootedError
+from vmtasks.machine.events import Events
 from vmtasks.remote import boot
 from vmtasks.remote.link import Link, resilient
 
@@ -96,6 +97,15 @@ def test_c4_c8_c12_a_reboot_is_told_from_a_loss(guest: Guest) -> None:
         assert rebooted.value.console
         other.close()
         assert [boot.compare(old, boot.probe(ask)) for old, ask in zip(before, ways, strict=True)] == ["rebooted"] * 2
+        assert link.execute("echo up", timeout_s=LIMIT_S).stdout == b"up\n"
+
+
+def test_c5_a_reset_is_noticed_by_qemus_events(guest: Guest) -> None:
+    """Nothing else could tell within the deadline: the guest says no word more, and no keepalive is due."""
+    events = Events(guest.machine().events).boot
+    with guest.link(events=events, keepalive_s=3600, alive=guest.runs) as link:
+        with pytest.raises(RebootedError):
+            link.execute("echo begun; sleep 900", timeout_s=600, on_data=lambda *_: guest.qmp("system_reset"))
         assert link.execute("echo up", timeout_s=LIMIT_S).stdout == b"up\n"
 
 

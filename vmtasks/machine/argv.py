@@ -49,6 +49,8 @@ class Spec:
     console_socket: Path
     console_log: Path
     qmp_socket: Path
+    events: Path | None = None
+    """The base of the two files of machine/events.py."""
     firmware_log: Path | None = None
     pidfile: Path | None = None
     throwaway: bool = False
@@ -162,9 +164,13 @@ def console(spec: Spec) -> list[str]:
 
 
 def monitor(spec: Spec) -> list[str]:
-    """QMP on a socket."""
+    """QMP on a socket, and where wanted once more with its events in a file."""
     chardev = f"socket,id=qmp0,path={_comma(str(spec.qmp_socket))},server=on,wait=off"
-    return ["-chardev", chardev, "-mon", "chardev=qmp0,mode=control"]
+    argv = ["-chardev", chardev, "-mon", "chardev=qmp0,mode=control"]
+    if spec.events is not None:
+        pipe = f"pipe,id=events0,path={_comma(str(spec.events))}"
+        argv += ["-chardev", pipe, "-mon", "chardev=events0,mode=control"]
+    return argv
 
 
 def extras(spec: Spec) -> list[str]:

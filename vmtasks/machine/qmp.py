@@ -10,6 +10,15 @@ from typing import Any
 from vmtasks.errors import MachineError
 
 ANSWER_S = 10.0
+STUCK = {
+    "paused": "its CPU is paused, so that nothing in the guest can answer",
+    "guest-panicked": "the guest's kernel panicked; QEMU keeps it as it was then",
+    "internal-error": "QEMU stopped it after an error of its own",
+    "io-error": "QEMU stopped it because its disk could not be written: is the host's disk full?",
+    "shutdown": "the guest has powered off",
+}
+"""What QMP calls a machine that will not run on by itself, and what that means; see QEMU's qapi/run-state.json."""
+PANICKED = "guest-panicked"
 log = logging.getLogger(__name__)
 
 
@@ -78,3 +87,12 @@ def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda:
     finally:
         with contextlib.suppress(Exception):  # closing a connection whose QEMU is gone raises what it likes
             protocol.close()
+
+
+def status(path: Path) -> str:
+    """What QEMU calls a machine: `running`, a key of STUCK or a rarer word; empty when it does not answer soon."""
+    try:
+        with connect(path, timeout_s=3, ended=lambda: not path.exists()) as control:
+            return str(control.cmd("query-status")["status"])
+    except MachineError:
+        return ""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from vmtasks import proc
 from vmtasks.errors import CommandError, MachineError
-from vmtasks.machine import argv, console, qmp
+from vmtasks.machine import argv, console, events, qmp
 
 LAUNCH_S = 30.0
 STRAY_S = 10.0
@@ -81,6 +81,8 @@ def launch(spec: argv.Spec, output: Path, *, die_with_us: bool = False) -> Pid:
     MachineError with its own words when it ends at once or opens no control socket; port_taken() tells whether a port
     was why. QEMU's -daemonize is not used: it forks, which its sandbox then forbids.
     """
+    if spec.events is not None:
+        events.prepare(spec.events)
     with output.open("wb") as sink:
         child = proc.detach(argv.command(spec), sink, die_with_us=die_with_us, unprivileged=True)
     try:

@@ -17,7 +17,6 @@ from vmtasks.machine.vm import wait_until
 from vmtasks.progress import seconds
 from vmtasks.remote import boot, files
 from vmtasks.remote.command import Command, Executed
-from vmtasks.remote.link import Link
 from vmtasks.session import Machine, Project, Wants, ephemeral
 
 T = TypeVar("T")
@@ -48,7 +47,7 @@ class Vm:
         self.journal: list[str] = []
         self._began = time.monotonic()
         self._open = contextlib.ExitStack()
-        self._link = self._connect()
+        self._link = self.machine.link()
 
     @property
     def name(self) -> str:
@@ -169,7 +168,7 @@ class Vm:
         """Start a machine that is stopped or has crashed, and wait until it lets us in."""
         with self._noted("start"):
             self.machine.start(lambda _: None)
-            self._link = self._connect()
+            self._link = self.machine.link()
 
     def stop(self) -> str:
         """Stop it, gently first; returns the rung of the ladder that was needed."""
@@ -214,7 +213,7 @@ class Vm:
         with self._noted(f"restore {tag}"):
             self.close()
             checkpoint.load(self.machine.qmp, tag)
-            self._link = self._connect()
+            self._link = self.machine.link()
             self._link.open(wait_s=COMMAND_S)
 
     # -- looking
@@ -224,15 +223,6 @@ class Vm:
         return read_log(self.machine.console_log).tail(lines)
 
     # -- parts
-
-    def _connect(self) -> Link:
-        machine = self.machine
-        record = machine.record()
-
-        def alive() -> bool:
-            return record is not None and machine.pid(record) is not None
-
-        return Link(machine.running(), console=self.console, alive=alive)
 
     def _copy(self, source: str, dest: str) -> None:
         config = self.machine.running().config

@@ -1,23 +1,26 @@
 """Is this machine alive, and if not, what is wrong? Layer by layer, true also for a forwarded loopback port.
 
-A connection to the port proves nothing, and neither does a ping: QEMU answers for a guest whose CPU is stopped.
+A connection to the port proves nothing, and neither does a ping: QEMU answers for a guest whose CPU is stopped. A layer
+is looked at only if those below it passed: what fails first is why the rest cannot work, and what it means is the
+verdict.
 """
 
 import contextlib
 import socket
-from collections.abc import Callable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from vmtasks.errors import SshError, VmTasksError
+from vmtasks.errors import SshError
+from vmtasks.machine import qmp
 from vmtasks.remote import client
 from vmtasks.remote.client import Console
-from vmtasks.remote.ssh import Target
+from vmtasks.remote.ssh import HOST, Target
 
-Verdict = Literal["ready", "ssh", "no-ssh", "silent", "paused", "panicked", "gone"]
+Verdict = Literal["ready", "ssh", "no-ssh", "silent", "paused", "panicked", "gone", ""]
 
-PAUSED = ("paused", "suspended", "save-vm", "postmigrate", "prelaunch", "inmigrate", "finish-migrate")
-PANICKED = ("guest-panicked",)
 SAYS: dict[Verdict, str] = {
     "ready": "an authenticated `true` succeeded",
     "ssh": "an SSH server answers, but nobody can log in",
@@ -25,16 +28,30 @@ SAYS: dict[Verdict, str] = {
     "silent": "nothing answers in the guest: it boots, or hangs",
     "paused": "the guest's CPU is stopped",
     "panicked": "the guest's kernel has panicked",
-    "gone": "QEMU does not run",
+    "gone": "QEMU does not run, or listens no more",
 }
+CLOSED = "closed before a word"
+
+Look = Callable[[], tuple[Verdict, str]]
+"""Looks at one layer: what it means that it failed, or nothing when it passed; and what it says."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: `passed` is None when it was not looked at, because one below it failed."""
+
+    name: str
+    passed: bool | None
+    says: str
+    verdict: Verdict = ""
 
 
 @dataclass(frozen=True)
 class Alive:
-    """What is known: `reasons` holds what each layer that was asked has said: process, qmp, ssh, banner."""
+    """What is known of a machine, and the layers that it is known from."""
 
     verdict: Verdict
-    reasons: dict[str, str] = field(default_factory=dict)
+    layers: tuple[Layer, ...]
 
     @property
     def alive(self) -> bool:
@@ -42,8 +59,9 @@ class Alive:
         return self.verdict in ("ready", "ssh", "no-ssh")
 
     def __str__(self) -> str:
-        """The verdict in a sentence."""
-        return SAYS[self.verdict]
+        """The verdict in a sentence, with the reason."""
+        why = next((f": {layer.name}: {layer.says}" for layer in self.layers if layer.passed is False), "")
+        return SAYS[self.verdict] + why
 
 
 def is_alive(
@@ -51,66 +69,101 @@ def is_alive(
     *,
     timeout_s: float = 10.0,
     process: Callable[[], bool] | None = None,
-    qmp_status: Callable[[], str] | None = None,
+    control: Path | None = None,
     console: Console | None = None,
 ) -> Alive:
-    """Ask a machine, each layer for at most `timeout_s`, the cheapest proof first; stops as soon as one is enough.
+    """Ask a machine, each layer for at most `timeout_s`.
 
-    `process` says whether QEMU runs, `qmp_status` what QMP's query-status calls the state of the machine; both are left
-    out for a machine that is not ours, for which paused, panicked and silent look alike.
+    `process` says whether QEMU runs, `control` is its QMP socket; both are left out for a machine that is not ours, for
+    which paused, panicked and silent look alike.
     """
-    reasons: dict[str, str] = {}
+    looks: dict[str, Look] = {}
     if process is not None:
-        runs = process()
-        reasons["process"] = "QEMU runs" if runs else "QEMU does not run"
-        if not runs:
-            return Alive("gone", reasons)
-    state = ""
-    if qmp_status is not None:
+        looks["process"] = lambda: ("", "QEMU runs") if process() else ("gone", "QEMU does not run")
+    if control is not None:
+        looks["QMP"] = lambda: cpu(control)
+    return judged(climb(looks | network(target, timeout_s, console)))
+
+
+def judged(layers: Iterable[Layer]) -> Alive:
+    """The verdict of the layer that failed."""
+    seen = tuple(layers)
+    return Alive(next((layer.verdict for layer in seen if layer.passed is False), "ready"), seen)
+
+
+def climb(looks: Mapping[str, Look]) -> Iterator[Layer]:
+    """Look at one layer after the other, up to the first that fails."""
+    failed = ""
+    for name, look in looks.items():
+        if failed:
+            yield Layer(name, None, f"not looked at, because {failed} failed")
+            continue
+        verdict, says = look()
+        yield Layer(name, not verdict, says, verdict)
+        failed = name if verdict else ""
+
+
+# -- the layers
+
+
+def cpu(control: Path) -> tuple[Verdict, str]:
+    """What QEMU says of the guest's CPU."""
+    state = qmp.status(control)
+    if not state:
+        return "silent", "QEMU does not answer on its control socket: it hangs, or somebody else holds the socket"
+    if state == "running":
+        return "", "QEMU says running"
+    return ("panicked" if state == qmp.PANICKED else "paused"), f"{state}: {qmp.STUCK.get(state, 'see QEMU')}"
+
+
+def network(target: Target, timeout_s: float, console: Console | None = None) -> dict[str, Look]:
+    """The layers from the port to a command in the guest, each for at most `timeout_s`."""
+    opened: list[client.Connection] = []
+
+    def port() -> tuple[Verdict, str]:
+        where = f"{HOST}:{target.port}"
         try:
-            state = qmp_status()
-        except (VmTasksError, OSError) as error:
-            state = f"no answer ({error})"
-        reasons["qmp"] = state
-    if state in PAUSED:
-        return Alive("paused", reasons)
-    if state in PANICKED:
-        return Alive("panicked", reasons)
-    return _by_network(target, timeout_s, reasons, console)
+            with socket.create_connection((HOST, target.port), timeout_s):
+                return "", f"{where} is forwarded by QEMU, which says nothing of the guest"
+        except OSError as error:
+            return "gone", f"{where} takes no connection ({error})"
 
+    def server() -> tuple[Verdict, str]:
+        said = banner(target.port, timeout_s)
+        if said.startswith("SSH-"):
+            return "", said
+        how = said or "nothing behind the port speaks"
+        return ("no-ssh" if said else "silent"), f"no SSH server answers in the guest ({how})"
 
-def _by_network(target: Target, timeout_s: float, reasons: dict[str, str], console: Console | None) -> Alive:
-    try:
-        with client.connect(target, timeout_s=timeout_s, console=console) as connection:
-            done = connection.execute("true", timeout_s=timeout_s)
-            reasons["ssh"] = f"`true` ended with status {done.status}"
-            return Alive("ready" if done.status == 0 else "ssh", reasons)
-    except SshError as error:
-        reasons["ssh"] = error.message
-    said = banner(target.port, timeout_s)
-    reasons["banner"] = said or "nothing"
-    if said.startswith("SSH-"):
-        return Alive("ssh", reasons)
-    if said == REFUSED and "process" not in reasons:
-        return Alive("gone", reasons)
-    return Alive("no-ssh" if said == CLOSED else "silent", reasons)
+    def login() -> tuple[Verdict, str]:
+        try:
+            opened.append(client.connect(target, timeout_s=timeout_s, console=console))
+        except SshError as error:
+            return "ssh", error.message
+        return "", f"{target.user} is let in with {target.key}"
 
+    def command() -> tuple[Verdict, str]:
+        began = time.monotonic()
+        try:
+            with opened.pop() as connection:
+                done = connection.execute("true", timeout_s=timeout_s)
+        except SshError as error:
+            return "ssh", error.message
+        says = f"`true` gave status {done.status} after {(time.monotonic() - began) * 1000:.0f} ms"
+        return ("ssh" if done.status else ""), says
 
-CLOSED = "closed before a word"
-REFUSED = "connection refused"
+    return {"port": port, "banner": server, "authentication": login, "command": command}
 
 
 def banner(port: int, timeout_s: float) -> str:
-    """The first line of the server behind a loopback port, CLOSED, REFUSED, or nothing when it stays silent.
+    """The first line of the server behind a loopback port, CLOSED, or nothing when it stays silent.
 
     QEMU closes the connection when the guest's kernel refuses it: that is the kernel's word, so that it works.
     """
     with contextlib.suppress(TimeoutError):
         try:
-            with socket.create_connection((client.HOST, port), timeout=timeout_s) as sock:
+            with socket.create_connection((HOST, port), timeout=timeout_s) as sock:
                 data = sock.recv(255)
-        except ConnectionRefusedError:
-            return REFUSED
         except ConnectionError:
             data = b""
         return data.split(b"\n")[0].decode(errors="replace").strip() if data else CLOSED

@@ -2,8 +2,8 @@
 
 A ladder, from proof to hint: an id that the kernel made at boot; a random stamp of ours in a place that a boot empties;
 the uptime, which only a boot sets back. A clock that is set moves none of them, and a pause none but the uptime, which
-then falls behind without starting anew. For machines of ours a count of QEMU's RESET and SHUTDOWN events, given by the
-caller, is proof for any guest.
+then falls behind without starting anew. For machines of ours QEMU's events, given by the caller as a word that each
+RESET and SHUTDOWN changes, are proof for any guest.
 """
 
 import re
@@ -58,7 +58,7 @@ class Boot:
     uptime_s: float | None = None
     coarse_s: float = TOLERANCE_S
     boottime_s: int | None = None
-    events: int | None = None
+    events: str = ""
     asked: float = field(default_factory=time.monotonic)
 
 
@@ -67,7 +67,7 @@ def script() -> str:
     return f"set -- {secrets.token_hex(8)}\n" + PROBE.replace('"$0"', '"$1"')
 
 
-def parse(stdout: str, events: int | None = None) -> Boot:
+def parse(stdout: str, events: str = "") -> Boot:
     """What script() has printed. Lines that some system does not print, or prints otherwise, only make it weaker."""
     facts: dict[str, str] = {}
     for line in stdout.splitlines():
@@ -84,13 +84,13 @@ def parse(stdout: str, events: int | None = None) -> Boot:
     return Boot(frozenset(ids), facts.get("stamp", ""), uptime, coarse, boottime, events)
 
 
-def probe(run: Callable[[str], str], events: Callable[[], int] | None = None) -> Boot:
-    """Ask a guest: `run` carries out a script in it and returns its stdout. `events` counts QEMU's RESET and SHUTDOWN.
+def probe(run: Callable[[str], str], events: Callable[[], str] | None = None) -> Boot:
+    """Ask a guest: `run` carries out a script in it and returns its stdout. `events` gives a word for QEMU's events.
 
-    The count is taken first: an event that comes while the guest is asked shows in the next comparison.
+    The word is taken first: an event that comes while the guest is asked shows in the next comparison.
     """
-    count = events() if events else None
-    return parse(run(script()), count)
+    word = events() if events else ""
+    return parse(run(script()), word)
 
 
 def compare(before: Boot, after: Boot) -> Verdict:
@@ -99,7 +99,7 @@ def compare(before: Boot, after: Boot) -> Verdict:
     both = kinds[0].keys() & kinds[1].keys()
     if both:
         return "same" if all(kinds[0][kind] == kinds[1][kind] for kind in both) else "rebooted"
-    if before.events is not None and after.events is not None:
+    if before.events and after.events:
         return "same" if before.events == after.events else "rebooted"
     if before.stamp and after.stamp and before.stamp.partition(":")[0] == after.stamp.partition(":")[0]:
         return "same" if before.stamp == after.stamp else "rebooted"

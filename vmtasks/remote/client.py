@@ -8,30 +8,19 @@ A connection never opens itself again; link.py does that.
 """
 
 import contextlib
-import logging
 import secrets
 import signal
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Self
+from typing import Any, BinaryIO, Self
 
 import paramiko
 from paramiko.common import MSG_CHANNEL_REQUEST
 
-from vmtasks.errors import (
-    AuthFailedError,
-    BannerError,
-    CommandTimeoutError,
-    ConnectionLostError,
-    ConnectRefusedError,
-    ConnectTimeoutError,
-    HostKeyError,
-    SshError,
-)
+from vmtasks.errors import CommandTimeoutError, ConnectionLostError, SshError
 from vmtasks.remote import command as commands
+from vmtasks.remote import login
 from vmtasks.remote.command import Command, Executed, OnData, OnLine
 from vmtasks.remote.pump import Outcome, Pump, feed
 from vmtasks.remote.ssh import Target, end_group_script
@@ -46,36 +35,10 @@ END_S = 20.0
 GOING_ON = 6
 """How many commands that we left may keep their channels: OpenSSH's server has 10 for a connection; see MaxSessions."""
 
-HOST = "127.0.0.1"
+GONE_EVERY_S = 1.0
 KEEPALIVE_S = 15.0
-LOG = "vmtasks.paramiko"
 MISSED = 4
 TRIES = 4
-RSA = ("rsa-sha2-512", "rsa-sha2-256")
-WINDOW_BYTES = 4 << 20
-logging.getLogger(LOG).setLevel(logging.CRITICAL + 1)  # what it logs, with tracebacks, is raised here as an error
-
-
-def _request(channel: Any, message: Any) -> None:
-    """Hear also by which signal a command ended, which paramiko ignores: RFC 4254, 6.10."""
-    if message.get_text() == "exit-signal":
-        message.get_boolean()
-        channel.exit_signal = message.get_text()
-        return
-    message.rewind()
-    message.get_int()  # the channel's number
-    paramiko.Channel._handle_request(channel, message)  # noqa: SLF001 - it has no public door for this
-
-
-class _Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
-    _channel_handler_table: ClassVar[dict[int, Any]] = {
-        **paramiko.Transport._channel_handler_table,  # noqa: SLF001 - as above
-        MSG_CHANNEL_REQUEST: _request,
-    }
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock, default_window_size=WINDOW_BYTES)
-        self.set_log_channel(LOG)
 
 
 class _NotStartedError(SshError):
@@ -85,14 +48,18 @@ class _NotStartedError(SshError):
 class Connection:
     """Logged in. Several commands may run at once, each on a channel of its own, from any thread."""
 
-    def __init__(self, target: Target, transport: paramiko.Transport, keepalive_s: float = KEEPALIVE_S) -> None:
+    def __init__(
+        self, target: Target, transport: paramiko.Transport, keepalive_s: float, gone: Callable[[], bool] | None
+    ) -> None:
         """Use connect()."""
         self.target = target
         self._transport = transport
         self._via: commands.Via = ""
         self._going_on: list[Any] = []
         self._closing = threading.Event()
-        threading.Thread(target=self._watch, args=(keepalive_s,), name="vmtasks keepalive", daemon=True).start()
+        threading.Thread(target=self._keep_alive, args=(keepalive_s,), name="vmtasks keepalive", daemon=True).start()
+        if gone is not None:
+            threading.Thread(target=self._heed, args=(gone,), name="vmtasks gone", daemon=True).start()
 
     def __enter__(self) -> Self:
         """Close it at the end of the block."""
@@ -205,7 +172,7 @@ class Connection:
                 raise ConnectionLostError(f"the connection to {self.target.name} {what}", started=started) from None
             if time.monotonic() >= deadline:
                 raise CommandTimeoutError("the guest did not start the command in time", which="overall") from None
-            raise _NotStartedError(f"the guest's SSH server opens no channel for a command: {_said(error)}") from None
+            raise _NotStartedError(f"the guest's SSH server opens no channel: {login.said(error)}") from None
         try:
             yield channel
         finally:
@@ -258,7 +225,13 @@ class Connection:
         finally:
             guard.cancel()
 
-    def _watch(self, every_s: float) -> None:
+    def _heed(self, gone: Callable[[], bool]) -> None:
+        """Give the connection up as soon as its other end is known to be gone."""
+        while not self._closing.wait(GONE_EVERY_S) and self.is_connected():
+            if gone():
+                self._transport.close()
+
+    def _keep_alive(self, every_s: float) -> None:
         """Ask for a sign of life now and then; give the connection up after a time without one."""
         while not self._closing.wait(every_s) and self.is_connected():
             guard = threading.Timer(every_s * MISSED, self._transport.close)
@@ -281,127 +254,23 @@ def _late(outcome: Outcome, limit_s: float, pump: Pump, *, ended: bool) -> Comma
 
 
 def connect(
-    target: Target, *, timeout_s: float, console: Console | None = None, keepalive_s: float = KEEPALIVE_S
+    target: Target,
+    *,
+    timeout_s: float,
+    console: Console | None = None,
+    keepalive_s: float = KEEPALIVE_S,
+    gone: Callable[[], bool] | None = None,
 ) -> Connection:
     """Log in to a machine within `timeout_s`, one try. Its host key must be one of those that `target` pins.
 
     The key is `target.key` (ed25519, ECDSA or RSA); one that is encrypted is used through the agent. A guest that falls
-    silent later is noticed after 5 times `keepalive_s`. Each failure has an error of its own, an SshError that shows
-    what `console` gives: ConnectRefusedError, BannerError, HostKeyError, AuthFailedError, ConnectTimeoutError.
+    silent later is noticed after 5 times `keepalive_s`; one that `gone` knows to be another than before, each second
+    asked, at once. Each failure has an error of its own, an SshError that shows what `console` gives:
+    ConnectRefusedError, BannerError, HostKeyError, AuthFailedError, ConnectTimeoutError.
     """
-    deadline = time.monotonic() + timeout_s
-    transport = None
     try:
-        sock = _tcp(target, deadline)
-        try:
-            _banner(target, sock, deadline)
-            transport = _Transport(sock)
-            _negotiate(target, transport, deadline)
-            _log_in(target, transport, deadline)
-        except BaseException:
-            if transport is not None:
-                transport.close()
-            sock.close()
-            raise
+        transport = login.open_transport(target, time.monotonic() + timeout_s)
     except SshError as error:
         error.console = tuple(console()) if console else ()
         raise
-    return Connection(target, transport, keepalive_s)
-
-
-def _tcp(target: Target, deadline: float) -> socket.socket:
-    where = f"port {target.port} of {HOST}"
-    try:
-        sock = socket.create_connection((HOST, target.port), timeout=max(0.1, deadline - time.monotonic()))
-    except TimeoutError:
-        raise ConnectTimeoutError(f"{target.name}: {where} did not answer in time") from None
-    except OSError as error:
-        raise ConnectRefusedError(
-            f"{target.name}: {where} refused the connection ({error.strerror})", hint="is the machine running?"
-        ) from None
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each small request waits for the one before
-    return sock
-
-
-def _banner(target: Target, sock: socket.socket, deadline: float) -> None:
-    """Wait for the first byte of the server. QEMU accepts the connection even while the guest's CPU is stopped."""
-    sock.settimeout(max(0.1, deadline - time.monotonic()))
-    try:
-        first = sock.recv(1, socket.MSG_PEEK)
-    except TimeoutError:
-        raise BannerError(
-            f"{target.name}: the port is open, but nothing behind it spoke",
-            hint="the guest is still booting, or paused, or hangs",
-        ) from None
-    except OSError:
-        first = b""
-    if not first:
-        raise BannerError(
-            f"{target.name}: the connection was closed before a server spoke",
-            hint="the guest's SSH server is not up yet, or was stopped",
-        )
-
-
-def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -> None:
-    """Agree on keys, and hold the server's against those that are pinned, before anything of ours is sent."""
-    pinned = {tuple(line.split()[:2]) for line in target.host_keys}
-    if not pinned:
-        raise HostKeyError(f"{target.name}: no host key is recorded for it", hint="its record was made without one")
-    first = [name for kind, _ in sorted(pinned) for name in (RSA if kind == "ssh-rsa" else (kind,))]
-    options = transport.get_security_options()
-    known = [name for name in first if name in options.key_types]
-    options.key_types = [*known, *(name for name in options.key_types if name not in known)]
-    event = threading.Event()
-    left = max(0.1, deadline - time.monotonic())
-    transport.banner_timeout = transport.handshake_timeout = left + 1
-    transport.start_client(event=event)
-    if not event.wait(left):
-        raise ConnectTimeoutError(f"{target.name}: the key exchange was not over in time")
-    if not transport.is_active():
-        why = transport.get_exception() or "it closed the connection"
-        raise BannerError(f"{target.name}: the server broke off the key exchange: {_said(why)}")
-    key = transport.get_remote_server_key()
-    if (key.get_name(), key.get_base64()) not in pinned:
-        raise HostKeyError(
-            f"{target.name}: the server shows the host key {key.get_name()} {key.fingerprint}, which is not pinned",
-            hint="another machine listens on this port, or the guest's keys were made anew",
-        )
-
-
-def _log_in(target: Target, transport: paramiko.Transport, deadline: float) -> None:
-    for key in _keys(target):
-        event = threading.Event()
-        transport.auth_publickey(target.user, key, event=event)
-        if not event.wait(max(0.1, deadline - time.monotonic())):
-            raise ConnectTimeoutError(f"{target.name}: the login as {target.user} was not over in time")
-        if transport.is_authenticated():
-            return
-        if not transport.is_active():
-            raise BannerError(f"{target.name}: the server closed the connection during the login as {target.user}")
-    raise AuthFailedError(
-        f"{target.name}: the server does not let {target.user} in with the key {target.key}",
-        hint="is it in that user's authorized_keys?",
-    )
-
-
-def _keys(target: Target) -> list[paramiko.PKey]:
-    """The key of the target: from its file, or if that is encrypted from the agent."""
-    try:
-        return [paramiko.PKey.from_path(target.key)]
-    except FileNotFoundError:
-        raise AuthFailedError(f"the private key {target.key} is not there") from None
-    except (TypeError, paramiko.PasswordRequiredException):
-        pass  # encrypted
-    except (OSError, ValueError, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
-        raise AuthFailedError(f"the private key {target.key} cannot be used: {_said(error)}") from None
-    held = list(paramiko.Agent().get_keys())
-    public = Path(f"{target.key}.pub")
-    wanted = public.read_text().split()[1:2] if public.is_file() else []
-    found = [key for key in held if not wanted or key.get_base64() == wanted[0]]
-    if not found:
-        raise AuthFailedError(f"{target.key} is encrypted, and no agent holds it", hint=f"ssh-add {target.key}")
-    return found
-
-
-def _said(error: object) -> str:
-    return str(error) or type(error).__name__
+    return Connection(target, transport, keepalive_s, gone)

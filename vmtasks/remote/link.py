@@ -1,6 +1,6 @@
 """A way to a machine that outlives its connections: opened when needed, opened again when lost, reboots noticed.
 
-    with Link(target, console=tail, alive=runs, events=resets) as link:
+    with Link(target, console=tail, alive=runs, events=boots) as link:
         link.execute("make", cwd="src", timeout_s=600)      as Connection.execute, but it says what a loss meant
 
     @resilient
@@ -53,12 +53,13 @@ class Link:
         keepalive_s: float = client.KEEPALIVE_S,
         console: Console | None = None,
         alive: Callable[[], bool] = lambda: True,
-        events: Callable[[], int] | None = None,
+        events: Callable[[], str] | None = None,
     ) -> None:
         """Nothing is opened yet.
 
-        `window_s`: how long to try again after a loss. `console` gives last lines for errors. `alive` says whether
-        QEMU still runs: no need to wait for a machine that is gone. `events` counts QEMU's RESET and SHUTDOWN events.
+        `window_s`: how long to try again after a loss. `console` gives last lines for errors. `alive` says whether the
+        machine can still answer, or raises SshError with the reason: no need to wait for one that is gone. `events`
+        gives a word that each of QEMU's RESET and SHUTDOWN events changes: what runs over a connection then ends.
         """
         self.target = target
         self.window_s = window_s
@@ -102,7 +103,11 @@ class Link:
             try:
                 limit = self._connect_s if wait_s == 0 else max(2.0, min(self._connect_s, left))
                 self._connection = client.connect(
-                    self.target, timeout_s=limit, console=self._console, keepalive_s=self._keepalive_s
+                    self.target,
+                    timeout_s=limit,
+                    console=self._console,
+                    keepalive_s=self._keepalive_s,
+                    gone=self._boot_over(),
                 )
             except PASSING:
                 if time.monotonic() >= until or not self._alive():
@@ -111,6 +116,12 @@ class Link:
             else:
                 self._reached = True
                 return self._connection
+
+    def _boot_over(self) -> Callable[[], bool] | None:
+        """Whether the boot of this moment has ended, to be asked later; None where that cannot be known."""
+        events = self._events
+        now = events() if events is not None else ""
+        return (lambda: events() != now) if events is not None and now else None
 
     def boot(self) -> Boot:
         """The identity of the boot that the connection reaches; asked once for each connection."""
@@ -156,7 +167,8 @@ class Link:
         except ConnectionLostError:
             raise
         except SshError as error:
-            lost.message += f"; the guest did not come back within {self.window_s:g} s: {error.message}"
+            when = f" within {self.window_s:g} s" if isinstance(error, PASSING) else ""
+            lost.message += f"; the guest did not come back{when}: {error.message}"
             lost.console = error.console
             raise lost from error
         if verdict == "rebooted":

@@ -17,6 +17,7 @@ FAILED = 255
 """The status of ssh itself when it could not connect or lost the connection; see ssh(1)."""
 
 CONNECT_S = 10
+HOST = "127.0.0.1"
 OTHER_HOST_KEY = "the guest shows another host key than the one its image recorded"
 STAGES = (
     ("Connection refused", "nothing listens on the port: QEMU is not forwarding it"),
@@ -60,7 +61,7 @@ def write_config(target: Target) -> None:
     atomic.write_if_changed(known, "".join(f"{target.name} {key}\n" for key in target.host_keys), 0o600)
     lines = [
         f"Host {target.name}",
-        "    HostName 127.0.0.1",
+        f"    HostName {HOST}",
         f"    Port {target.port}",
         f"    User {target.user}",
         *(f"    IdentityFile {_quoted(key)}" for key in (target.key, *target.also)),
@@ -108,7 +109,7 @@ def learn_host_keys(port: int, *, timeout_s: float, alive: Callable[[], bool]) -
     """The host keys that the server behind a loopback port shows, as `type key`. SshError when none comes in time."""
     began = time.monotonic()
     while True:
-        scan = proc.run(["ssh-keyscan", "-T", "5", "-p", str(port), "127.0.0.1"], timeout_s=30, check=False)
+        scan = proc.run(["ssh-keyscan", "-T", "5", "-p", str(port), HOST], timeout_s=30, check=False)
         keys = [" ".join(line.split()[1:3]) for line in scan.stdout.splitlines() if line and not line.startswith("#")]
         if keys:
             return sorted(keys)

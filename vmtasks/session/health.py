@@ -4,10 +4,9 @@ A layer is looked at only if those below it passed: what fails first is why the 
 """
 
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from vmtasks import proc, progress
@@ -15,43 +14,20 @@ from vmtasks.config import FALLBACK_PORTS, Config
 from vmtasks.errors import MissingToolError, VmTasksError
 from vmtasks.machine.console import read_log
 from vmtasks.machine.ports import port_free, port_holder
-from vmtasks.remote import ssh
+from vmtasks.remote import alive
+from vmtasks.remote.alive import Alive, Layer, Verdict
 from vmtasks.session import launch
 from vmtasks.session.machine import Machine
 from vmtasks.state import MachineRecord, State
 
-PORT_S, BANNER_S, LOGIN_S = 3.0, 10.0, 25.0
+LAYER_S = 15.0
 PROGRAMS = ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "scp", "ssh-keygen", "ssh-keyscan")
 LEAST_FREE = 2 << 30
 
 
-@dataclass(frozen=True)
-class Layer:
-    """One layer: `passed` is None when it was not looked at, because one below it failed."""
-
-    name: str
-    passed: bool | None
-    says: str
-
-
-Look = Callable[[Machine, MachineRecord], tuple[bool, str]]
-
-
-def machine_layers(machine: Machine) -> Iterator[Layer]:
-    """The layers of a machine, from its record to a command in the guest. Takes at most a minute."""
-    record = machine.record()
-    if record is None:
-        yield Layer("record", passed=False, says=f"there is no machine {machine.name}")
-        return
-    yield Layer("record", passed=True, says=f"{record.guest}:{record.snapshot}, in {machine.folder}")
-    failed = ""
-    for name, look in LAYERS.items():
-        if failed:
-            yield Layer(name, None, f"not looked at, because {failed} failed")
-            continue
-        passed, says = look(machine, record)
-        yield Layer(name, passed, says)
-        failed = "" if passed else name
+def is_alive(machine: Machine) -> Alive:
+    """The verdict on a machine, from its layers."""
+    return alive.judged(machine_layers(machine))
 
 
 def verdict(machine: Machine) -> str:
@@ -59,34 +35,46 @@ def verdict(machine: Machine) -> str:
     return next((f"{layer.name}: {layer.says}" for layer in machine_layers(machine) if layer.passed is False), "")
 
 
-# -- the layers
+def machine_layers(machine: Machine) -> Iterator[Layer]:
+    """The layers of a machine, from its record to a command in the guest. Takes at most a minute."""
+    record = machine.record()
+    if record is None:
+        yield Layer("record", passed=False, says=f"there is no machine {machine.name}", verdict="gone")
+        return
+    yield Layer("record", passed=True, says=f"{record.guest}:{record.snapshot}, in {machine.folder}")
+    target = machine.target(record)
+    looks = {
+        "process": lambda: _process(machine, record),
+        "QMP": lambda: alive.cpu(machine.qmp),
+        "console": lambda: _console(machine),
+        **alive.network(target, LAYER_S),
+    }
+    for layer in alive.climb(looks):
+        if layer.name == "banner" and layer.passed is False and _booting(machine, record):
+            up = progress.seconds(time.time() - record.started)
+            yield replace(layer, says=f"{layer.says}: the guest has been booting for {up}")
+        else:
+            yield layer
 
 
-def _process(machine: Machine, record: MachineRecord) -> tuple[bool, str]:
+def _process(machine: Machine, record: MachineRecord) -> tuple[Verdict, str]:
     if machine.pid(record) is not None:
-        return True, f"QEMU is process {record.pid}, up {progress.seconds(time.time() - record.started)}"
+        return "", f"QEMU is process {record.pid}, up {progress.seconds(time.time() - record.started)}"
     if not record.pid:
-        return False, f"it is stopped; {machine.command('start')}"
+        return "gone", f"it is stopped; {machine.command('start')}"
     said = machine.qemu_log.read_text(errors="replace").strip() if machine.qemu_log.is_file() else ""
     other = " (that number is another process's now)" if proc.started(record.pid) else ""
     last = said.splitlines()[-1] if said else "nothing"
-    return False, f"QEMU, process {record.pid}, is gone: killed, or crashed{other}; it last said: {last}"
+    return "gone", f"QEMU, process {record.pid}, is gone: killed, or crashed{other}; it last said: {last}"
 
 
-def _cpu(machine: Machine, record: MachineRecord) -> tuple[bool, str]:  # noqa: ARG001 - all layers are called alike
-    state = launch.cpu(machine)
-    if not state:
-        return False, "QEMU does not answer on its control socket: it hangs, or somebody else holds the socket"
-    return state == "running", f"{state}: {launch.STUCK[state]}" if state in launch.STUCK else f"QEMU says {state}"
-
-
-def _console(machine: Machine, record: MachineRecord) -> tuple[bool, str]:  # noqa: ARG001
+def _console(machine: Machine) -> tuple[Verdict, str]:
     transcript = read_log(machine.console_log, last_boot(machine.console_log))
     for failure in machine.config.guest.failures:
         if failure.cause != "login" and transcript.match(failure.expect):
-            return False, f"the guest {failure.says}"
+            return "silent", f"the guest {failure.says}"
     last = transcript.tail(1)
-    return True, f"nothing there says that the boot has failed; its last line: {last[0].strip() if last else 'none'}"
+    return "", f"nothing there says that the boot has failed; its last line: {last[0].strip() if last else 'none'}"
 
 
 def last_boot(log: Path) -> int:
@@ -98,64 +86,10 @@ def last_boot(log: Path) -> int:
     return max(data.rfind(b"SeaBIOS"), data.rfind(b"Linux version"), 0)
 
 
-def _port(machine: Machine, record: MachineRecord) -> tuple[bool, str]:  # noqa: ARG001
-    try:
-        with socket.create_connection(("127.0.0.1", record.ssh_port), PORT_S):
-            return True, f"127.0.0.1:{record.ssh_port} is forwarded by QEMU, which says nothing of the guest"
-    except OSError as error:
-        return False, f"127.0.0.1:{record.ssh_port} takes no connection ({error})"
-
-
-def _banner(machine: Machine, record: MachineRecord) -> tuple[bool, str]:
-    said = b""
-    deadline = time.monotonic() + BANNER_S
-    try:
-        with socket.create_connection(("127.0.0.1", record.ssh_port), PORT_S) as connection:
-            while b"\n" not in said and (left := deadline - time.monotonic()) > 0:
-                connection.settimeout(left)
-                data = connection.recv(256)
-                if not data:
-                    break
-                said += data
-    except OSError:
-        pass
-    line = said.partition(b"\n")[0].decode(errors="replace").strip()
-    if line.startswith("SSH-"):
-        return True, line
+def _booting(machine: Machine, record: MachineRecord) -> bool:
+    """Whether it has not let us in yet, and may still."""
     wait_s = machine.config.guest.ssh.ready_timeout_s * machine.state.accel.factor
-    up = time.time() - record.started
-    if not record.ready and up < wait_s:
-        return False, f"no SSH server answers yet: the guest has been booting for {progress.seconds(up)}"
-    return False, "no SSH server answers in the guest: it is not started, was stopped, or its network is down"
-
-
-def _login(machine: Machine, record: MachineRecord) -> tuple[bool, str]:
-    target = machine.target(record)
-    words = target.argv("exit 0", options=["-o", "ControlPath=none"])
-    done = proc.run(words, timeout_s=LOGIN_S, check=False)
-    if done.status == 0:
-        return True, f"{target.user} is let in with {target.key}"
-    if done.status not in (ssh.FAILED, proc.TIMED_OUT):
-        return True, f"{target.user} is let in; the login shell then gave status {done.status}"
-    return False, ssh.explain(done.stderr or "timed out")
-
-
-def _command(machine: Machine, record: MachineRecord) -> tuple[bool, str]:
-    began = time.monotonic()
-    done = proc.run(machine.target(record).argv("true"), timeout_s=LOGIN_S, check=False)
-    took = f"{(time.monotonic() - began) * 1000:.0f} ms"
-    return done.status == 0, f"`true` gave status {done.status} after {took}"
-
-
-LAYERS: dict[str, Look] = {
-    "process": _process,
-    "QMP": _cpu,
-    "console": _console,
-    "port": _port,
-    "banner": _banner,
-    "authentication": _login,
-    "command": _command,
-}
+    return not record.ready and time.time() - record.started < wait_s
 
 
 # -- this host

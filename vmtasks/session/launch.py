@@ -25,14 +25,6 @@ CPU_EVERY_S = 3.0
 LOGIN_S = 10.0
 AGAIN_S = 30.0
 """How long a machine may take that has let us in before."""
-STUCK = {
-    "paused": "its CPU is paused, so that nothing in the guest can answer",
-    "guest-panicked": "the guest's kernel panicked; QEMU keeps it as it was then",
-    "internal-error": "QEMU stopped it after an error of its own",
-    "io-error": "QEMU stopped it because its disk could not be written: is the host's disk full?",
-    "shutdown": "the guest has powered off",
-}
-"""What QMP calls a machine that does not run, and what that means."""
 
 
 def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> ssh.Target:
@@ -110,6 +102,8 @@ class Watch:
     place: Place
     record: MachineRecord
     console_from: int = 0
+    patient: bool = False
+    """Of a machine that was up: who paused it may let it go on."""
     cpu_asked: float = 0.0
 
     def __call__(self) -> bool:
@@ -117,8 +111,9 @@ class Watch:
         self.heed_console()
         if time.monotonic() - self.cpu_asked > CPU_EVERY_S:
             self.cpu_asked = time.monotonic()
-            stuck = STUCK.get(cpu(self.place))
-            if stuck is not None:
+            state = qmp.status(self.place.qmp)
+            stuck = qmp.STUCK.get(state)
+            if stuck is not None and not (self.patient and state == "paused"):
                 force = "vmtasks stop --force" if self.record.own else "doit stop"
                 raise SshError(f"machine {self.place.name}: {stuck}", hint=f"{force}, then start it again")
         return self.place.pid(self.record) is not None
@@ -129,15 +124,6 @@ class Watch:
         for failure in self.place.config.guest.failures:
             if failure.cause != "login" and transcript.match(failure.expect):
                 raise SshError(f"machine {self.place.name}: the guest {failure.says}")
-
-
-def cpu(place: Place) -> str:
-    """What QMP says of the machine: `running`, a key of STUCK, or empty when QEMU does not answer within seconds."""
-    try:
-        with qmp.connect(place.qmp, timeout_s=3, ended=lambda: not place.qmp.exists()) as control:
-            return str(control.cmd("query-status")["status"])
-    except MachineError:
-        return ""
 
 
 # -- ports
@@ -230,6 +216,7 @@ def spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
         console_socket=place.serial,
         console_log=place.console_log.absolute(),
         qmp_socket=place.qmp,
+        events=place.events.absolute(),
         pidfile=(place.folder / f"{place.name}.pid").absolute(),
         **more,
     )

@@ -19,6 +19,7 @@ from vmtasks import progress, snapshots
 from vmtasks.config import show_size
 from vmtasks.errors import StateError
 from vmtasks.machine.console import read_log
+from vmtasks.machine.events import Events
 from vmtasks.media import disk
 from vmtasks.progress import Say
 from vmtasks.remote import ssh
@@ -76,12 +77,15 @@ class Machine(Place):
         """
         from vmtasks.remote.link import Link  # noqa: PLC0415 - paramiko takes 0.2 s
 
-        target, record = self.running(), self.record()
+        record = self.record()
+        target = self.running()
+        now = self.console_log.stat().st_size if self.console_log.exists() else 0
         return Link(
             target,
             window_s=window_s,
             console=lambda: read_log(self.console_log).tail(),
-            alive=lambda: record is not None and self.pid(record) is not None,
+            alive=launch.Watch(self, record, now, patient=True) if record is not None else lambda: False,
+            events=Events(self.events).boot,
         )
 
     def wait(self, note: Say = progress.say) -> ssh.Target:

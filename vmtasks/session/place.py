@@ -67,6 +67,11 @@ class Place:
         return self.sockets / "qmp"
 
     @property
+    def events(self) -> Path:
+        """The base of the files that hold QEMU's events; see machine/events.py."""
+        return self.folder / "events"
+
+    @property
     def serial(self) -> Path:
         """The socket of the guest's serial console."""
         return self.sockets / "serial"

@@ -49,10 +49,16 @@ class Wants:
 class Project:
     """Where machines are, and what they are made from."""
 
-    def __init__(self, root: Path | None, environ: Mapping[str, str] = os.environ) -> None:
-        """`root` holds config/vm.toml; None: no project, only the guests that come with vmtasks."""
+    def __init__(
+        self, root: Path | None, environ: Mapping[str, str] = os.environ, variables: Mapping[str, str] | None = None
+    ) -> None:
+        """`root` holds config/vm.toml; None: no project, only the guests that come with vmtasks.
+
+        `variables` are those of doit's command line.
+        """
         self.root = root
         self.environ = environ
+        self.variables = variables or {}
 
     @classmethod
     def find(cls, start: Path, environ: Mapping[str, str] = os.environ) -> "Project":
@@ -64,7 +70,8 @@ class Project:
 
     def config(self, guest: str = "", version: str = "") -> Config:
         """The configuration, for another guest than the configured one if one is named. ConfigError as always."""
-        given = {name: value for name, value in (("guest", guest), ("version", version)) if value}
+        given = {name: value for name, value in self.variables.items() if not (guest and name in ("guest", "version"))}
+        given |= {name: value for name, value in (("guest", guest), ("version", version)) if value}
         if self.root is None:
             return config.without_project(given, self.environ)
         made = config.load(self.root, given, self.environ)

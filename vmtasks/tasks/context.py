@@ -20,11 +20,14 @@ from vmtasks.errors import ConfigError, VmTasksError
 P = ParamSpec("P")
 
 
+VARIABLES: dict[str, str] = getattr(doit_cmd, "_CMDLINE_VARS", None) or {}
+"""What stands on doit's command line as name=value."""
+
+
 def read_config() -> Config:
     """The configuration, or one line on stderr and exit status 2: nothing has been done yet."""
-    variables = getattr(doit_cmd, "_CMDLINE_VARS", None) or {}
     try:
-        config = load(Path.cwd(), variables)
+        config = load(Path.cwd(), VARIABLES)
         rules.check(config)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")

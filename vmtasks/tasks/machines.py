@@ -12,7 +12,7 @@ from vmtasks.config import help_table, show_size
 from vmtasks.errors import MissingToolError, StateError, VmTasksError
 from vmtasks.model import Download
 from vmtasks.state import CLEAN, State
-from vmtasks.tasks.context import CONFIG, action, asked_with
+from vmtasks.tasks.context import CONFIG, VARIABLES, action, asked_with
 from vmtasks.tasks.images import Intact, run_step, without_option
 from vmtasks.tasks.reporter import Said
 
@@ -28,10 +28,15 @@ if TYPE_CHECKING:
     from vmtasks.session import Machine, View
 
 
-def the_machine() -> "Machine":
-    """The configured machine. Imported only when it is needed: most runs have nothing to do."""
-    from vmtasks.session import Machine  # noqa: PLC0415
+def the_machine(*, reap: bool = True) -> "Machine":
+    """The configured machine, after what the dead have left was removed.
 
+    Imported only when it is needed: most runs have nothing to do.
+    """
+    from vmtasks.session import Machine, Project  # noqa: PLC0415
+
+    if reap:
+        Project(CONFIG.root, variables=VARIABLES).reap(progress.say)
     return Machine(CONFIG)
 
 
@@ -187,7 +192,7 @@ def task_status() -> Task:
     """
 
     def status() -> None:
-        view = the_machine().status()
+        view = the_machine(reap=False).status()
         sys.stdout.write("".join(f"{line}\n" for line in describe(view)))
         sys.stdout.flush()
         if EXIT[view.status]:

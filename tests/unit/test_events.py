@@ -1,0 +1,64 @@
+"""QEMU's events in a file, on a real QEMU."""
+
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from test_phase import machine
+
+from bootsector import hang, sector
+from vmtasks.machine import argv, events, qmp, vm
+from vmtasks.machine.argv import Spec
+from vmtasks.machine.events import Events
+
+WAIT_S = 20.0
+
+
+@contextmanager
+def running(spec: Spec, output: Path) -> Iterator[vm.Pid]:
+    pid = vm.launch(spec, output)
+    try:
+        yield pid
+    finally:
+        os.kill(pid.number, signal.SIGKILL)
+        vm.wait_until(lambda: not pid.alive(argv.PROGRAM), WAIT_S)
+
+
+@pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
+def test_each_reset_and_start_is_another_boot_and_a_pause_is_not(tmp_path: Path):
+    spec = machine(tmp_path, sector(hang()), throwaway=False, events=tmp_path / "the, events")
+    record, other = Events(spec.events), Events(spec.events)
+    assert record.boot() == "", "nothing is known before QEMU runs"
+    with running(spec, tmp_path / "log"), qmp.connect(spec.qmp_socket, timeout_s=WAIT_S) as control:
+        assert vm.wait_until(lambda: bool(record.boot()), WAIT_S)
+        first = record.boot()
+        control.cmd("stop")
+        control.cmd("cont")
+        assert vm.wait_until(lambda: b"RESUME" in (tmp_path / "the, events.out").read_bytes(), WAIT_S)
+        assert (record.boot(), other.boot()) == (first, first)
+        control.cmd("system_reset")
+        assert vm.wait_until(lambda: record.boot() != first, WAIT_S)
+        assert other.boot() == record.boot(), "any number of readers, also beside a client of the socket"
+        last = record.boot()
+    assert record.boot() == last, "the record stays"
+    spec.qmp_socket.unlink()
+    with running(spec, tmp_path / "log"):
+        assert vm.wait_until(lambda: bool(record.boot()), WAIT_S)
+        assert record.boot() not in (first, last)
+    shutil.rmtree(spec.qmp_socket.parent)
+
+
+def test_a_line_that_is_not_whole_yet_is_left_for_later(tmp_path: Path):
+    base = tmp_path / "events"
+    events.prepare(base)
+    record, path = Events(base), tmp_path / "events.out"
+    seen = []
+    for text in ('{"QMP": {}}\n{"return": {}}\n', '{"event": "RES', 'ET"}\n', '{"event": "STOP"}\n'):
+        with path.open("a") as out:
+            out.write(text)
+        seen.append(record.boot())
+    assert seen[0] == seen[1] != seen[2] == seen[3]
