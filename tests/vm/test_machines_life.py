@@ -103,7 +103,8 @@ def test_b8_c_its_terminal_is_closed(cli: Cli) -> None:
     cli.nothing_left()
 
 
-def test_b8_d_b42_killed_and_reaped_by_the_next_command(cli: Cli) -> None:
+@pytest.mark.parametrize("by", ["vmtasks", "doit"])
+def test_b8_d_b42_killed_and_reaped_by_the_next_command(cli: Cli, by: str) -> None:
     before = files(cli)
     run = cli.start("run", "--name", "a", "--ssh-port", str(free_port()))
     until(lambda: cli.project.qemus() or run.poll() is not None, 60, "QEMU")
@@ -111,6 +112,9 @@ def test_b8_d_b42_killed_and_reaped_by_the_next_command(cli: Cli) -> None:
     run.communicate(timeout=30)
     until(lambda: not cli.project.qemus(), 10, "the kernel to end QEMU")
     assert (cli.run_folder / "a").exists()
+    if by == "doit":
+        assert "machine a: removed" in cli.project.doit("stop").output
+        assert not (cli.run_folder / "a").exists()
     assert cli.json("ps") == []
     assert files(cli) == before
 
