@@ -80,6 +80,33 @@ def test_a_program_that_a_signal_ends_is_not_an_exit(via: Via, tmp_path: Path):
     assert run("sh", line, tmp_path, leads=False).returncode == -signal.SIGKILL
 
 
+@pytest.mark.parametrize("shell", SHELLS)
+@pytest.mark.parametrize("via", ["sh", "setsid"])
+@pytest.mark.parametrize("size", [0, 20_000])
+def test_a_shell_that_waits_runs_what_comes_and_reads_no_byte_more(shell: str, via: Via, size: int, tmp_path: Path):
+    data = bytes(range(256)) * 300
+    words = [*ODD, "x" * size]
+    line = command.waiting("0f0f", via)
+
+    def given(text: str, *, stdin: bool) -> "subprocess.CompletedProcess[bytes]":
+        return run(
+            shell, command.Wire(line, command.order(text, stdin=stdin), "0f0f"), tmp_path, leads=via == "sh", stdin=data
+        )
+
+    for text in (command.script(["printf", "<%s>", *words]), "printf '<%s>' a\\b 'it''s' !; set | grep vmtasks_line"):
+        plain = run(shell, command.wire(text, "1", via), tmp_path, leads=via == "sh")
+        assert given(text, stdin=False).stdout == plain.stdout
+    done = given("ps -o pgid= -p $$ >&2; cat; exit 9", stdin=True)
+    header = Header("0f0f")
+    assert int(header.feed(done.stderr)) == header.group
+    assert (done.stdout, done.returncode) == (data, 9)
+    assert given("cat", stdin=False).stdout == b""
+    never = run(shell, command.Wire(line, b"", "0f0f"), tmp_path, leads=via == "sh")
+    assert (never.stdout, never.returncode) == (b"", 0)
+    killed = given(command.script(["sh", "-c", "kill -KILL $$"]), stdin=False)
+    assert killed.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)  # some login shells make an exit of it
+
+
 def test_what_no_system_can_take():
     for wrong in ([], "a\0b", ["a", "\0"]):
         with pytest.raises(ConfigError):

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from vmtasks.errors import (
     ConnectRefusedError,
     HostKeyError,
 )
-from vmtasks.remote import client, files
+from vmtasks.remote import channels, client, files
 from vmtasks.remote.ssh import Target
 
 pytestmark = pytest.mark.timeout(300)
@@ -36,7 +37,9 @@ MIB = 1 << 20
 
 @pytest.fixture
 def ssh(guest: Guest) -> Iterator[client.Connection]:
+    """With a shell that waits: what a first command does is seen in every other test, and in tests/unit."""
     with guest.connect() as connection:
+        connection.execute("true", timeout_s=LIMIT_S)
         yield connection
 
 
@@ -162,6 +165,36 @@ def test_c11_a_signal_is_not_a_status(ssh: client.Connection) -> None:
     done = ssh.execute(["no-such-program"], timeout_s=LIMIT_S)
     assert done.status == 127
     assert b"no-such-program" in done.stderr
+
+
+def test_a_shell_waits_for_the_next_command_but_not_for_long(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    def waiting() -> list[str]:
+        words = guest.target.argv("""ps -o pid,args | awk 'index($0, "vmtasks_line |" "| exit") { print $1 }'""")
+        return subprocess.run(words, check=True, capture_output=True, text=True, timeout=LIMIT_S).stdout.split()
+
+    with guest.connect(keepalive_s=1) as connection:
+        assert waiting() == []
+        connection.execute("cd /; export A=1; umask 0; true", timeout_s=LIMIT_S)
+        until_true(waiting, "a shell to wait")
+        (first,) = waiting()
+        done = connection.execute('echo $$ "$PWD" "$A" $(umask)', timeout_s=LIMIT_S).stdout.decode()
+        assert done == f"{first} /home/dev  0022\n", "it ran in that shell, which knows nothing of the one before"
+        until_true(waiting, "the next shell to wait")
+        (second,) = waiting()
+        guest.root(f"kill -KILL {second}")
+        assert connection.execute("echo fine", timeout_s=LIMIT_S).stdout == b"fine\n"
+        until_true(waiting, "the next shell to wait")
+        monkeypatch.setattr(channels, "WAITING_S", 1.0)
+        until_true(lambda: waiting() == [], "it to be dismissed")
+        assert connection.execute("echo fine", timeout_s=LIMIT_S).stdout == b"fine\n"
+    until_true(lambda: waiting() == [], "all to be gone with the connection")
+
+
+def test_commands_from_several_threads(ssh: client.Connection) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        texts = [f"echo {number}; exit {number}" for number in range(24)]
+        ends = list(pool.map(lambda text: ssh.execute(text, timeout_s=LIMIT_S), texts))
+    assert [(end.stdout, end.status) for end in ends] == [(b"%d\n" % number, number) for number in range(24)]
 
 
 def test_c6_ten_mebibytes_on_both_streams_at_once(ssh: client.Connection) -> None:

@@ -32,7 +32,7 @@ def test_c3_each_kind_of_death_has_a_verdict_of_its_own(guest: Guest) -> None:
         blind = alive.is_alive(guest.target, timeout_s=2)
         assert (blind.verdict, blind.alive) == ("silent", False), "the open port alone proves nothing"
     # The keepalives would tell after 75 s: QEMU's events do, and QMP why nobody need be waited for.
-    with guest.machine().link() as link, pytest.raises(ConnectionLostError, match="the guest('s kernel)? panicked"):
+    with guest.machine().link() as link, pytest.raises(ConnectionLostError, match=r"the guest('s kernel)? panicked"):
         link.execute("echo c | doas tee /proc/sysrq-trigger; sleep 100", timeout_s=LIMIT_S)
     assert ask().verdict == "panicked"
     assert not ask().alive

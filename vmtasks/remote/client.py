@@ -12,37 +12,27 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, Self
 
 import paramiko
-from paramiko.common import MSG_CHANNEL_REQUEST
 
 from vmtasks.errors import CommandTimeoutError, ConnectionLostError, SshError
 from vmtasks.remote import command as commands
 from vmtasks.remote import login
-from vmtasks.remote.command import Command, Executed, OnData, OnLine
+from vmtasks.remote.channels import BROKEN, Channels, NotStartedError
+from vmtasks.remote.command import Command, Executed, OnData, OnLine, Wire
 from vmtasks.remote.pump import Outcome, Pump, feed
 from vmtasks.remote.ssh import Target, end_group_script
 
 Console = Callable[[], Sequence[str]]
 """Gives the console's last lines, for errors."""
 
-BROKEN = (paramiko.SSHException, OSError, EOFError)
-"""What paramiko raises when a connection breaks or a request is refused."""
-
 END_S = 20.0
-GOING_ON = 6
-"""How many commands that we left may keep their channels: OpenSSH's server has 10 for a connection; see MaxSessions."""
-
 GONE_EVERY_S = 1.0
 KEEPALIVE_S = 15.0
 MISSED = 4
 TRIES = 4
-
-
-class _NotStartedError(SshError):
-    """The server closed a channel before it took the command."""
 
 
 class Connection:
@@ -54,8 +44,8 @@ class Connection:
         """Use connect()."""
         self.target = target
         self._transport = transport
+        self._channels = Channels(target.name, transport)
         self._via: commands.Via = ""
-        self._going_on: list[Any] = []
         self._closing = threading.Event()
         threading.Thread(target=self._keep_alive, args=(keepalive_s,), name="vmtasks keepalive", daemon=True).start()
         if gone is not None:
@@ -115,7 +105,7 @@ class Connection:
                 return self._once(
                     text, timeout_s, idle_s, user, stdin, on_line=on_line, on_data=on_data, keep=keep, detached=detached
                 )
-            except _NotStartedError:
+            except NotStartedError:
                 # dropbear closes a channel that is opened just as another's command ends. Nothing has run.
                 if not left or not isinstance(stdin, bytes):
                     raise
@@ -134,60 +124,34 @@ class Connection:
         **more: Any,
     ) -> Executed:
         """One try of execute()."""
-        wire = commands.wire(text, secrets.token_hex(4), self._via, stdin=stdin != b"")
         deadline = time.monotonic() + timeout_s
-        with self._channel(wire.line, deadline) as channel:
+        channel, wire = self._start(text, deadline, stdin=stdin != b"")
+        try:
             pump = Pump(channel, wire.token, **more)
             feed(channel, wire.preamble, stdin)
             outcome = pump.until_end(deadline, idle_s, detached=detached)
             self._via = self._via or pump.header.via
             if outcome == "ended":
                 pump.finish()
-                return self._result(channel, pump, detached)
+                done = self._result(channel, pump, detached, waited=not wire.line)
+                if self._via:
+                    self._channels.prepare(self._via)
+                return done
             ended = self._end(pump, user)
             pump.finish()
+        finally:
+            self._channels.leave(channel)
         raise _late(outcome, timeout_s if outcome == "overall" else idle_s or 0.0, pump, ended=ended)
 
-    @contextlib.contextmanager
-    def _channel(self, line: str, deadline: float) -> Iterator[Any]:
-        """A channel on which a command line was sent. If the server does not take it, it closes the channel."""
-        started = False
-        self._going_on = [channel for channel in self._going_on if not channel.closed]
-        while len(self._going_on) > GOING_ON:
-            self._going_on.pop(0).close()
-        try:
-            channel = self._transport.open_session(timeout=max(0.1, deadline - time.monotonic()))
-            started = True
-            message = paramiko.Message()
-            message.add_byte(bytes([MSG_CHANNEL_REQUEST]))
-            message.add_int(channel.remote_chanid)
-            message.add_string("exec")
-            message.add_boolean(True)  # noqa: FBT003 - an answer is wanted
-            message.add_string(line)
-            # Channel.exec_command would wait for the answer, which costs time, and without a deadline.
-            self._transport._send_user_message(message)  # noqa: SLF001
-        except BROKEN as error:
-            if self._gone():
-                what = "was lost as a command was sent" if started else "is closed; the command was not sent"
-                raise ConnectionLostError(f"the connection to {self.target.name} {what}", started=started) from None
-            if time.monotonic() >= deadline:
-                raise CommandTimeoutError("the guest did not start the command in time", which="overall") from None
-            raise _NotStartedError(f"the guest's SSH server opens no channel: {login.said(error)}") from None
-        try:
-            yield channel
-        finally:
-            if channel.status_event.is_set():
-                channel.close()
-            else:
-                # dropbear takes the exit of a command whose channel was closed before for that of a later one.
-                self._going_on.append(channel)
+    def _start(self, text: str, deadline: float, *, stdin: bool) -> tuple[Any, Wire]:
+        """A channel on which a command was begun, by the shell that waits for one or by a new one."""
+        waiting = self._channels.take(deadline)
+        if waiting is not None:
+            return waiting.channel, Wire("", commands.order(text, stdin=stdin), waiting.token)
+        wire = commands.wire(text, secrets.token_hex(4), self._via, stdin=stdin)
+        return self._channels.open(wire.line, deadline), wire
 
-    def _gone(self) -> bool:
-        """Whether the connection is broken; paramiko's thread may be about to say so."""
-        self._transport.join(0.5)
-        return not self.is_connected()
-
-    def _result(self, channel: Any, pump: Pump, detached: bytes) -> Executed:
+    def _result(self, channel: Any, pump: Pump, detached: bytes, *, waited: bool) -> Executed:
         if detached and pump.stdout.endswith(detached):
             return Executed(pump.stdout, pump.stderr, 0)
         if channel.exit_status >= 0:
@@ -196,15 +160,16 @@ class Connection:
         if name:
             number = getattr(signal.Signals, f"SIG{name}", 0)
             return Executed(pump.stdout, pump.stderr, 128 + number, name)
-        if self._gone():
+        if self._channels.gone():
             raise ConnectionLostError(
                 f"the connection to {self.target.name} was lost; how the command ended is not known",
                 stdout=pump.stdout,
                 stderr=pump.stderr,
                 hint="a command that must survive this is run as a job",
             )
-        if not channel.event_ready:  # no answer to the request, which comes before anything of the command
-            raise _NotStartedError("the guest's SSH server refused to run the command")
+        # No answer to the request, which comes before anything of the command; no word of the shell that was to wait.
+        if not channel.event_ready or (waited and not pump.header.seen):
+            raise NotStartedError("the guest's SSH server refused to run the command")
         raise SshError("the guest's SSH server gave no status for the command")
 
     def _end(self, pump: Pump, user: str) -> bool:
@@ -217,8 +182,9 @@ class Connection:
         try:
             if pump.header.group:
                 wire = commands.wire(end_group_script(pump.header.group, user), "0", self._via)
-                with self._channel(wire.line, limit) as other:
-                    Pump(other, "0").until_end(limit)
+                other = self._channels.open(wire.line, limit)
+                Pump(other, "0").until_end(limit)
+                self._channels.leave(other)
             return pump.until_end(min(limit, time.monotonic() + 5)) == "ended" and pump.header.group != 0
         except SshError:
             return False
@@ -234,6 +200,7 @@ class Connection:
     def _keep_alive(self, every_s: float) -> None:
         """Ask for a sign of life now and then; give the connection up after a time without one."""
         while not self._closing.wait(every_s) and self.is_connected():
+            self._channels.expire()
             guard = threading.Timer(every_s * MISSED, self._transport.close)
             guard.daemon = True
             guard.start()

@@ -20,6 +20,14 @@ GROUP_FIRST = "kill -0 -$$ 2>/dev/null || ! command -v setsid >/dev/null 2>&1 ||
 """OpenSSH's server makes a group for each command, dropbear does not. Not every system has setsid; where a shell does
 not lead its group, setsid needs no fork, so that the status stays that of the command."""
 
+NO_INPUT = "exec </dev/null; "
+WAIT = (
+    "IFS= read -r vmtasks_line || exit 0; "
+    'case $vmtasks_line in =*) eval "unset vmtasks_line;${vmtasks_line#=}" ;; '
+    '*) eval "unset vmtasks_line;$(printf %b "$vmtasks_line")" ;; esac'
+)
+"""A shell reads no byte beyond the line, so that the rest is the command's. printf would cost a fork."""
+
 Command = str | Sequence[str]
 """A script for sh, or a program with its arguments, which are then taken as they are."""
 
@@ -74,7 +82,7 @@ def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
 
     Without `stdin` the command reads from /dev/null.
     """
-    empty = "" if stdin else "exec </dev/null; "
+    empty = "" if stdin else NO_INPUT
     if via:
         body = f"{empty}echo ::vmtasks:{token}:$$:{via} >&2; {text}"
     else:
@@ -87,6 +95,19 @@ def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
         return Wire(line, b"", token)
     read = 'IFS= read -r vmtasks_line; eval "unset vmtasks_line;$(printf %b "$vmtasks_line")"'
     return Wire(f"exec {program} -c '{read}' sh", ssh.plain(body).encode() + b"\n", token)
+
+
+def waiting(token: str, via: Via) -> str:
+    """The command line of a shell that names its group and then waits on stdin for its text, which order() makes."""
+    text = f"echo ::vmtasks:{token}:$$:{via} >&2; {WAIT}"
+    return ssh.remote_line(text, "setsid /bin/sh" if via == "setsid" else "/bin/sh")
+
+
+def order(text: str, *, stdin: bool) -> bytes:
+    """The line that has a waiting shell run `text`. Without `stdin` the command reads from /dev/null."""
+    body = text if stdin else NO_INPUT + text
+    # Some shells' read changes bytes beyond ASCII.
+    return (f"={body}" if body.isascii() and body.isprintable() else ssh.plain(body)).encode() + b"\n"
 
 
 class Header:
