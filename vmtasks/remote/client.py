@@ -125,7 +125,7 @@ class Connection:
     ) -> Executed:
         """One try of execute()."""
         deadline = time.monotonic() + timeout_s
-        channel, wire = self._start(text, deadline, stdin=stdin != b"")
+        channel, wire = self._start(text, deadline, stdin=stdin != b"", detached=detached != b"")
         try:
             pump = Pump(channel, wire.token, **more)
             feed(channel, wire.preamble, stdin)
@@ -143,9 +143,12 @@ class Connection:
             self._channels.leave(channel)
         raise _late(outcome, timeout_s if outcome == "overall" else idle_s or 0.0, pump, ended=ended)
 
-    def _start(self, text: str, deadline: float, *, stdin: bool) -> tuple[Any, Wire]:
-        """A channel on which a command was begun, by the shell that waits for one or by a new one."""
-        waiting = self._channels.take(deadline)
+    def _start(self, text: str, deadline: float, *, stdin: bool, detached: bool) -> tuple[Any, Wire]:
+        """A channel on which a command was begun, by the shell that waits for one or by a new one.
+
+        What goes on without us gets a new one, by whose command line it can be told from others later; see job.py.
+        """
+        waiting = None if detached else self._channels.take(deadline)
         if waiting is not None:
             return waiting.channel, Wire("", commands.order(text, stdin=stdin), waiting.token)
         wire = commands.wire(text, secrets.token_hex(4), self._via, stdin=stdin)
