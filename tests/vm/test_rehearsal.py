@@ -19,6 +19,11 @@ from httpserver import serving
 from rehearsal import inject, media, transcript
 from rehearsal.inject import Order, Outcome
 from rehearsal.transcript import Transcript
+from vmtasks.config import load
+from vmtasks.errors import CommandTimeoutError
+from vmtasks.remote import job
+from vmtasks.remote.link import Link
+from vmtasks.session import Machine
 
 pytestmark = pytest.mark.timeout(420)
 
@@ -248,7 +253,25 @@ def test_the_result_boots_and_is_used(rehearsal: Rehearsal) -> None:
     assert "installer" not in said("cat /etc/master.passwd")
     project.doit("sync").good()
     assert said("ls project/Makefile") == "project/Makefile"
+    with Machine(load(project.root, {}, project.env())).link() as link:
+        from_a_real_openssh(link)
     assert "stopped" in project.doit("stop").good()
+
+
+def from_a_real_openssh(link: Link) -> None:
+    """What differs from dropbear: it makes the group of a command itself. And root's shell is bash here."""
+    assert link.open().server.startswith("SSH-2.0-OpenSSH")
+    for _ in range(2):
+        done = link.execute("echo a; echo b >&2; exit 42", timeout_s=60)
+        assert (done.stdout, done.stderr, done.status) == (b"a\n", b"b\n", 42)
+        assert link.execute("kill -KILL $$", timeout_s=60).signal == "KILL"
+        with pytest.raises(CommandTimeoutError, match="it was ended"):
+            link.execute("trap '' TERM; sleep 4711 & sleep 4711", timeout_s=3)
+    end = job.run(link, ["printf", "%s", "it's $HOME"], timeout_s=60)
+    assert (end.stdout, end.status) == (b"it's $HOME", 0)
+    with pytest.raises(CommandTimeoutError, match="it was ended"):
+        job.run(link, "sleep 4711", timeout_s=3)
+    assert link.execute("ps -A -o args | grep '[s]leep 4711'", timeout_s=60).stdout == b""
 
 
 @pytest.mark.exhaustive
