@@ -25,8 +25,7 @@ class Events:
     def __init__(self, base: Path) -> None:
         """It need not be there yet."""
         self._base = base
-        self._size = -1
-        self._ended = 0
+        self._started = self._offset = self._ended = 0
 
     def boot(self) -> str:
         """A word that is another one after each reset, power-off, panic and start of QEMU; empty where none is known.
@@ -35,18 +34,22 @@ class Events:
         """
         try:
             started, size = _input(self._base).stat().st_mtime_ns, _output(self._base).stat().st_size
-            if size != self._size:
-                self._ended = sum(name in BOOT_ENDS for name in _names(_output(self._base).read_bytes()))
-                self._size = size
+            if started != self._started or size < self._offset:
+                self._started, self._offset, self._ended = started, 0, 0
+            if size > self._offset:
+                self._read()
         except OSError:
             return ""
-        return f"{started}-{self._ended}" if size else ""
+        return f"{started}-{self._ended}" if self._offset else ""
 
-
-def _names(record: bytes) -> list[str]:
-    """The names of the events in a record, whose last line may not be whole yet."""
-    whole = record[: record.rfind(b"\n") + 1]
-    return [str(json.loads(line).get("event", "")) for line in whole.splitlines() if line.strip()]
+    def _read(self) -> None:
+        """Count what has come; the last line may not be whole yet."""
+        with _output(self._base).open("rb") as record:
+            record.seek(self._offset)
+            new = record.read()
+        whole = new[: new.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        self._ended += sum(json.loads(line).get("event") in BOOT_ENDS for line in whole.splitlines() if line.strip())
 
 
 def _input(base: Path) -> Path:
