@@ -5,6 +5,7 @@ whose input is a file with one command and whose output is the record: any numbe
 """
 
 import json
+import threading
 from pathlib import Path
 
 HELLO = b'{"execute": "qmp_capabilities"}\n'
@@ -20,27 +21,29 @@ def prepare(base: Path) -> None:
 
 
 class Events:
-    """The record of the QEMU that was started last with this base."""
+    """The record of the QEMU that was started last with this base. To be asked from any thread."""
 
     def __init__(self, base: Path) -> None:
         """It need not be there yet."""
         self._base = base
         self._started = self._offset = self._ended = 0
+        self._lock = threading.Lock()
 
     def boot(self) -> str:
         """A word that is another one after each reset, power-off, panic and start of QEMU; empty where none is known.
 
         A reset makes more than one event, so that the word may change again within the second.
         """
-        try:
-            started, size = _input(self._base).stat().st_mtime_ns, _output(self._base).stat().st_size
-            if started != self._started or size < self._offset:
-                self._started, self._offset, self._ended = started, 0, 0
-            if size > self._offset:
-                self._read()
-        except OSError:
-            return ""
-        return f"{started}-{self._ended}" if self._offset else ""
+        with self._lock:
+            try:
+                started, size = _input(self._base).stat().st_mtime_ns, _output(self._base).stat().st_size
+                if started != self._started or size < self._offset:
+                    self._started, self._offset, self._ended = started, 0, 0
+                if size > self._offset:
+                    self._read()
+            except OSError:
+                return ""
+            return f"{started}-{self._ended}" if self._offset else ""
 
     def _read(self) -> None:
         """Count what has come; the last line may not be whole yet."""
