@@ -1,4 +1,4 @@
-"""What all tests share: signals as an interactive shell gives them, and small disks."""
+"""What tests share: signals as an interactive shell gives them, no proxy, and folders for downloads and small disks."""
 
 import contextlib
 import signal
@@ -8,12 +8,28 @@ from pathlib import Path
 
 import pytest
 
+pytest.register_assert_rewrite("downloads")
+
 
 def pytest_configure() -> None:
     """A shell in the background ignores SIGINT and SIGQUIT, nohup SIGHUP; and so would all that tests start."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No proxy is set in the environment."""
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where downloads go; it is not there yet."""
+    return tmp_path / "downloads"
 
 
 @contextlib.contextmanager
