@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("downloads")
+pytest.register_assert_rewrite("downloads", "phaserun")
 
 
 def pytest_configure() -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from test_phase import machine
+from phaserun import machine
 
 from bootsector import hang, sector
 from vmtasks.machine import argv, events, qmp, vm
