@@ -287,7 +287,8 @@ def started(pid: int) -> str:
         except OSError:
             return ""
         fields = stat.rpartition(")")[2].split()
-        return "" if fields[0] in "ZX" else fields[19]
+        # A first thread may be a zombie while the others still hold the process's files.
+        return "" if fields[0] in "ZX" and fields[17] in "01" else fields[19]
     return run(["ps", "-o", "lstart=", "-p", str(pid)], timeout_s=10, check=False).stdout.strip()
 
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -166,3 +167,17 @@ def test_sockets_of_a_killed_process_are_removed():
             assert second.stat().st_mode & 0o777 == 0o700
     assert not first.exists()
     assert not second.exists()
+
+
+def test_a_killed_qemu_is_there_until_its_sockets_and_locks_are_free(tmp_path: Path):
+    for count in range(4):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        spec = machine(folder, sector(hang()), memory=256 << 20)
+        pid, mark = vm.launch(spec, folder / "log"), str(spec.qmp_socket)
+        os.kill(pid.number, signal.SIGKILL)
+        while pid.alive(mark):
+            pass
+        with socket.socket(socket.AF_UNIX) as client, pytest.raises(ConnectionRefusedError):
+            client.connect(mark)
+        shutil.rmtree(spec.qmp_socket.parent)

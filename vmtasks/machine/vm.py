@@ -39,10 +39,15 @@ class Pid:
     started: str
 
     def alive(self, mark: str) -> bool:
-        """Whether it still runs and is what we started: same start, and `mark` in its command line."""
-        return (
-            bool(self.started) and proc.started(self.number) == self.started and mark in proc.command_line(self.number)
-        )
+        """Whether it is there and is what we started: same start, and `mark` in its command line.
+
+        The kernel takes the memory of a process that ends, and with it the command line, before it closes its files: it
+        is there until its locks and ports are free.
+        """
+        if not self.started or proc.started(self.number) != self.started:
+            return False
+        line = proc.command_line(self.number)
+        return not line or mark in line
 
 
 Rung = tuple[str, Callable[[], object], float]
