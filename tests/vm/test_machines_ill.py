@@ -126,6 +126,7 @@ def test_b31_the_kernel_panicked_and_qemu_was_killed(box: Cli) -> None:
     until(lambda: failed_layer(box) == "QMP", 90, "the panic")
     _, why = failed(box)
     assert "the guest's kernel panicked" in why
+    assert [layer["verdict"] for layer in cli_layers(box) if layer["passed"] is False] == ["panicked"]
     assert "panicked" in said_by(box, "start", "box")
     (pid,) = box.project.qemus()
     os.kill(pid, signal.SIGKILL)
