@@ -6,6 +6,7 @@ import selectors
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -110,13 +111,40 @@ def run(
 def attach(argv: Sequence[str | Path]) -> int:
     """Run a program on our own terminal and streams, to its end; returns its status. No deadline: a person is there.
 
-    The kernel ends it when we are killed and cannot (Linux only).
+    The kernel ends it when we are killed and cannot (Linux only). Where our stdout is a pipe that is read no more, as
+    by `| head`, it is ended, and the status is that of SIGPIPE: ssh would wait for ever for somebody who reads.
     """
     words = [str(word) for word in argv]
     words[0] = find(words[0])
     log.debug("attach %s", quote(words))
-    ended = subprocess.run(words, check=False, preexec_fn=before_exec(die_with_us=True))
-    return shell_status(ended.returncode)
+    pipe = subprocess.PIPE if _stdout_is_pipe() else None
+    with subprocess.Popen(words, stdout=pipe, preexec_fn=before_exec(die_with_us=True)) as child:  # noqa: PLW1509 - as below
+        try:
+            if child.stdout is not None:
+                _hand_on(child.stdout.fileno())
+            return shell_status(child.wait())
+        except BrokenPipeError:
+            child.terminate()
+            child.wait()
+            return 128 + signal.SIGPIPE
+        except BaseException:
+            child.kill()
+            raise
+
+
+def _stdout_is_pipe() -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(1).st_mode)
+    except OSError:
+        return False  # it is closed
+
+
+def _hand_on(source: int) -> None:
+    """Copy to our stdout until the end. BrokenPipeError when nobody reads it any more."""
+    while data := os.read(source, BLOCK):
+        view = memoryview(data)
+        while view:
+            view = view[os.write(1, view) :]
 
 
 def stream(

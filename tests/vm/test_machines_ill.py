@@ -76,11 +76,20 @@ def test_b31_the_cpu_is_paused(box: Cli) -> None:
         name, why = failed(box)
         assert (name, why.partition(":")[0]) == ("QMP", "paused")
         assert "its CPU is paused" in said_by(box, "start", "box")
-        assert box.machine("box")["status"] == "booting"
+        assert box.machine("box")["status"] == "paused"
         assert "nothing in the guest can answer" in said_by(box, "ssh", "box", "--", "-o", "ControlPath=none", "true")
+        waiting = box.start("ssh", "box", "echo went on")
+        assert waiting.stderr is not None
+        assert (
+            b"its CPU is paused, so that nothing in the guest can answer; vmtasks resume box"
+            in waiting.stderr.readline()
+        )
     finally:
         box.good("resume", "box")
-    assert box("ssh", "box", "true").returncode == 0
+    assert waiting.communicate(timeout=60)[0] == b"went on\n"
+    box.good("pause", "box")
+    output = box("stop", "box").stderr.decode()
+    assert "stopped (power off in the guest)" in output, "it went on for that"
 
 
 @pytest.mark.exhaustive
@@ -117,6 +126,15 @@ def test_k17_k27_a_guest_that_heeds_nobody(box: Cli) -> None:
     assert not cli.project.qemus()
 
 
+def test_b31_output_that_nobody_reads_ends_the_command(box: Cli) -> None:
+    """As a shell would: the client of a server that does not hear of it would wait for ever."""
+    endless = box.start("ssh", "box", "yes")
+    assert endless.stdout is not None
+    assert endless.stdout.readline() == b"y\n"
+    endless.stdout.close()
+    assert endless.wait(30) == 128 + signal.SIGPIPE
+
+
 def test_b31_the_kernel_panicked_and_qemu_was_killed(box: Cli) -> None:
     session = box.start("ssh", "box", "echo in; sleep 300")
     assert session.stdout is not None
@@ -128,6 +146,7 @@ def test_b31_the_kernel_panicked_and_qemu_was_killed(box: Cli) -> None:
     assert "the guest's kernel panicked" in why
     assert [layer["verdict"] for layer in cli_layers(box) if layer["passed"] is False] == ["panicked"]
     assert "panicked" in said_by(box, "start", "box")
+    assert box.machine("box")["status"] == "panicked"
     (pid,) = box.project.qemus()
     os.kill(pid, signal.SIGKILL)
     assert session.wait(90) == 255

@@ -27,7 +27,7 @@ def described(found: "Machine") -> dict[str, Any]:
     record = view.record
     if record is None:
         return {"name": found.name, "status": view.status}
-    alive = view.status in ("booting", "running")
+    alive = view.status not in ("stale", "stopped")
     target = found.target(record)
     forwards = [Forward(record.ssh_port, 22), *map(Forward.parse, record.forwards)] if alive else []
     return {

@@ -11,6 +11,7 @@ from pathlib import Path
 HELLO = b'{"execute": "qmp_capabilities"}\n'
 """Without it a monitor tells no events; see QEMU's qmp-spec."""
 BOOT_ENDS = ("RESET", "SHUTDOWN", "GUEST_PANICKED")
+STANDS = {"STOP": True, "RESUME": False}
 
 
 def prepare(base: Path) -> None:
@@ -27,6 +28,7 @@ class Events:
         """It need not be there yet."""
         self._base = base
         self._started = self._offset = self._ended = 0
+        self._stands = False
         self._lock = threading.Lock()
 
     def boot(self) -> str:
@@ -35,24 +37,37 @@ class Events:
         A reset makes more than one event, so that the word may change again within the second.
         """
         with self._lock:
-            try:
-                started, size = _input(self._base).stat().st_mtime_ns, _output(self._base).stat().st_size
-                if started != self._started or size < self._offset:
-                    self._started, self._offset, self._ended = started, 0, 0
-                if size > self._offset:
-                    self._read()
-            except OSError:
-                return ""
-            return f"{started}-{self._ended}" if self._offset else ""
+            return f"{self._started}-{self._ended}" if self._look() and self._offset else ""
+
+    def stands(self) -> bool:
+        """Whether the guest's CPU stands still: somebody has paused it, its kernel has panicked, its disk is full."""
+        with self._lock:
+            return self._look() and self._stands
+
+    def _look(self) -> bool:
+        """Take in what is new; False when there is no record."""
+        try:
+            started, size = _input(self._base).stat().st_mtime_ns, _output(self._base).stat().st_size
+            if started != self._started or size < self._offset:
+                self._started, self._offset, self._ended, self._stands = started, 0, 0, False
+            if size > self._offset:
+                self._read()
+        except OSError:
+            return False
+        return True
 
     def _read(self) -> None:
-        """Count what has come; the last line may not be whole yet."""
+        """Take in what has come; the last line may not be whole yet."""
         with _output(self._base).open("rb") as record:
             record.seek(self._offset)
             new = record.read()
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
-        self._ended += sum(json.loads(line).get("event") in BOOT_ENDS for line in whole.splitlines() if line.strip())
+        for line in whole.splitlines():
+            name = json.loads(line).get("event") if line.strip() else None
+            self._ended += name in BOOT_ENDS
+            if name in STANDS:
+                self._stands = STANDS[name]
 
 
 def _input(base: Path) -> Path:

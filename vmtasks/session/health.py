@@ -4,23 +4,32 @@ A layer is looked at only if those below it passed: what fails first is why the 
 """
 
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from vmtasks import proc, progress
 from vmtasks.config import FALLBACK_PORTS, Config
 from vmtasks.errors import MissingToolError, VmTasksError
+from vmtasks.machine import qmp
 from vmtasks.machine.console import read_log
+from vmtasks.machine.events import Events
 from vmtasks.machine.ports import port_free, port_holder
+from vmtasks.progress import Say
 from vmtasks.remote import alive
 from vmtasks.remote.alive import Alive, Layer, Verdict
 from vmtasks.session import launch
 from vmtasks.session.machine import Machine
 from vmtasks.state import MachineRecord, State
 
+GOES_ON = ("paused", "io-error")
+"""States of a machine that can be let go on, once what stopped it is gone."""
+
 LAYER_S = 15.0
+STANDS_EVERY_S = 0.5
 PROGRAMS = ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "scp", "ssh-keygen", "ssh-keyscan")
 LEAST_FREE = 2 << 30
 
@@ -33,6 +42,27 @@ def is_alive(machine: Machine) -> Alive:
 def verdict(machine: Machine) -> str:
     """The first layer that fails, with its reason; empty when the machine is well."""
     return next((f"{layer.name}: {layer.says}" for layer in machine_layers(machine) if layer.passed is False), "")
+
+
+@contextmanager
+def telling(machine: Machine, note: Say) -> Iterator[None]:
+    """Say once, while the block waits for the guest, that its CPU stands still, why, and what to do."""
+    over = threading.Event()
+
+    def watch() -> None:
+        events = Events(machine.events)
+        while not over.wait(STANDS_EVERY_S):
+            state = qmp.status(machine.qmp) if events.stands() else "running"
+            if state in qmp.STUCK:
+                onward = "resume" if state in GOES_ON else "stop --force"
+                note(f"machine {machine.name}: {qmp.STUCK[state]}; vmtasks {onward} {machine.name}")
+                return
+
+    threading.Thread(target=watch, name="vmtasks stands", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
 
 
 def machine_layers(machine: Machine) -> Iterator[Layer]:

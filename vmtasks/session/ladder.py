@@ -1,9 +1,13 @@
 """The stop ladder: power off in the guest, ACPI button, QMP quit, SIGTERM, SIGKILL; each with a deadline."""
 
+from contextlib import suppress
+
 import msgspec
 
 from vmtasks import proc
-from vmtasks.machine import vm
+from vmtasks.errors import MachineError
+from vmtasks.machine import qmp, vm
+from vmtasks.machine.events import Events
 from vmtasks.progress import Say
 from vmtasks.remote import ssh
 from vmtasks.session.place import Place
@@ -22,7 +26,7 @@ def stop(place: Place, record: MachineRecord, note: Say, *, gentle: bool = True,
     """
     pid, rung = place.pid(record), AT_REST
     if pid is not None:
-        first = rungs(place, record, timeout_s) if gentle else []
+        first = rungs(place, record, timeout_s) if gentle and roused(place, note) else []
         rung = vm.stop(pid, str(place.qmp), first, place.qmp)
         late = gentle and rung not in (*GENTLE, AT_REST)
         why = ": the guest did not power off, as if its power was cut" if late else ""
@@ -40,6 +44,18 @@ def stop(place: Place, record: MachineRecord, note: Say, *, gentle: bool = True,
     now = place.record() or record
     place.write(msgspec.structs.replace(now, pid=0, pid_started="", ready=False))
     return rung
+
+
+def roused(place: Place, note: Say) -> bool:
+    """Whether the guest can power off: not one that panicked or whose disk is full. One that was paused goes on."""
+    state = qmp.status(place.qmp) if Events(place.events).stands() else "running"
+    if state == "paused":
+        with suppress(MachineError):
+            vm.control(place.qmp, "cont")()
+    elif state in qmp.STUCK:
+        note(f"machine {place.name} cannot power off: {qmp.STUCK[state]}")
+        return False
+    return True
 
 
 def rungs(place: Place, record: MachineRecord, timeout_s: float | None) -> list[vm.Rung]:

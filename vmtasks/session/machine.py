@@ -18,6 +18,7 @@ import msgspec
 from vmtasks import progress, snapshots
 from vmtasks.config import show_size
 from vmtasks.errors import StateError
+from vmtasks.machine import qmp
 from vmtasks.machine.console import read_log
 from vmtasks.machine.events import Events
 from vmtasks.media import disk
@@ -33,7 +34,8 @@ WINDOW_S = 180.0
 if TYPE_CHECKING:
     from vmtasks.remote.link import Link
 
-Status = Literal["absent", "booting", "running", "stale", "stopped"]
+Status = Literal["absent", "booting", "running", "unreachable", "paused", "panicked", "stale", "stopped"]
+"""`unreachable`: SSH has answered since the start and does not now. `paused`: its CPU stands, whoever stopped it."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,15 @@ class Machine(Place):
             return View(self.name, "absent", None, "")
         if self.pid(record) is None:
             return View(self.name, "stale" if record.pid else "stopped", record, "")
-        return View(self.name, "running" if ssh.is_ready(self.target(record)) else "booting", record, self.ssh_line())
+        return View(self.name, self._running(record), record, self.ssh_line())
+
+    def _running(self, record: MachineRecord) -> Status:
+        """What a machine is doing whose QEMU runs. Its CPU is asked first: SSH would only keep silent."""
+        if Events(self.events).stands():
+            return "panicked" if qmp.status(self.qmp) == qmp.PANICKED else "paused"
+        if ssh.is_ready(self.target(record)):
+            return "running"
+        return "unreachable" if record.ready else "booting"
 
     def running(self) -> ssh.Target:
         """The target of a machine that runs. StateError, which tells them apart, when it does not."""

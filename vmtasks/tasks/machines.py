@@ -17,7 +17,16 @@ from vmtasks.tasks.images import Intact, run_step, without_option
 from vmtasks.tasks.reporter import Said
 
 Task = dict[str, Any]
-EXIT = {"running": 0, "booting": 3, "stopped": 4, "stale": 5, "absent": 6}
+EXIT = {
+    "running": 0,
+    "booting": 3,
+    "stopped": 4,
+    "stale": 5,
+    "absent": 6,
+    "unreachable": 7,
+    "paused": 8,
+    "panicked": 9,
+}
 """Exit status of `status` by state."""
 
 NAME_PARAM = {"name": "name", "long": "name", "short": "n", "type": str, "default": "", "help": "name of a snapshot"}
@@ -182,12 +191,13 @@ def task_ssh() -> Task:
 
 
 def task_status() -> Task:
-    """Say what the machine is doing: running, booting, stopped, stale or absent; exit status 0, 3, 4, 5, 6.
+    """Say what the machine is doing: running, booting, stopped and so on, also by exit status.
 
-    Stale: it ended without being stopped. It changes nothing and waits for nobody, and may be asked at any time, also
-    while another command works on the machine.
+    Stale: it ended without being stopped. Unreachable: SSH has answered, and does not now. The task changes nothing and
+    waits for nobody, and may be asked at any time, also while another command works on the machine.
 
-    Exit status: 0 running, SSH answers; 3 booting; 4 stopped; 5 stale; 6 absent; 2 wrong configuration.
+    Exit status: 0 running, SSH answers; 3 booting; 4 stopped; 5 stale; 6 absent; 7 unreachable; 8 paused; 9 panicked; 2
+    wrong configuration.
     Example: doit status || doit start
     """
 
@@ -207,6 +217,9 @@ def describe(view: "View") -> list[str]:
         "absent": "absent: no such machine yet; `doit start` makes it",
         "booting": "booting: QEMU runs, SSH does not answer yet",
         "running": "running: SSH answers",
+        "unreachable": "unreachable: QEMU runs, and SSH, which has answered before, does not; vmtasks doctor says why",
+        "paused": "paused: its CPU stands still; vmtasks doctor says why, vmtasks resume lets it go on",
+        "panicked": "panicked: the guest's kernel has given up",
         "stale": "stale: it ended without being stopped; `doit start` starts it again",
         "stopped": "stopped",
     }
