@@ -108,7 +108,10 @@ def _fill(place: Place, target: ssh.Target, number: int, bind: BindRecord) -> No
         push(target, number, bind)
     except CommandError as error:
         if new:
-            raise BindError(f"{shown(bind)}: cannot all be copied to the guest: {error.message}") from None
+            raise BindError(
+                f"{shown(bind)}: cannot all be copied to the guest: {error.message}",
+                hint="mend what is named, or choose another folder or another path of the guest",
+            ) from None
         progress.say(f"warning: machine {place.name}: {shown(bind)}: not all is up to date there: {error.message}")
 
 
