@@ -2,8 +2,11 @@
 
 import base64
 import binascii
+import posixpath
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import PurePosixPath
 
 from vmtasks.config import UNITS
@@ -102,7 +105,29 @@ class Bind:
         path = PurePosixPath(guest)
         if not path.is_absolute() or ".." in path.parts or not guest.isprintable() or str(path) in ("/", "//"):
             raise ConfigError(f"--bind {text!r}: the guest's side, {guest!r}, must be an absolute path below /")
-        return cls(host, str(path), mode == "ro")
+        return cls(host, _one_way(guest), mode == "ro")
+
+    def __str__(self) -> str:
+        """As parse() takes it."""
+        return f"{self.host}:{self.guest}{':ro' if self.read_only else ''}"
+
+
+def apart(binds: Sequence[Bind]) -> None:
+    """ConfigError when two binds have one path of the guest, or one of them is inside the other: they would mix."""
+    for one, other in combinations(binds, 2):
+        paths = [PurePosixPath(_one_way(bind.guest)) for bind in (one, other)]
+        if paths[0] == paths[1]:
+            how = f"both are at {paths[0]} in the guest"
+        elif paths[0] in paths[1].parents or paths[1] in paths[0].parents:
+            how = "in the guest, one is inside the other"
+        else:
+            continue
+        raise ConfigError(f"--bind {str(one)!r} and --bind {str(other)!r}: {how}; give each a path of its own")
+
+
+def _one_way(guest: str) -> str:
+    """The one way to write a path of the guest. POSIX lets two slashes at its beginning mean something else."""
+    return "/" + posixpath.normpath(guest).lstrip("/")
 
 
 def image(text: str) -> tuple[str, str]:

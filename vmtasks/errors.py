@@ -8,6 +8,7 @@ VmTasksError
 ├── ImageError         an image or ISO is damaged, or could not be made
 ├── PhaseError         a guest did not finish its phase; `cause` says which of the ways
 ├── MachineError       QEMU did not start, stop or answer
+├── BindError          a folder of this host cannot be had in a guest that is well
 ├── SshError           the guest could not be reached, or a command in it did not end
 │   ├── ConnectRefusedError    nothing listens on the port
 │   ├── BannerError            the port is open, but no SSH server shows itself behind it
@@ -91,6 +92,10 @@ class PhaseError(VmTasksError):
 
 class MachineError(VmTasksError):
     """QEMU did not start, stop or answer as it must."""
+
+
+class BindError(VmTasksError):
+    """A folder of this host cannot be had in the guest, which is well otherwise."""
 
 
 class SshError(VmTasksError):

@@ -93,6 +93,7 @@ def test_a_forward_is_taken_or_refused(text: str) -> None:
         ("/a:/b:ro", Bind("/a", "/b", read_only=True)),
         ("/a:/b:rw", Bind("/a", "/b")),
         (".:/work/x/", Bind(".", "/work/x")),
+        (".://work//./x", Bind(".", "/work/x")),
         ("/with:colon:/b", Bind("/with:colon", "/b")),
         ("/with:colon:/b:ro", Bind("/with:colon", "/b", read_only=True)),
         ("/ü ö:/x y", Bind("/ü ö", "/x y")),
@@ -111,6 +112,8 @@ def test_bind(text: str, bind: Bind) -> None:
         ("/a:b", "the guest's side, 'b', must be an absolute path"),
         ("/a:/", "the guest's side, '/', must be an absolute path below /"),
         ("/a:/../etc", "the guest's side"),
+        ("/a:/b/../c", "the guest's side"),
+        ("/a://", "the guest's side"),
         ("/a:/x\ny", "the guest's side"),
         ("/a:ro", "the guest's side, 'ro'"),
     ],
@@ -119,6 +122,35 @@ def test_no_bind(text: str, says: str) -> None:
     with pytest.raises(ConfigError) as error:
         Bind.parse(text)
     assert says in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        ((".:/work", "/b:/work:ro"), "both are at /work"),
+        ((".:/work", "/b:/work/"), "both are at /work"),
+        ((".:/work", "/b://work"), "both are at /work"),
+        (("/b:/work/a/x", "/c:/y", ".:/work/./a"), "one is inside the other"),
+        ((".:/work", "/b:/work//x"), "one is inside the other"),
+    ],
+)
+def test_binds_that_would_mix(texts: tuple[str, ...], says: str) -> None:
+    with pytest.raises(ConfigError, match=says) as error:
+        arguments.apart([Bind.parse(text) for text in texts])
+    for text in (texts[0], texts[-1]):
+        assert f"'{Bind.parse(text)}'" in error.value.message
+
+
+def test_binds_that_are_made_without_a_command_line_mix_too() -> None:
+    with pytest.raises(ConfigError, match="both are at /b"):
+        arguments.apart([Bind(".", "/a/../b/"), Bind("x", "//b")])
+
+
+@pytest.mark.parametrize("texts", [(), (".:/a",), (".:/a", ".:/ab", ".:/b/a", "/c:/c d/a:ro")])
+def test_binds_that_are_apart(texts: tuple[str, ...]) -> None:
+    binds = [Bind.parse(text) for text in texts]
+    arguments.apart(binds)
+    assert [Bind.parse(str(bind)) for bind in binds] == binds
 
 
 @pytest.mark.parametrize(

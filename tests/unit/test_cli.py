@@ -52,6 +52,8 @@ def test_k1_every_command_has_help(words: list[str]) -> None:
         (["run", "-p", "70000:80"], "the host's side, 70000"),
         (["run", "--bind", "/nosuch:/x"], "/nosuch"),
         (["run", "--bind", "x"], "no colon"),
+        (["run", "--bind", ".:/work", "--bind", "..:/work/"], "--bind '.:/work' and --bind '..:/work': both are"),
+        (["run", "--bind", "/:/work/a:ro", "--bind", ".:/work"], "one is inside the other"),
         (["run", "--network", "bridge"], "--network"),
         (["run", "--ssh-port", "80"], "--ssh-port"),
         (["run", "--name", "../x"], "--name"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from vmtasks.errors import CommandError, SshError
 from vmtasks.remote import tree
 from vmtasks.remote.ssh import Target
-from vmtasks.remote.sync import Synced, itemised, sync
+from vmtasks.remote.sync import PARTIAL, Synced, copy, itemised, sync
 from vmtasks.remote.tree import excluder, tree_digest
 
 pytestmark = pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
@@ -346,3 +346,19 @@ def test_a_damaged_cache_costs_only_time(content: str, source: Path, tmp_path: P
 def test_names_that_are_no_text(source: Path, tmp_path: Path):
     (Path(os.fsdecode(os.fsencode(source) + b"/\xff"))).touch()
     assert tree_digest(source, ["*.o"], tmp_path / "c") == tree_digest(source, ["*.o"], tmp_path / "c")
+
+
+def test_what_cannot_be_copied_back_is_named_and_the_rest_is_copied(target: Target, source: Path, tmp_path: Path):
+    (tmp_path / "back/a/full").mkdir(parents=True)  # in the way of a file; root too cannot put that there
+    with pytest.raises(CommandError) as error:
+        copy(target, f"{source}/", f"{tmp_path}/back/", back=True)
+    assert error.value.status == PARTIAL
+    assert "could not make way for" in error.value.message
+    assert "\n" not in error.value.message
+    assert (tmp_path / "back/sub/b c").read_text() == "b"
+
+
+def test_what_ssh_has_said_is_the_reason(target: Target, tmp_path: Path):
+    (tmp_path / "bin/ssh").write_text("#!/bin/sh\necho 'ssh: Connection refused' >&2; exit 255\n")
+    with pytest.raises(SshError, match=r"to vm: ssh: Connection refused\Z"):
+        copy(target, "x/", f"{tmp_path}/", back=True)

@@ -208,27 +208,6 @@ def test_k29_b3_snapshots_of_a_machine_with_its_own_key(cli: Cli) -> None:
     assert "there is no snapshot 'none-such'" in cli.bad("run", "tiny:none-such")
 
 
-def test_b16_binds(cli: Cli, tmp_path: Path) -> None:
-    """The guest's kernel has no 9p, so that these are copies, brought up to date around each command."""
-    root = tmp_path
-    for name in ("ours", "readonly"):
-        (root / name).mkdir()
-        (root / name / "from host").write_text(f"{name}\n")
-    cli.make("a", "--bind", f"{root}/ours:/work/o u r s", "--bind", f"{root}/readonly:/work/readonly:ro")
-    how = {bind["guest"]: bind["how"] for bind in cli.machine("a")["binds"]}  # type: ignore[attr-defined]
-    assert how == {"/work/o u r s": "rsync", "/work/readonly": "rsync"}
-    assert cli.good("ssh", "a", "cat '/work/o u r s/from host' '/work/readonly/from host'") == "ours\nreadonly\n"
-    (root / "ours" / "from host").write_text("new\n")
-    (root / "readonly" / "more").write_text("more\n")
-    script = "cat '/work/o u r s/from host' /work/readonly/more; echo back >'/work/o u r s/from guest'"
-    assert cli.good("ssh", "a", script) == "new\nmore\n"
-    assert (root / "ours" / "from guest").read_text() == "back\n"
-    done = cli("exec", "--user", "root", "a", "touch", "/work/readonly/x")
-    assert done.returncode == 1
-    assert b"Read-only file system" in done.stderr
-    assert sorted(path.name for path in (root / "readonly").iterdir()) == ["from host", "more"]
-
-
 @pytest.mark.exhaustive
 def test_k29_back_to_a_snapshot_after_its_key_was_rotated(cli: Cli) -> None:
     saved(cli)

@@ -81,7 +81,7 @@ def _coupled(wants: "Wants", words: list[str], *, as_json: bool) -> None:  # noq
 
     with ephemeral(project(), wants) as machine:
         status = session(machine, "run", [], words)
-        progress.say(f"machine {machine.name}: removed")
+    progress.say(f"machine {machine.name}: removed")
     raise typer.Exit(status)
 
 

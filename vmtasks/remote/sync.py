@@ -10,6 +10,8 @@ from vmtasks.errors import CommandError, SshError
 from vmtasks.remote.ssh import FAILED, Target
 
 TIMEOUT_S = 3600.0
+PARTIAL = 23
+"""rsync's status when it could not copy some files, but all others."""
 RSYNC_CONNECTION = (10, 12, 30, 35, FAILED)
 """rsync's own statuses for a connection that failed; see rsync(1), EXIT VALUES."""
 
@@ -66,7 +68,7 @@ def copy(target: Target, source: str, dest: str, *, back: bool = False, as_root:
     """Copy what is newer in `source`, deleting nothing: to the guest, or `back` from it.
 
     `as_root` writes in the guest as root. What comes back is not trusted: no devices, no links that lead out of the
-    folder. SshError when the guest is not reached, CommandError when not all could be copied.
+    folder. SshError when the guest is not reached, CommandError when not all could be copied; both say why on one line.
     """
     root = "$(command -v doas || command -v sudo) -n " if as_root and target.user != "root" else ""
     argv = ["rsync", "-rlptus", "--out-format=%i %n", "-e", f"ssh -F {shlex.quote(str(target.config))}"]
@@ -76,9 +78,16 @@ def copy(target: Target, source: str, dest: str, *, back: bool = False, as_root:
     try:
         return itemised(proc.run(argv, timeout_s=TIMEOUT_S).stdout)
     except CommandError as error:
+        why = reason(error)
         if error.status in RSYNC_CONNECTION:
-            raise SshError(f"rsync lost or never had the connection to {target.name}: {error.stderr.strip()}") from None
-        raise
+            raise SshError(f"rsync lost or never had the connection to {target.name}: {why}") from None
+        raise CommandError(why, status=error.status, stderr=error.stderr) from None
+
+
+def reason(error: CommandError) -> str:
+    """The first line that rsync, or ssh below it, has said: later ones follow from it."""
+    lines = [line.strip() for line in error.stderr.splitlines() if line.strip()]
+    return lines[0] if lines else f"rsync ended with status {error.status}"
 
 
 def itemised(out: str) -> Synced:

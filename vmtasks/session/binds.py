@@ -2,20 +2,23 @@
 
 A copy goes to the guest when the machine starts and before each command, and what is newer in the guest comes back
 after it; nothing is deleted on either side. A copy that is read-only is mounted so, on top of itself.
+
+What cannot be copied back is said, and keeps no command from its status and no machine from its end.
 """
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
 
 from vmtasks import proc, progress
 from vmtasks.arguments import Bind
-from vmtasks.errors import ConfigError, SshError
+from vmtasks.errors import BindError, CommandError, ConfigError, SshError, VmTasksError
 from vmtasks.lock import lock
 from vmtasks.remote import ssh
-from vmtasks.remote.sync import copy
+from vmtasks.remote.sync import PARTIAL, copy
 from vmtasks.session.place import Place
 from vmtasks.state import BindRecord, MachineRecord
 
@@ -30,6 +33,9 @@ grep -q " $guest 9p " /proc/mounts && exit 0
 mkdir -p "$guest" && mount -t 9p -o "trans=virtio,version=9p2000.L,msize=262144,$mode" "$tag" "$guest"
 """
 TRY = 'new=$guest/.vmtasks-$$; : >"$new" && rm "$new"'
+UMOUNT = r"""
+umount "$guest" && { [ -n "$(ls -A "$guest")" ] || chown "$who" "$guest"; }
+"""
 FOLDER = r"""
 [ -d "$guest" ] || { mkdir -p "$guest" && chown "$who" "$guest"; }
 """
@@ -58,7 +64,10 @@ def check(bind: Bind) -> BindRecord:
 
 
 def attach(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRecord:
-    """Have each bind in the guest. SshError when one cannot be had; returns the record, which says how each is."""
+    """Have each bind in the guest; returns the record, which says how each is.
+
+    BindError when one cannot be had, SshError when the guest is not reached.
+    """
     if not record.binds:
         return record
     has_9p = _root(target, PROBE).status == 0
@@ -67,7 +76,7 @@ def attach(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRe
         why = "its kernel has no 9p" if not has_9p else _mount(target, number, bind)
         if why:
             _place(target, number, bind)
-            push(target, number, bind)
+            _fill(place, target, number, bind)
             if bind.how != "rsync":
                 progress.say(f"machine {place.name}: {why}, so {bind.host} is copied to {bind.guest}")
         done.append(msgspec.structs.replace(bind, how="rsync" if why else "9p"))
@@ -80,27 +89,92 @@ def _mount(target: ssh.Target, number: int, bind: BindRecord) -> str:
     _must(_root(target, MOUNT, guest=bind.guest, tag=f"bind{number}", mode=mode), target, bind)
     if bind.read_only:
         return ""
-    line = ssh.remote_line(ssh.script(TRY, cwd="/", env={"guest": bind.guest}))
-    if proc.run(target.argv(line), timeout_s=MOUNT_S, check=False).status == 0:
+    if not _unwritable(target, bind):
         return ""
-    _must(_root(target, 'umount "$guest" && chown "$who" "$guest"', guest=bind.guest, who=target.user), target, bind)
+    _must(_root(target, UMOUNT, guest=bind.guest, who=target.user), target, bind)
     return f"{target.user} may not write there by 9p, which keeps the numbers of users"
 
 
-def before(place: Place, record: MachineRecord) -> None:
-    """Bring what is copied up to date in the guest."""
+def _fill(place: Place, target: ssh.Target, number: int, bind: BindRecord) -> None:
+    """Copy it to a guest that has come up. Where that has worked before, a failure must not keep the disk from us."""
+    new = bind.how != "rsync"
+    if new and not bind.read_only and (why := _unwritable(target, bind)):
+        other = "" if target.user == "root" else ", or --user root"
+        raise BindError(
+            f"{shown(bind)}: {target.user} cannot write to {bind.guest} in the guest: {why}",
+            hint=f"choose another path of the guest{other}",
+        )
+    try:
+        push(target, number, bind)
+    except CommandError as error:
+        if new:
+            raise BindError(
+                f"{shown(bind)}: cannot all be copied to the guest: {error.message}",
+                hint="mend what is named, or choose another folder or another path of the guest",
+            ) from None
+        progress.say(f"warning: machine {place.name}: {shown(bind)}: not all is up to date there: {error.message}")
+
+
+def _unwritable(target: ssh.Target, bind: BindRecord) -> str:
+    """Why the login user cannot write there; empty when it can."""
+    line = ssh.remote_line(ssh.script(TRY, cwd="/", env={"guest": bind.guest}))
+    done = proc.run(target.argv(line), timeout_s=MOUNT_S, check=False)
+    if done.status == ssh.FAILED:
+        raise SshError(f"machine {target.name}: {ssh.explain(done.stderr)}")
+    return "" if done.status == 0 else done.stderr.strip().rpartition(": ")[2] or f"status {done.status}"
+
+
+def before(place: Place, record: MachineRecord) -> bool:
+    """Bring what is copied up to date in the guest. False when it is not reached: who goes there next will say why.
+
+    BindError when not all could be copied: nothing must run on what is out of date.
+    """
+    target = place.target(record)
     with _alone(place, record):
         for number, bind in enumerate(record.binds):
-            if bind.how == "rsync":
-                push(place.target(record), number, bind)
+            if bind.how != "rsync":
+                continue
+            try:
+                push(target, number, bind)
+            except (CommandError, SshError) as error:
+                if isinstance(error, SshError) and not ssh.is_ready(target):
+                    return False
+                raise BindError(
+                    f"machine {place.name}: {shown(bind)}: not all is up to date there: {error.message}",
+                    hint=f"to log in without copying: {place.ssh_line()}",
+                ) from None
+    return True
 
 
-def after(place: Place, record: MachineRecord) -> None:
-    """Bring back what is newer in the guest. Links that lead out of the folder stay there."""
+def after(place: Place, record: MachineRecord, *, last: bool = False) -> None:
+    """Bring back what is newer in the guest, and say what could not be. Links that lead out of the folder stay there.
+
+    `last`: the machine goes after this.
+    """
+    back = [bind for bind in record.binds if bind.how == "rsync" and not bind.read_only]
     with _alone(place, record):
-        for bind in record.binds:
-            if bind.how == "rsync" and not bind.read_only:
+        for number, bind in enumerate(back):
+            try:
                 copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", back=True)
+            except SshError as error:  # nor would the others be reached
+                _warn(place, back[number:], error, last=last)
+                return
+            except VmTasksError as error:
+                _warn(place, [bind], error, last=last)
+
+
+def _warn(place: Place, binds: Sequence[BindRecord], error: VmTasksError, *, last: bool) -> None:
+    what = "what is newer in the guest could not be copied back"
+    if isinstance(error, CommandError) and error.status == PARTIAL:
+        what = "not all that is newer in the guest could be copied back; the rest was"
+    fate = "it goes with the machine" if last else "it stays in the guest, and the next command tries again"
+    which = ", ".join(shown(bind) for bind in binds)
+    progress.say(f"warning: machine {place.name}: {which}: {what}: {error.message}; {fate}")
+
+
+def shown(bind: BindRecord) -> str:
+    """The bind as a user writes it."""
+    return f"--bind {bind.host}:{bind.guest}{':ro' if bind.read_only else ''}"
 
 
 def push(target: ssh.Target, number: int, bind: BindRecord) -> None:
@@ -130,5 +204,7 @@ def _root(target: ssh.Target, text: str, **env: str) -> proc.Result:
 
 def _must(done: proc.Result, target: ssh.Target, bind: BindRecord) -> None:
     if done.status != 0:
-        said = done.stderr.strip() or f"status {done.status}"
-        raise SshError(f"machine {target.name}: {bind.host} cannot be had at {bind.guest}: {said}")
+        if done.status == ssh.FAILED:
+            raise SshError(f"machine {target.name}: {ssh.explain(done.stderr)}")
+        said = "; ".join(done.stderr.split("\n")).strip("; ") or f"status {done.status}"
+        raise BindError(f"{shown(bind)}: cannot be had there: {said}", hint="choose another path of the guest")

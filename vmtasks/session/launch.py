@@ -10,7 +10,7 @@ import msgspec
 from vmtasks import atomic, hardware, proc, progress
 from vmtasks.arguments import Forward
 from vmtasks.config import FALLBACK_PORTS, show_size
-from vmtasks.errors import MachineError, SshError, VmTasksError
+from vmtasks.errors import BindError, MachineError, SshError, VmTasksError
 from vmtasks.machine import argv, qmp, vm
 from vmtasks.machine.argv import Share, Spec
 from vmtasks.machine.console import read_log
@@ -57,7 +57,7 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
             target = wait(place, record, start)
         except BaseException as error:
             ladder.stop(place, record, lambda _: None, gentle=False)
-            if isinstance(error, VmTasksError):
+            if isinstance(error, VmTasksError) and not isinstance(error, BindError):  # which is none of the boot's
                 error.console = tuple(read_log(place.console_log, start).tail())
                 error.log = place.console_log
                 if not record.image:
@@ -68,7 +68,7 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
 
 
 def wait(place: Place, record: MachineRecord, console_from: int = 0) -> ssh.Target:
-    """Wait until SSH answers, the keys are as they must be, and the binds are there. SshError says why they are not.
+    """Wait until SSH answers, the keys are as they must be, and the binds are there. SshError or BindError: why not.
 
     The host keys of a machine that was installed by hand are learned here, once: nobody is between us and a port
     that our own QEMU forwards.

@@ -5,6 +5,7 @@
                id_ed25519    its own key, if it has one     sessions/   who uses it now
 """
 
+import os
 import secrets
 import shutil
 import time
@@ -198,14 +199,15 @@ class Machine(Place):
     def stop(self, note: Say = progress.say, *, gentle: bool = True, timeout_s: float | None = None) -> str:
         """Stop the machine, gently first; returns the rung of the ladder that was needed.
 
-        `timeout_s`: how long each gentle rung may take. What is newer in copied binds comes back first.
+        `timeout_s`: how long each gentle rung may take. What is newer in copied binds comes back first; what cannot is
+        said.
         """
         with self.lock():
             record = self.record()
             if record is None:
                 raise StateError(f"there is no machine {self.name}", hint=self.command("start"))
             if gentle and record.ready and self.pid(record) is not None:
-                binds.after(self, record)
+                binds.after(self, record, last=record.throwaway)
             return ladder.stop(self, record, note, gentle=gentle, timeout_s=timeout_s)
 
     def restore(self, snapshot: str = "", note: Say = progress.say) -> ImageRecord:
@@ -234,7 +236,8 @@ class Machine(Place):
     def destroy(self, note: Say = progress.say, *, lock_s: float = LOCK_S) -> list[Path]:
         """Stop the machine and remove all that belongs to it; returns what was removed.
 
-        Nothing is kept of its disk, so that its power is simply cut; what is newer in copied binds comes back first.
+        Nothing is kept of its disk, so that its power is simply cut; what is newer in copied binds comes back first,
+        and what cannot is said.
         StateError when another command is at work on it for `lock_s` seconds.
         """
         if not self.folder.exists():
@@ -242,8 +245,9 @@ class Machine(Place):
         with self.lock(lock_s):
             record = self.record()
             if record is not None:
-                if record.ready and record.binds and self.pid(record) is not None:
-                    binds.after(self, record)
+                # Nobody has tried yet where it was ours: not even if it has ended by itself.
+                if record.ready and (record.owner == os.getpid() or self.pid(record) is not None):
+                    binds.after(self, record, last=True)
                 ladder.stop(self, record, note, gentle=False)
             gone = sorted(self.folder.iterdir())
             shutil.rmtree(self.sockets, ignore_errors=True)

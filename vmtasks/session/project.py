@@ -117,6 +117,7 @@ class Project:
         ConfigError for what it cannot be, StateError for a name that is taken. Nothing of it is left then.
         """
         guest, snapshot = arguments.image(wants.image)
+        arguments.apart(wants.binds)
         bound = [binds.check(bind) for bind in wants.binds]
         base = self.config(guest)
         state = State(base)

@@ -40,9 +40,11 @@ class Outcome:
 def using(machine: Machine, verb: str, command: str = "", user: str = "") -> Iterator[Outcome]:
     """Count as a session of the machine for the length of the block, and leave a line in the access log.
 
-    Copied binds are brought up to date in the guest first, and what is newer there comes back afterwards.
+    Copied binds are brought up to date in the guest first, and what is newer there comes back afterwards: when the
+    machine goes with this process, as the last thing before it does.
     """
     record = machine.record()
+    bound = record is not None and verb in ("exec", "run", "ssh")
     began, outcome = time.time(), Outcome()
     login = user or (record.ssh_user if record else "")
     use = Use(verb, login, command[:SHOWN_CHARS], os.getpid(), proc.started(os.getpid()), round(began, 1))
@@ -50,10 +52,9 @@ def using(machine: Machine, verb: str, command: str = "", user: str = "") -> Ite
     mark.parent.mkdir(exist_ok=True)
     mark.write_text(json.dumps(asdict(use)))
     try:
-        if record is not None and verb in ("exec", "run", "ssh"):
-            binds.before(machine, record)
+        reached = record is None or not bound or binds.before(machine, record)
         yield outcome
-        if record is not None and verb in ("exec", "run", "ssh"):
+        if record is not None and bound and reached and record.owner != os.getpid():
             binds.after(machine, record)
     finally:
         mark.unlink(missing_ok=True)
