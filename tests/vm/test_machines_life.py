@@ -42,7 +42,7 @@ def cli(tmp_path: Path, store: Path) -> Iterator[Cli]:
 
 def any_of(cli: Cli, name: str) -> bool:
     """Whether a socket folder is of this project; others test at the same time."""
-    return any(vm.socket_folder(cli.run_folder / other).name == name for other in ("tiny-1", "tiny-2", "a", "b", "c"))
+    return any(vm.socket_place(cli.run_folder / other).name == name for other in ("tiny-1", "tiny-2", "a", "b", "c"))
 
 
 def files(cli: Cli) -> set[str]:

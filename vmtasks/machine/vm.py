@@ -190,11 +190,15 @@ def socket_base() -> Path:
     return base
 
 
+def socket_place(machine: Path) -> Path:
+    """Where socket_folder() is or would be; it is not made."""
+    return socket_base() / hashlib.sha256(os.fsencode(machine.absolute())).hexdigest()[:12]
+
+
 def socket_folder(machine: Path) -> Path:
     """The folder for the sockets of the machine whose state is in `machine`; made if needed, and now in use."""
-    base = socket_base()
-    folder = base / hashlib.sha256(os.fsencode(machine.absolute())).hexdigest()[:12]
-    with _alone(base):
+    folder = socket_place(machine)
+    with _alone(folder.parent):
         folder.mkdir(mode=0o700, exist_ok=True)
         os.utime(folder)
     return folder
