@@ -12,8 +12,10 @@ from typer.testing import CliRunner
 from vmtasks import cli
 from vmtasks.cli import app
 from vmtasks.cli.files import _remote
+from vmtasks.cli.jobs import _how
 from vmtasks.cli.login import loopback, split
 from vmtasks.errors import ConfigError
+from vmtasks.remote.job import View
 from vmtasks.session import Project, Wants
 
 
@@ -210,3 +212,17 @@ def test_the_option_is_named_also_from_python(tmp_path: Path) -> None:
     project = Project(None, {"VM_DIR": str(tmp_path / "state"), "VMTASKS_STORE": str(tmp_path / "store")})
     with pytest.raises(ConfigError, match="--cpus 1000: QEMU gives a machine 1 to 255"):
         project.create(Wants(cpus=1000))
+
+
+@pytest.mark.parametrize(
+    ("view", "says"),
+    [
+        (View("x", "make", "ended", status=7), "ended, status 7"),
+        (View("x", "make", "ended", status=137, signal="KILL"), "ended by signal KILL, status 137"),
+        (View("x", "make", "rebooted"), "ended by a reboot of the guest; its exit status is not known"),
+        (View("x", "make", "lost"), "over, because what ran it in the guest was killed; its exit status is not known"),
+        (View("x", "make", "running"), "still running"),
+    ],
+)
+def test_what_is_known_of_the_end_of_a_job(view: View, says: str) -> None:
+    assert _how(view) == says
