@@ -4,16 +4,19 @@ import base64
 import binascii
 import posixpath
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import PurePosixPath
 
 from vmtasks.config import UNITS
 from vmtasks.errors import ConfigError
+from vmtasks.explain import show_value
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+NAME_CHARS = 63
 USER = r"[a-z_][a-z0-9_-]{0,31}"
+USER_CHARS = 32
 KEY_TYPES = (
     "ssh-ed25519",
     "ssh-rsa",
@@ -65,6 +68,18 @@ class Forward:
     def __str__(self) -> str:
         """As parse() takes it."""
         return f"{self.host}:{self.guest}"
+
+
+def distinct(ssh_port: int, forwards: Iterable[Forward]) -> None:
+    """ConfigError when one port of this host is to lead to two places. 0 is any that is free, and never the same."""
+    given = {ssh_port: f"--ssh-port {ssh_port}"}
+    for forward in forwards:
+        if forward.host and forward.host in given:
+            raise ConfigError(
+                f"{given[forward.host]} and -p {forward}: port {forward.host} of this host is given twice; "
+                "use another in one of them"
+            )
+        given[forward.host] = f"-p {forward}"
 
 
 def _port(text: str, whole: str, side: str) -> int:
@@ -134,6 +149,7 @@ def image(text: str) -> tuple[str, str]:
     """`guest[:snapshot]` -> both, either empty where it was left out. ConfigError for what is neither."""
     guest, colon, snapshot = text.partition(":")
     for part, what in ((guest, "guest"), (snapshot, "snapshot")):
+        _not_too_long(f"image: the {what}", part, NAME_CHARS)
         if part and not re.fullmatch(NAME, part):
             raise ConfigError(f"image {text!r}: {part!r} is no name of a {what}; write GUEST or GUEST:SNAPSHOT")
     if text and ((not guest and not snapshot) or (colon and not snapshot)):
@@ -143,6 +159,7 @@ def image(text: str) -> tuple[str, str]:
 
 def machine_name(text: str) -> str:
     """The name of a machine, as it is. ConfigError when it cannot name a folder."""
+    _not_too_long("--name", text, NAME_CHARS)
     if not re.fullmatch(NAME, text):
         raise ConfigError(f"--name {text!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit")
     return text
@@ -150,9 +167,15 @@ def machine_name(text: str) -> str:
 
 def user(text: str) -> str:
     """A user of the guest. ConfigError when it cannot be one."""
+    _not_too_long("--user", text, USER_CHARS)
     if not re.fullmatch(USER, text):
         raise ConfigError(f"--user {text!r}: not a user's name; use lower-case letters, digits, '_' and '-'")
     return text
+
+
+def _not_too_long(what: str, text: str, most: int) -> None:
+    if len(text) > most:
+        raise ConfigError(f"{what} {show_value(text)}: too long, {len(text)} characters; use {most} at most")
 
 
 @dataclass(frozen=True)

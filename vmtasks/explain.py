@@ -83,10 +83,15 @@ def show_value(value: Any) -> str:
 def suggest(name: str, known: Iterable[str]) -> str:
     """What the user may have meant by `name`, or what there is to choose from."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, 1)
+    close = nearest(name, names)
     if close:
-        return f"did you mean {close[0]!r}?"
+        return f"did you mean {close!r}?"
     return f"there is {', '.join(names)}" if names else "remove it"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The one of `known` that the user may have meant by `name`; empty when none is near."""
+    return next(iter(difflib.get_close_matches(name, sorted(known), 1)), "")
 
 
 def _quoted(key: str) -> str:

@@ -31,7 +31,7 @@ class MachineTable(Table, frozen=True, kw_only=True):
 
     name: Annotated[Name, Meta(description="name of the machine and of its folder under .vm/run")] | UnsetType = UNSET
     memory: Annotated[Size, Meta(description='RAM of the machine, as in "2G"')] | UnsetType = UNSET
-    cpus: Annotated[int, Meta(ge=1, le=256, description="virtual CPUs")] | UnsetType = UNSET
+    cpus: Annotated[int, Meta(ge=1, le=255, description="virtual CPUs")] | UnsetType = UNSET
     disk_size: Annotated[Size, Meta(description="size of the disk the guest is installed on")] | UnsetType = UNSET
     disk_cache: (
         Annotated[
@@ -111,7 +111,7 @@ class HardwareTable(Table, frozen=True, kw_only=True):
     """[machine] in guest.toml: hardware that the guest is known to work on."""
 
     memory: Size = "1G"
-    cpus: Annotated[int, Meta(ge=1, le=256)] = 1
+    cpus: Annotated[int, Meta(ge=1, le=255)] = 1
     disk_size: Size = "8G"
     type: Annotated[str, Meta(description="QEMU machine type")] = "pc"
     cpu: Annotated[dict[str, str], Meta(description="CPU model by accelerator, as in {kvm = 'host'}")] = {}

@@ -2,15 +2,21 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from vmtasks.arguments import Forward
 from vmtasks.config import Config, Setting, show, show_size
 from vmtasks.errors import ConfigError
 from vmtasks.explain import key_path, suggest
 from vmtasks.model import Download, SuiteTable
 
 PORTS = (1024, 65535)
+FIRST_UNPRIVILEGED = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+CPUS = 255
+"""More than that no machine type of QEMU takes without the kernel's help."""
+DISK_BYTES = 1 << 51
+"""A qcow2 with clusters of 64 KiB, as qemu-img makes them, can be no larger."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 ADDRESS = re.compile(r"https?://.|file:///|/|~", re.IGNORECASE)
@@ -28,24 +34,51 @@ def check(config: Config) -> None:
         raise ConfigError(f"{file}: {problem}")
 
 
-def machine(config: Config) -> Iterator[str]:
-    """What this host cannot give, or no guest can use. These name the place themselves: not all stand in a file."""
-    low, high = PORTS
-    where = {setting.variable.name: origin(setting) for setting in config.settings}
+def machine(config: Config, options: Mapping[str, str] | None = None) -> Iterator[str]:
+    """What this host cannot give, or no guest can use. These name the place themselves: not all stand in a file.
+
+    `options`: by variable, the option of the command line that gave the value instead.
+    """
+    low, high = max(PORTS[0], first_port()), PORTS[1]
+    where = {setting.variable.name: f"{origin(setting)} =" for setting in config.settings} | dict(options or {})
     if config.ssh_port is not None and not low <= config.ssh_port <= high:
-        yield f'{where["port"]} = {config.ssh_port}: out of range; use {low} to {high}, or "auto"'
+        yield f'{where["port"]} {config.ssh_port}: out of range; use {low} to {high}, or "auto"'
+    if not 1 <= config.cpus <= CPUS:
+        yield f"{where['cpus']} {config.cpus}: QEMU gives a machine 1 to {CPUS} virtual CPUs; use one of these"
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if config.memory > host:
-        yield f"{where['memory']} = {show_size(config.memory)}: more than this host's {host >> 20}M; use less"
+        yield f"{where['memory']} {show_size(config.memory)}: more than this host's {host >> 20}M; use less"
     if config.memory < 16 << 20:
-        yield f"{where['memory']} = {show_size(config.memory)}: too little for any guest; use 64M or more"
+        yield f"{where['memory']} {show_size(config.memory)}: too little for any guest; use 64M or more"
     if config.disk_size < 1 << 20:
-        yield f"{where['disk']} = {show_size(config.disk_size)}: too small for a disk; use 1M or more"
+        yield f"{where['disk']} {show_size(config.disk_size)}: too small for a disk; use 1M or more"
+    if config.disk_size > DISK_BYTES:
+        size, most = show_size(config.disk_size), show_size(DISK_BYTES)
+        yield f"{where['disk']} {size}: more than a qcow2 image can have; use {most} or less"
     if config.version and not NAME.fullmatch(config.version):
         yield (
-            f"{where['version']} = {config.version!r}: names a folder too; "
+            f"{where['version']} {config.version!r}: names a folder too; "
             "use letters, digits, '.', '_' and '-', beginning with a letter or digit"
         )
+
+
+def forwards(wanted: Iterable[Forward]) -> Iterator[str]:
+    """Ports of this host that QEMU may not listen on: it has no capability, also when root starts it."""
+    low = first_port()
+    for forward in wanted:
+        if 0 < forward.host < low:
+            yield (
+                f"-p {forward}: the host's side, {forward.host}, is below {low}, where QEMU may not listen, "
+                f"also for root; use {low} to {PORTS[1]}, or 0 for any that is free"
+            )
+
+
+def first_port() -> int:
+    """The lowest port of this host that needs no privilege."""
+    try:
+        return int(FIRST_UNPRIVILEGED.read_text())
+    except (OSError, ValueError):
+        return PORTS[0]
 
 
 def origin(setting: Setting) -> str:

@@ -77,6 +77,14 @@ def test_no_forward(text: str, says: str) -> None:
     assert says in error.value.message
 
 
+def test_one_port_of_this_host_leads_to_one_place() -> None:
+    arguments.distinct(0, [Forward(0, 80), Forward(0, 80), Forward(8080, 80), Forward(8081, 80)])
+    with pytest.raises(ConfigError, match="-p 1:2 and -p 1:3: port 1 of this host is given twice"):
+        arguments.distinct(2222, [Forward(1, 2), Forward(1, 3)])
+    with pytest.raises(ConfigError, match="--ssh-port 2222 and -p 2222:80"):
+        arguments.distinct(2222, [Forward(1, 2), Forward(2222, 80)])
+
+
 @given(st.text(max_size=12))
 def test_a_forward_is_taken_or_refused(text: str) -> None:
     try:

@@ -9,15 +9,25 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from vmtasks import cli
 from vmtasks.cli import app
 from vmtasks.cli.files import _remote
+from vmtasks.cli.jobs import _how
 from vmtasks.cli.login import loopback, split
 from vmtasks.errors import ConfigError
+from vmtasks.remote.job import View
+from vmtasks.rules import first_port
+from vmtasks.session import Project, Wants
+
+
+def bare(home: Path) -> dict[str, str]:
+    """An environment with nothing but where programs and this tree are."""
+    return {"HOME": str(home), "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(cli.__file__).parents[2])}
 
 
 def vmtasks(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the command with nothing of ours in its environment."""
-    clean = {"HOME": str(cwd), "PATH": os.environ["PATH"], "VMTASKS_STORE": str(cwd / "store"), **env}
+    clean = {**bare(cwd), "VMTASKS_STORE": str(cwd / "store"), **env}
     return subprocess.run(
         [sys.executable, "-c", "from vmtasks.cli import main; main()", *words],
         cwd=cwd, env=clean, capture_output=True, check=False, stdin=subprocess.DEVNULL, text=True, timeout=120,
@@ -62,6 +72,32 @@ def test_k1_every_command_has_help(words: list[str]) -> None:
         (["run", "--cpus", "0"], "--cpus"),
         (["run", "a:b:c"], "image"),
         (["run", "--ssh-key", "/nosuch.pub"], "/nosuch.pub"),
+        pytest.param(
+            ["run", "--port", "1:80"],
+            "-p 1:80: the host's side, 1, is below ",
+            marks=pytest.mark.skipif(first_port() <= 1, reason="this host lets anybody listen on any port"),
+        ),
+        (
+            ["run", "-p", "8080:80", "--port", "8080:81"],
+            "-p 8080:80 and -p 8080:81: port 8080 of this host is given twice",
+        ),
+        (["run", "--ssh-port", "8080", "-p", "8080:80"], "--ssh-port 8080 and -p 8080:80"),
+        (["run", "--memory", "99999G"], "--memory 99999G: more than this host's"),
+        (["run", "--memory", "1M"], "--memory 1M: too little"),
+        (["run", "--cpus", "256"], "--cpus"),
+        (["run", "--disk", "99999999T"], "--disk 99999999T: more than a qcow2 image can have; use 2048T or less"),
+        (["run", "--disk", "2049T"], "--disk 2049T"),
+        (["run", "--name", "x" * 200], "too long, 200 characters; use 63 at most"),
+        (["run", "--user", "x" * 33], "too long, 33 characters; use 32 at most"),
+        (["run", "x" * 64], "too long, 64 characters"),
+        (["run", "--user", ""], "--user '': empty"),
+        (["run", "--name", ""], "--name '': empty"),
+        (["run", "--memory", ""], "--memory '': empty"),
+        (["run", ""], "IMAGE '': empty"),
+        (["stop", ""], "NAME '': empty"),
+        (["exec", "--user", "", "dev", "true"], "--user '': empty"),
+        (["keys", "list", "dev", "--user", ""], "--user '': empty"),
+        (["keys", "add", "dev", "/nosuch.pub"], "error: FILE.pub /nosuch.pub: cannot be read"),
         (["rm"], "rm: name machines"),
         (["forward", "x"], "nothing to forward"),
     ],
@@ -72,6 +108,44 @@ def test_k9_usage_errors_are_status_2(words: list[str], says: str, tmp_path: Pat
     assert says in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+def test_any_free_port_may_be_asked_for_twice(tmp_path: Path) -> None:
+    done = vmtasks("run", "-p", "0:80", "-p", "0:80", cwd=tmp_path)
+    assert "has no image of tiny" in done.stderr, "it comes after all that is checked"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(("words", "status"), [(["ps"], 0), (["ps", "--json"], 0), (["rm", "nosuch"], 1)])
+def test_a_closed_standard_stream_is_dev_null(words: list[str], status: int, closed: str, tmp_path: Path) -> None:
+    entry = [sys.executable, "-c", "from vmtasks.cli import main; main()", *words]
+    done = subprocess.run(
+        ["sh", "-c", f'"$@" {closed}', "sh", *entry],
+        cwd=tmp_path, env=bare(tmp_path), capture_output=True, check=False,
+        stdin=subprocess.DEVNULL, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    assert bool(done.stdout) == (status == 0 and " >&-" not in f" {closed}")
+    assert bool(done.stderr) == (status != 0 and "2>&-" not in closed)
+
+
+def test_descriptors_of_closed_streams_are_taken(tmp_path: Path) -> None:
+    """So that no file that is opened later gets one of their numbers; children inherit them."""
+    code = (
+        "import os, subprocess, sys; from vmtasks.cli import common; common._open_streams();"
+        "handle = os.open('.', os.O_RDONLY); names = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)];"
+        "child = subprocess.run(['readlink', '/proc/self/fd/0'], stdout=subprocess.PIPE, text=True).stdout.strip();"
+        "open('found', 'w').write(' '.join([str(handle > 2), *names, child]))"
+    )
+    subprocess.run(
+        ["sh", "-c", '"$@" <&- >&- 2>&-', "sh", sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=bare(tmp_path),
+        check=True,
+        timeout=60,
+    )
+    assert (tmp_path / "found").read_text() == "True /dev/null /dev/null /dev/null /dev/null"
 
 
 def test_k14_errors_are_plain_text_on_stderr(tmp_path: Path) -> None:
@@ -139,3 +213,23 @@ def test_other_listeners_are_refused(kind: str, text: str) -> None:
 )
 def test_sides_of_cp(text: str, side: tuple[str, str] | None) -> None:
     assert _remote(text, ["a"]) == side
+
+
+def test_the_option_is_named_also_from_python(tmp_path: Path) -> None:
+    project = Project(None, {"VM_DIR": str(tmp_path / "state"), "VMTASKS_STORE": str(tmp_path / "store")})
+    with pytest.raises(ConfigError, match="--cpus 1000: QEMU gives a machine 1 to 255"):
+        project.create(Wants(cpus=1000))
+
+
+@pytest.mark.parametrize(
+    ("view", "says"),
+    [
+        (View("x", "make", "ended", status=7), "ended, status 7"),
+        (View("x", "make", "ended", status=137, signal="KILL"), "ended by signal KILL, status 137"),
+        (View("x", "make", "rebooted"), "ended by a reboot of the guest; its exit status is not known"),
+        (View("x", "make", "lost"), "over, because what ran it in the guest was killed; its exit status is not known"),
+        (View("x", "make", "running"), "still running"),
+    ],
+)
+def test_what_is_known_of_the_end_of_a_job(view: View, says: str) -> None:
+    assert _how(view) == says

@@ -42,7 +42,7 @@ def cli(tmp_path: Path, store: Path) -> Iterator[Cli]:
 
 def any_of(cli: Cli, name: str) -> bool:
     """Whether a socket folder is of this project; others test at the same time."""
-    return any(vm.socket_folder(cli.run_folder / other).name == name for other in ("tiny-1", "tiny-2", "a", "b", "c"))
+    return any(vm.socket_place(cli.run_folder / other).name == name for other in ("tiny-1", "tiny-2", "a", "b", "c"))
 
 
 def files(cli: Cli) -> set[str]:
@@ -168,7 +168,7 @@ def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequ
         assert cli.good("ssh", "a", "cat /proc/sys/kernel/random/boot_id") == first, "it outlives a session"
         fingerprints.add((cli.run_folder / "a" / "id_ed25519.pub").read_text())
         assert "running: a; nothing was removed" in cli.bad("rm", "a")
-        cli.good("rm", "--force", "a")
+        assert cli("rm", "--force", "a").stderr == b"machine a: removed\n"
         cli.nothing_left()
         assert files(cli) == before
     assert len(fingerprints) == cycles
@@ -205,7 +205,9 @@ def test_k29_b3_snapshots_of_a_machine_with_its_own_key(cli: Cli) -> None:
     done = cli("run", "tiny:one", "--ssh-port", str(free_port()), "--", "cat marker; cat .ssh/authorized_keys")
     assert done.stdout.startswith(b"one\nssh-ed25519 ")
     assert done.stdout.count(b"ssh-ed25519") == 1
-    assert "there is no snapshot 'none-such'" in cli.bad("run", "tiny:none-such")
+    said = cli.bad("run", "tiny:none-such")
+    assert "there is no snapshot 'none-such'" in said
+    assert "hint: vmtasks snapshots tiny" in said
 
 
 @pytest.mark.exhaustive

@@ -157,9 +157,10 @@ def test_jobs_outlive_their_command(cli: Cli) -> None:
     long = cli.good("exec", "-d", "box", "sleep", "300").strip()
     states = {item["job"]: (item["state"], item["status"]) for item in cli.json("jobs", "box")}  # type: ignore[attr-defined]
     assert states == {job: ("ended", 7), long: ("running", None)}
-    cli.good("cancel", "box", long)
+    assert b"ended by signal TERM, status 143" in cli("cancel", "box", long).stderr
     assert cli("attach", "box", long).returncode == 128 + 15
-    assert "no job of box" in cli.bad("attach", "box", "nosuch")
+    assert f"job {job}: ended, status 7" in cli("cancel", "box", job).stderr.decode()
+    assert "no job of box begins with 'nosuch'" in cli.bad("attach", "box", "nosuch")
     cli.good("jobs", "box", "--clear")
     assert cli.json("jobs", "box") == []
 
@@ -225,7 +226,9 @@ def test_k26_no_folder_of_this_host_is_shared_unasked(cli: Cli) -> None:
 
 def test_k8_unknown_and_stopped_are_told_apart_and_soon(cli: Cli) -> None:
     began = time.monotonic()
-    assert "there is no machine 'nosuch'" in cli.bad("ssh", "nosuch", "true")
+    said = cli.bad("ssh", "nosuch", "true")
+    assert "there is no machine 'nosuch'; there is: box\nhint: vmtasks run -d --name NAME" in said
+    assert "hint: did you mean box?" in cli.bad("ssh", "bux", "true")
     assert time.monotonic() - began < 15
 
 

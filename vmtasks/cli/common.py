@@ -4,19 +4,47 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+from typer.core import TyperCommand
 
 from vmtasks import __version__
-from vmtasks.errors import StateError, VmTasksError
+from vmtasks.errors import ConfigError, StateError, VmTasksError
 
 if TYPE_CHECKING:
     from vmtasks.session import Machine, Project
 
-app = typer.Typer(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Plain(TyperCommand):
+    """A command that takes no empty text for one that was left out: it is what an unset shell variable gives."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As ever. ConfigError for a value that is given and empty."""
+        rest = super().parse_args(ctx, args)
+        for item in () if ctx.resilient_parsing else self.params:
+            source = ctx.get_parameter_source(item.name)
+            if source is not None and source.name == "COMMANDLINE" and ctx.params.get(item.name) == "":
+                shown = item.opts[-1] if item.param_type_name == "option" else str(item.metavar).strip("[]")
+                otherwise = "" if item.required else ", or leave it out"
+                raise ConfigError(f"{shown} '': empty; give a value{otherwise}")
+        return rest
+
+
+class App(typer.Typer):
+    """Typer, whose commands are plain unless another kind is asked for."""
+
+    def command(self, name: str | None = None, *, cls: type[TyperCommand] = Plain, **more: Any) -> Callable[[F], F]:  # type: ignore[override]
+        """As typer has it."""
+        return super().command(name, cls=cls, **more)
+
+
+app = App(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 VERBATIM = {"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True}
 """For commands whose last words are somebody else's command line."""
 _caught: list[int] = []
@@ -44,6 +72,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command line; failures that a user can mend end without a traceback."""
+    _open_streams()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
             signal.signal(number, _interrupt)
@@ -63,6 +92,17 @@ def main() -> None:
     except KeyboardInterrupt:
         status = 130
     raise SystemExit(128 + _caught[0] if _caught else status)
+
+
+def _open_streams() -> None:
+    """Have descriptors 0, 1 and 2 open, on /dev/null where they were closed: no file of ours may become one of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the lowest that is free: `number`
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 def _interrupt(number: int, _frame: Any) -> None:

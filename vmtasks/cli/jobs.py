@@ -9,6 +9,7 @@ import typer
 from vmtasks.cli.common import AsJson, Name, app, machine, show, table
 
 if TYPE_CHECKING:
+    from vmtasks.remote.job import View
     from vmtasks.remote.link import Link
 
 FOREVER_S = 14 * 86400.0
@@ -71,7 +72,7 @@ def cancel(name: Name, which: Job) -> None:
 
     with _link(name) as link:
         view = job.cancel(link, _find(link, which))
-    progress.say(f"job {view.job}: {view.state}, status {view.status}")
+    progress.say(f"job {view.job}: {_how(view)}")
 
 
 def start_job(name: str, words: list[str], *, cwd: str, env: dict[str, str], user: str) -> str:
@@ -95,9 +96,22 @@ def _find(link: "Link", which: str) -> str:
 
     found = [view.job for view in job.listing(link) if view.job.startswith(which)]
     if len(found) != 1:
-        how = "no job" if not found else f"{len(found)} jobs"
-        raise StateError(f"{how} of {link.target.name} begin with {which!r}", hint=f"vmtasks jobs {link.target.name}")
+        of = link.target.name
+        many = f"{len(found)} jobs of {of} begin" if found else f"no job of {of} begins"
+        raise StateError(f"{many} with {which!r}", hint=f"vmtasks jobs {of}")
     return found[0]
+
+
+def _how(view: "View") -> str:
+    """What is known of a job's end, if it has ended."""
+    unknown = "its exit status is not known"
+    if view.state == "rebooted":
+        return f"ended by a reboot of the guest; {unknown}"
+    if view.state == "lost":
+        return f"over, because what ran it in the guest was killed; {unknown}"
+    if view.status is None:
+        return f"still {view.state}"
+    return f"ended by signal {view.signal}, status {view.status}" if view.signal else f"ended, status {view.status}"
 
 
 def _pass_on(data: bytes, stream: str) -> None:

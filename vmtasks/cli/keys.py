@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmtasks.cli.common import AsJson, Name, app, machine, show, table
+from vmtasks.cli.common import App, AsJson, Name, app, machine, show, table
 
 if TYPE_CHECKING:
     from vmtasks.session import Machine
     from vmtasks.state import MachineRecord
 
-group = typer.Typer(no_args_is_help=True, help="Who may log in to a machine: list, add, rm, rotate.")
+group = App(no_args_is_help=True, help="Who may log in to a machine: list, add, rm, rotate.")
 app.add_typer(group, name="keys", rich_help_panel="Use")
 
 User = Annotated[str, typer.Option(help="A user of the guest; by default the one we log in as.", show_default=False)]
@@ -55,7 +55,7 @@ def add(
     from vmtasks.cli.run import read_keys  # noqa: PLC0415
     from vmtasks.session import keys  # noqa: PLC0415
 
-    added = read_keys(file)
+    added = read_keys(file, "FILE.pub")
     found, record = _running(name)
     with found.lock():
         keys.add(found, record, added, user or record.ssh_user)

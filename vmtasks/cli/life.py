@@ -98,12 +98,12 @@ def rm(
         confirm(f"Remove {', '.join(one.name for one in found)} with all that is on their disks?", "vmtasks rm --force")
     for one in found:
         try:
-            gone = one.destroy(lambda _: None)
+            one.destroy(lambda _: None)
         except VmTasksError as error:
             progress.say(f"error: machine {one.name}: {error}")
             failed += 1
         else:
-            progress.say(f"machine {one.name}: removed {', '.join(path.name for path in gone)}")
+            progress.say(f"machine {one.name}: removed")
     raise typer.Exit(1 if failed else 0)
 
 

@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
-from vmtasks.cli.common import AsJson, app, project, show
+from vmtasks.cli.common import AsJson, Plain, app, project, show
 
 if TYPE_CHECKING:
     from vmtasks.arguments import PublicKey
@@ -17,7 +16,7 @@ COMMAND = "vmtasks.command"
 """Where the words after `--` are kept."""
 
 
-class WithCommand(TyperCommand):
+class WithCommand(Plain):
     """A command whose words after the first `--` are left alone, so that IMAGE may be left out before them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -39,7 +38,7 @@ def run(
     name: Annotated[str, typer.Option(help="Its name; by default one is made up.", show_default=False)] = "",
     rm: Annotated[bool, typer.Option("--rm", help="With -d: remove it when it is stopped.")] = False,
     memory: Annotated[str, typer.Option(help="RAM: MiB, or with K, M or G.", show_default=False)] = "",
-    cpus: Annotated[int | None, typer.Option(min=1, max=256, help="Virtual CPUs.", show_default=False)] = None,
+    cpus: Annotated[int | None, typer.Option(min=1, max=255, help="Virtual CPUs.", show_default=False)] = None,
     disk: Annotated[str, typer.Option(help="Size of its disk, as in 20G.", show_default=False)] = "",
     bind: Annotated[
         list[str] | None, typer.Option(metavar="HOST:GUEST[:ro]", help="Have a folder of this host in it; repeatable.")
@@ -115,20 +114,23 @@ def _wants(
         "disk_size": arguments.size(disk) if disk else None,
         "binds": tuple(arguments.Bind.parse(text) for text in bind),
         "forwards": tuple(arguments.Forward.parse(text) for text in publish),
-        "authorized": tuple(key for path in ssh_key for key in read_keys(path)),
+        "authorized": tuple(key for path in ssh_key for key in read_keys(path, "--ssh-key")),
     }
 
 
-def read_keys(path: Path) -> "list[PublicKey]":
-    """The public keys in a file. ConfigError when it holds none, or a private one, of which nothing is shown."""
+def read_keys(path: Path, what: str) -> "list[PublicKey]":
+    """The public keys in a file. ConfigError when it holds none, or a private one, of which nothing is shown.
+
+    `what` named the file: an option, or an argument.
+    """
     from vmtasks import arguments  # noqa: PLC0415
     from vmtasks.errors import ConfigError  # noqa: PLC0415
 
     try:
         text = path.expanduser().read_bytes()[: 1 << 20].decode(errors="replace")
     except OSError as error:
-        raise ConfigError(f"--ssh-key {path}: cannot be read: {error.strerror}") from None
-    return arguments.public_keys(text, f"--ssh-key {path}")
+        raise ConfigError(f"{what} {path}: cannot be read: {error.strerror}") from None
+    return arguments.public_keys(text, f"{what} {path}")
 
 
 def _network(text: str) -> str:

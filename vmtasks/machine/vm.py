@@ -1,11 +1,14 @@
 """One QEMU: boot it in the foreground or as a daemon, know whether it is still ours, and stop it step by step."""
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import os
 import re
 import shutil
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +21,7 @@ from vmtasks.machine import argv, console, events, qmp
 
 LAUNCH_S = 30.0
 STRAY_S = 10.0
+IDLE_S = 86400.0
 SOCKET_PATH_BYTES = 107
 """A UNIX socket's address holds no longer path; see unix(7)."""
 
@@ -186,11 +190,62 @@ def socket_base() -> Path:
     return base
 
 
+def socket_place(machine: Path) -> Path:
+    """Where socket_folder() is or would be; it is not made."""
+    return socket_base() / hashlib.sha256(os.fsencode(machine.absolute())).hexdigest()[:12]
+
+
 def socket_folder(machine: Path) -> Path:
-    """The folder for the sockets of the machine whose state is in `machine`; made if needed."""
-    folder = socket_base() / hashlib.sha256(os.fsencode(machine.absolute())).hexdigest()[:12]
-    folder.mkdir(mode=0o700, exist_ok=True)
+    """The folder for the sockets of the machine whose state is in `machine`; made if needed, and now in use."""
+    folder = socket_place(machine)
+    with _alone(folder.parent):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.utime(folder)
     return folder
+
+
+def reap_sockets(idle_s: float = IDLE_S) -> list[Path]:
+    """Remove socket folders that nobody has used for `idle_s` and behind whose sockets is nobody; returns them.
+
+    They are left when a machine's folder is removed by hand. A machine that still is there gets its own anew.
+    """
+    base, gone = socket_base(), []
+    for folder in base.iterdir():
+        if not re.fullmatch(r"[0-9a-f]{12}", folder.name) or not _idle(folder, idle_s) or _served(folder):
+            continue
+        with _alone(base):
+            if _idle(folder, idle_s):  # still: socket_folder() may have handed it out meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
+                gone.append(folder)
+    return gone
+
+
+@contextlib.contextmanager
+def _alone(base: Path) -> Iterator[None]:
+    """Be the only one that hands out or removes a socket folder."""
+    handle = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _idle(folder: Path, idle_s: float) -> bool:
+    with contextlib.suppress(OSError):
+        return time.time() - folder.lstat().st_mtime > idle_s
+    return False
+
+
+def _served(folder: Path) -> bool:
+    """Whether anybody listens on a socket in the folder. One that cannot be asked counts as served."""
+    for path in sorted(folder.iterdir()):
+        if path.is_socket():
+            with socket.socket(socket.AF_UNIX) as probe:
+                probe.settimeout(0)
+                if probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT):
+                    return True
+    return False
 
 
 @contextlib.contextmanager

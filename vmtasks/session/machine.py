@@ -277,12 +277,16 @@ class Machine(Place):
         named = read_record(path, PhaseRecord)
         if named is None:
             there = ", ".join(self.snapshots()) or "none"
-            raise StateError(f"there is no snapshot {snapshot!r}; there is: {there}", hint="doit auto_install")
+            raise StateError(f"there is no snapshot {snapshot!r}; there is: {there}", hint=self._image_hint(snapshot))
         fault = self.state.image_fault(path)
         image = self.state.store.record(named.digest)
         if fault or image is None:
-            raise StateError(f"snapshot {snapshot!r} cannot be used: {fault}", hint="doit auto_install")
+            raise StateError(f"snapshot {snapshot!r} cannot be used: {fault}", hint=self._image_hint(snapshot))
         return image
+
+    def _image_hint(self, snapshot: str) -> str:
+        """Only `clean` is something that a task makes."""
+        return "doit auto_install" if snapshot == CLEAN else f"vmtasks snapshots {self.config.guest.name}"
 
     def make(self, snapshot: str, image: ImageRecord, like: MachineRecord | None = None) -> MachineRecord:
         """A fresh overlay and a record: a stopped machine that was never started. It keeps to what `like` was asked."""

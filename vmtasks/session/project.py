@@ -14,8 +14,9 @@ import msgspec
 from vmtasks import arguments, config, proc, rules, tidy
 from vmtasks.arguments import Bind, Forward, PublicKey
 from vmtasks.config import CONFIG_PATH, Config, show_size
-from vmtasks.errors import ConfigError, StateError
-from vmtasks.explain import suggest
+from vmtasks.errors import ConfigError, MachineError, StateError
+from vmtasks.explain import nearest
+from vmtasks.machine import vm
 from vmtasks.progress import Say
 from vmtasks.session import binds
 from vmtasks.session.machine import Machine
@@ -91,7 +92,8 @@ class Project:
             name = self.config().name
         if name not in there:
             known = f"; there is: {', '.join(there)}" if there else "; there is none"
-            hint = suggest(name, there) if there else "vmtasks run -d --name NAME, or doit start"
+            close = nearest(name, there)
+            hint = f"did you mean {close}?" if close else "vmtasks run -d --name NAME, or doit start, makes one"
             raise StateError(f"there is no machine {name!r}{known}", hint=hint)
         return self._open(name)
 
@@ -118,8 +120,10 @@ class Project:
         """
         guest, snapshot = arguments.image(wants.image)
         arguments.apart(wants.binds)
+        arguments.distinct(wants.ssh_port, wants.forwards)
         bound = [binds.check(bind) for bind in wants.binds]
         base = self.config(guest)
+        possible(base, wants)
         state = State(base)
         tidy.register(state.store, base.vm_dir)
         if self.root is None:
@@ -155,10 +159,7 @@ class Project:
             binds=bound,
             created=round(time.time(), 1),
         )
-        made = adapted(base, record)
-        for problem in rules.machine(made):
-            raise ConfigError(problem)
-        return Machine(made, self._claim(wants.name, base, record))
+        return Machine(adapted(base, record), self._claim(wants.name, base, record))
 
     def _claim(self, name: str, base: Config, record: MachineRecord) -> str:
         """Take a name by renaming a folder that holds the record already: there is no machine without one."""
@@ -189,6 +190,8 @@ class Project:
     def reap(self, note: Say) -> list[str]:
         """Remove machines that went with a process which is gone, and what half-made ones have left; their names."""
         gone = []
+        with suppress(MachineError, OSError):
+            vm.reap_sockets()
         for path in sorted(self._run().glob(f"{STAGED}*")):
             if not proc.started(int(path.name.removeprefix(STAGED).partition("-")[0] or 0)):
                 shutil.rmtree(path, ignore_errors=True)
@@ -237,6 +240,17 @@ class Project:
             with suppress(ConfigError):  # a guest that is not there any more: the machine can still be removed
                 base = self.config(record.family, record.version)
         return Machine(base if record is None else adapted(base, record), name)
+
+
+def possible(base: Config, wants: Wants) -> None:
+    """ConfigError, naming the option, for what this host cannot give or no guest can use."""
+    asked = {"memory": wants.memory, "cpus": wants.cpus, "disk": wants.disk_size, "port": wants.ssh_port or None}
+    fields = {"memory": "memory", "cpus": "cpus", "disk": "disk_size", "port": "ssh_port"}
+    options = {"memory": "--memory", "cpus": "--cpus", "disk": "--disk", "port": "--ssh-port"}
+    given = {name: value for name, value in asked.items() if value is not None}
+    made = msgspec.structs.replace(base, **{fields[name]: value for name, value in given.items()})
+    for problem in (*rules.forwards(wants.forwards), *rules.machine(made, {name: options[name] for name in given})):
+        raise ConfigError(problem)
 
 
 def adapted(base: Config, record: MachineRecord) -> Config:
