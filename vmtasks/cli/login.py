@@ -104,7 +104,7 @@ def _attach(found: "Machine", verb: str, options: list[str], line: str, shown: s
     from vmtasks.session.use import using  # noqa: PLC0415
 
     target = found.wait()
-    with using(found, verb, shown, user) as outcome, health.telling(found, progress.say):
+    with health.telling(found, progress.say), using(found, verb, shown, user) as outcome:
         outcome.status = proc.attach(target.argv(*([line] if line else []), options=options))
     if outcome.status == FAILED and (why := health.verdict(found)):
         progress.say(f"error: {why}\nhint: vmtasks doctor {found.name}")

@@ -206,8 +206,10 @@ class Machine(Place):
             record = self.record()
             if record is None:
                 raise StateError(f"there is no machine {self.name}", hint=self.command("start"))
-            if gentle and record.ready and self.pid(record) is not None:
-                binds.after(self, record, last=record.throwaway)
+            if gentle and self.pid(record) is not None:
+                gentle = ladder.roused(self, note)
+                if gentle and record.ready:
+                    binds.after(self, record, last=record.throwaway)
             return ladder.stop(self, record, note, gentle=gentle, timeout_s=timeout_s)
 
     def restore(self, snapshot: str = "", note: Say = progress.say) -> ImageRecord:
@@ -246,7 +248,8 @@ class Machine(Place):
             record = self.record()
             if record is not None:
                 # Nobody has tried yet where it was ours: not even if it has ended by itself.
-                if record.ready and (record.owner == os.getpid() or self.pid(record) is not None):
+                there = record.owner == os.getpid() or self.pid(record) is not None
+                if record.ready and there and ladder.roused(self, note):
                     binds.after(self, record, last=True)
                 ladder.stop(self, record, note, gentle=False)
             gone = sorted(self.folder.iterdir())
