@@ -249,7 +249,7 @@ class Machine(Place):
             if record is not None:
                 # Nobody has tried yet where it was ours: not even if it has ended by itself.
                 there = record.owner == os.getpid() or self.pid(record) is not None
-                if record.ready and there and ladder.roused(self, note):
+                if record.ready and record.binds and there and ladder.roused(self, note):
                     binds.after(self, record, last=True)
                 ladder.stop(self, record, note, gentle=False)
             gone = sorted(self.folder.iterdir())
