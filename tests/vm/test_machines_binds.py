@@ -82,6 +82,7 @@ def test_b16_what_cannot_come_back_costs_no_status_and_no_end(cli: Cli, folder: 
     cli.nothing_left()
 
 
+@pytest.mark.exhaustive
 def test_b16_a_machine_whose_folder_cannot_be_copied(cli: Cli, folder: Path) -> None:
     cli.make("a", "--bind", f"{folder}:/work")
     done = cli("ssh", "a", f"{HIDE} /work; exit 3")
@@ -92,7 +93,7 @@ def test_b16_a_machine_whose_folder_cannot_be_copied(cli: Cli, folder: Path) -> 
     assert (folder / "open").read_text() == "y\n"
     # Nor can a folder of somebody else be brought up to date; then nothing runs on what is old, but who looks gets in.
     (folder / "theirs").mkdir()
-    cli.good("ssh", "a", "doas chown root /work/theirs; doas rm /work/secret")
+    cli.good("ssh", "a", "doas chown root /work/theirs; doas rm /work/secret; sync")
     (folder / "theirs" / "new").write_text("new\n")
     said = cli.bad("exec", "a", "echo", "ran")
     assert f"--bind {folder}:/work: not all is up to date there: " in said
