@@ -77,9 +77,6 @@ class Guest:
         finally:
             self.qmp("cont")
 
-    def status(self) -> str:
-        return str(self.qmp("query-status")["status"])
-
     def pid(self) -> int:
         (pid,) = self.project.qemus()
         return pid

@@ -130,7 +130,7 @@ def wait(
     if not wait_until(ended if stopped else settled, timeout, every_s=0.5):
         if stopped:
             raise StateError(f"machine {name} has not ended within {timeout:g} s")
-        raise SshError(f"machine {name} does not let us in within {timeout:g} s: {health.verdict(found)}")
+        raise SshError(f"machine {name} does not let us in within {timeout:g} s: {health.is_alive(found).reason}")
     if not stopped:
         found.running()
 

@@ -106,7 +106,7 @@ def _attach(found: "Machine", verb: str, options: list[str], line: str, shown: s
     target = found.wait()
     with health.telling(found, progress.say), using(found, verb, shown, user) as outcome:
         outcome.status = proc.attach(target.argv(*([line] if line else []), options=options))
-    if outcome.status == FAILED and (why := health.verdict(found)):
+    if outcome.status == FAILED and (why := health.is_alive(found).reason):
         progress.say(f"error: {why}\nhint: vmtasks doctor {found.name}")
     return outcome.status
 

@@ -58,10 +58,14 @@ class Alive:
         """Whether the guest's operating system works, be it without SSH."""
         return self.verdict in ("ready", "ssh", "no-ssh")
 
+    @property
+    def reason(self) -> str:
+        """The layer that failed, with what it says; empty when all have passed."""
+        return next((f"{layer.name}: {layer.says}" for layer in self.layers if layer.passed is False), "")
+
     def __str__(self) -> str:
         """The verdict in a sentence, with the reason."""
-        why = next((f": {layer.name}: {layer.says}" for layer in self.layers if layer.passed is False), "")
-        return SAYS[self.verdict] + why
+        return ": ".join(filter(None, (SAYS[self.verdict], self.reason)))
 
 
 def is_alive(

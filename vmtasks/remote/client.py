@@ -186,8 +186,10 @@ class Connection:
             if pump.header.group:
                 wire = commands.wire(end_group_script(pump.header.group, user), "0", self._via)
                 other = self._channels.open(wire.line, limit)
-                Pump(other, "0").until_end(limit)
-                self._channels.leave(other)
+                try:
+                    Pump(other, "0").until_end(limit)
+                finally:
+                    self._channels.leave(other)
             return pump.until_end(min(limit, time.monotonic() + 5)) == "ended" and pump.header.group != 0
         except SshError:
             return False

@@ -93,8 +93,7 @@ def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
     line = ssh.remote_line(body, program)
     if len(line) <= LINE_BYTES:
         return Wire(line, b"", token)
-    read = 'IFS= read -r vmtasks_line; eval "unset vmtasks_line;$(printf %b "$vmtasks_line")"'
-    return Wire(f"exec {program} -c '{read}' sh", ssh.plain(body).encode() + b"\n", token)
+    return Wire(ssh.remote_line(WAIT, program), ssh.plain(body).encode() + b"\n", token)
 
 
 def waiting(token: str, via: Via) -> str:

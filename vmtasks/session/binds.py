@@ -174,7 +174,7 @@ def _warn(place: Place, binds: Sequence[BindRecord], error: VmTasksError, *, las
 
 def shown(bind: BindRecord) -> str:
     """The bind as a user writes it."""
-    return f"--bind {bind.host}:{bind.guest}{':ro' if bind.read_only else ''}"
+    return f"--bind {Bind(bind.host, bind.guest, bind.read_only)}"
 
 
 def push(target: ssh.Target, number: int, bind: BindRecord) -> None:

@@ -39,11 +39,6 @@ def is_alive(machine: Machine) -> Alive:
     return alive.judged(machine_layers(machine))
 
 
-def verdict(machine: Machine) -> str:
-    """The first layer that fails, with its reason; empty when the machine is well."""
-    return next((f"{layer.name}: {layer.says}" for layer in machine_layers(machine) if layer.passed is False), "")
-
-
 @contextmanager
 def telling(machine: Machine, note: Say) -> Iterator[None]:
     """Say once, while the block waits for the guest, that its CPU stands still, why, and what to do."""
