@@ -1,5 +1,6 @@
 """What a person sees while work goes on: a live line on a terminal, plain lines elsewhere, times of the last run."""
 
+import io
 import json
 import os
 import sys
@@ -8,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from vmtasks import atomic
 
@@ -77,7 +78,9 @@ def _live(shown: Step) -> Iterator[None]:
     from rich.spinner import Spinner  # noqa: PLC0415
     from rich.text import Text  # noqa: PLC0415
 
-    console = Console(file=_stream(), no_color=no_color(), highlight=False)
+    stream = _stream()
+    out = cast("TextIO", _Deaf(stream)) if stream else None
+    console = Console(file=out, no_color=no_color(), highlight=False)
     spinner = Spinner("dots", style="" if no_color() else "cyan")
 
     def render() -> Any:
@@ -86,6 +89,32 @@ def _live(shown: Step) -> Iterator[None]:
 
     with Live(get_renderable=render, console=console, refresh_per_second=8, transient=True, redirect_stdout=False):
         yield
+
+
+class _Deaf(io.TextIOBase):
+    """A terminal that may be closed at any moment: what can no longer be shown must not end the work, or its undoing.
+
+    The kernel refuses to write (EIO) before SIGHUP arrives, which is what ends us then.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
 
 
 def say(text: str) -> None:

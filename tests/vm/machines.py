@@ -86,7 +86,7 @@ class Cli:
         """No process, folder, lock, key or socket of a machine."""
         until(lambda: not self.project.qemus(), 10, "the last QEMU to go")
         left = sorted(path.name for path in self.run_folder.iterdir())
-        assert left == []
+        assert left == [], left
 
 
 def sockets() -> set[str]:

@@ -4,6 +4,7 @@ import fcntl
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -98,8 +99,9 @@ def test_b8_c_its_terminal_is_closed(cli: Cli) -> None:
     )  # fmt: skip
     os.close(slave)
     until(lambda: cli.project.qemus() or run.poll() is not None, 60, "QEMU")
+    said = os.read(master, 1 << 16) if select.select([master], [], [], 0)[0] else b""
     os.close(master)
-    assert run.wait(60) == 128 + signal.SIGHUP
+    assert run.wait(60) == 128 + signal.SIGHUP, said
     cli.nothing_left()
 
 

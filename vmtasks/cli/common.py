@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from typer.core import TyperCommand
 
 from vmtasks import __version__
 from vmtasks.errors import ConfigError, StateError, VmTasksError
+from vmtasks.interrupts import ignore, unwind_on_signals
 
 if TYPE_CHECKING:
     from vmtasks.session import Machine, Project
@@ -47,7 +47,6 @@ class App(typer.Typer):
 app = App(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
 VERBATIM = {"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True}
 """For commands whose last words are somebody else's command line."""
-_caught: list[int] = []
 
 
 def names(incomplete: str) -> list[str]:
@@ -73,25 +72,35 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main() -> None:
     """Run the command line; failures that a user can mend end without a traceback."""
     _open_streams()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup wants it
-            signal.signal(number, _interrupt)
+    caught = unwind_on_signals()
+    status = 0
+    try:
+        status = _status()
+        ignore()
+    except BaseException:
+        if not caught:
+            raise  # otherwise what came after the signal is not the reason
+    raise SystemExit(128 + caught[0] if caught else status)
+
+
+def _status() -> int:
+    """Run the command line to its exit status."""
     try:
         app(prog_name="vmtasks")
     except VmTasksError as error:
         _say(f"error: {error}")
-        status = error.exit_code
+        return error.exit_code
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
         _say(f"error: {where}{error.strerror}")
-        status = 1
+        return 1
     except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(bool(end.code))
+        return end.code if isinstance(end.code, int) else int(bool(end.code))
     except KeyboardInterrupt:
-        status = 130
-    raise SystemExit(128 + _caught[0] if _caught else status)
+        return 130
+    return 0
 
 
 def _open_streams() -> None:
@@ -103,14 +112,6 @@ def _open_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the lowest that is free: `number`
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
-
-
-def _interrupt(number: int, _frame: Any) -> None:
-    """Unwind once, so that every `with` block ends what it began; nothing interrupts that."""
-    for other in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(other, signal.SIG_IGN)
-    _caught.append(number)
-    raise KeyboardInterrupt(signal.Signals(number).name)
 
 
 def _say(text: str) -> None:

@@ -14,8 +14,8 @@ def cp(
     dest: Annotated[str, typer.Argument(metavar="DEST", help="A path here, or NAME:PATH.", show_default=False)],
 ) -> None:
     """Copy a file or a folder, with modes and times; one side is NAME:PATH, relative to the login user's home."""
-    from vmtasks import proc  # noqa: PLC0415
     from vmtasks.errors import ConfigError, StateError  # noqa: PLC0415
+    from vmtasks.remote import ssh  # noqa: PLC0415
     from vmtasks.session.use import using  # noqa: PLC0415
 
     here = project()
@@ -33,7 +33,7 @@ def cp(
     theirs = f"{target.name}:{path or '.'}"
     words = ["scp", "-F", str(target.config), "-q", "-r", "-p", "--", *([ours, theirs] if into else [theirs, ours])]
     with using(found, "cp", f"{source} {dest}") as outcome:
-        outcome.status = proc.attach(words)
+        outcome.status = ssh.attach(target, words)
     raise typer.Exit(outcome.status)
 
 

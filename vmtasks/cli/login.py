@@ -53,6 +53,7 @@ def execute(
     from vmtasks.errors import ConfigError  # noqa: PLC0415
     from vmtasks.remote.ssh import remote_line, script  # noqa: PLC0415
     from vmtasks.rules import VARIABLE  # noqa: PLC0415
+    from vmtasks.session.login import log_in  # noqa: PLC0415
 
     words = ctx.args[1:] if ctx.args[:1] == ["--"] else ctx.args
     if not words:
@@ -68,7 +69,7 @@ def execute(
         sys.stdout.write(f"{start_job(name, words, cwd=cwd, env=values, user=who)}\n")
         return
     line = remote_line(script(f"command {shlex.join(words)}\nexit $?", cwd=cwd, env=values, user=who))
-    raise typer.Exit(_attach(machine(name), "exec", [], line, shlex.join(words), who))
+    raise typer.Exit(log_in(machine(name), "exec", line, shown=shlex.join(words), user=who))
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -90,25 +91,12 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 def session(found: "Machine", verb: str, options: list[str], words: list[str]) -> int:
     """Log in to a machine, or run a command in it, with our streams; returns the status of what ran."""
     from vmtasks.remote.ssh import remote_line  # noqa: PLC0415
+    from vmtasks.session.login import log_in  # noqa: PLC0415
 
     command = words[0] if len(words) == 1 else shlex.join(words)
     # The login shell runs it as a child, so that a death by signal becomes a status, as in any shell.
     line = remote_line(f'"${{SHELL:-/bin/sh}}" -c {shlex.quote(command)}\nexit $?') if words else ""
-    return _attach(found, verb, options, line, command, "")
-
-
-def _attach(found: "Machine", verb: str, options: list[str], line: str, shown: str, user: str) -> int:
-    from vmtasks import proc, progress  # noqa: PLC0415
-    from vmtasks.remote.ssh import FAILED  # noqa: PLC0415
-    from vmtasks.session import health  # noqa: PLC0415
-    from vmtasks.session.use import using  # noqa: PLC0415
-
-    target = found.wait()
-    with health.telling(found, progress.say), using(found, verb, shown, user) as outcome:
-        outcome.status = proc.attach(target.argv(*([line] if line else []), options=options))
-    if outcome.status == FAILED and (why := health.is_alive(found).reason):
-        progress.say(f"error: {why}\nhint: vmtasks doctor {found.name}")
-    return outcome.status
+    return log_in(found, verb, line, options=options, shown=command)
 
 
 @app.command(rich_help_panel="Use")

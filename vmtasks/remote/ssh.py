@@ -5,18 +5,22 @@ Host keys are pinned from the image's record and checked strictly; one connectio
 
 import os
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from vmtasks import atomic, proc
 from vmtasks.errors import SshError
+from vmtasks.lock import lock
 
 FAILED = 255
 """The status of ssh itself when it could not connect or lost the connection; see ssh(1)."""
 
 CONNECT_S = 10
+SHARE_S = 60
 HOST = "127.0.0.1"
 OTHER_HOST_KEY = "the guest shows another host key than the one its image recorded"
 STAGES = (
@@ -131,6 +135,32 @@ def explain(stderr: str) -> str:
         if text in stderr:
             return meaning
     return stderr.strip().splitlines()[-1] if stderr.strip() else "ssh gave no reason"
+
+
+def attach(target: Target, argv: Sequence[str]) -> int:
+    """Run ssh or scp on our own streams over the shared connection; returns its status. See proc.attach()."""
+    shared = _share(target)
+    if shared.status == 0:
+        return proc.attach(argv)
+    late = f"ssh: {target.name} did not let us in within {SHARE_S} s\n" if shared.status == proc.TIMED_OUT else ""
+    with suppress(OSError):  # closed
+        sys.stderr.write(shared.stderr + late)
+    return FAILED
+
+
+def _share(target: Target) -> proc.Result:
+    """Have the connection that all sessions of this user share; returns how ssh ended, 0 where there is one now.
+
+    One process at a time makes it: of several that begin at once ssh lets each log in alone, and says so on stderr, and
+    a server lets few wait for that (dropbear five of one address, its MAX_UNAUTH_PER_IP).
+    """
+    check = target.argv(options=["-O", "check"])
+    done = proc.run(check, timeout_s=CONNECT_S, check=False)
+    if done.status == 0:
+        return done
+    with lock(target.folder / "share.lock", f"the connection to {target.name}", timeout_s=SHARE_S):
+        done = proc.run(check, timeout_s=CONNECT_S, check=False)
+        return done if done.status == 0 else proc.run(target.argv(options=["-fN"]), timeout_s=SHARE_S, check=False)
 
 
 def close(target: Target) -> None:

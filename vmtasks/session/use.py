@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vmtasks import proc
+from vmtasks import atomic, proc
 from vmtasks.config import Config
 from vmtasks.session import binds
 from vmtasks.session.machine import Machine
@@ -50,7 +50,7 @@ def using(machine: Machine, verb: str, command: str = "", user: str = "") -> Ite
     use = Use(verb, login, command[:SHOWN_CHARS], os.getpid(), proc.started(os.getpid()), round(began, 1))
     mark = machine.folder / "sessions" / f"{os.getpid()}-{time.monotonic_ns()}"
     mark.parent.mkdir(exist_ok=True)
-    mark.write_text(json.dumps(asdict(use)))
+    atomic.write(mark, json.dumps(asdict(use)))
     try:
         reached = record is None or not bound or binds.before(machine, record)
         yield outcome
@@ -64,7 +64,7 @@ def using(machine: Machine, verb: str, command: str = "", user: str = "") -> Ite
 def uses(machine: Machine) -> list[Use]:
     """The sessions under way; marks of processes that are gone are removed."""
     found = []
-    for mark in sorted((machine.folder / "sessions").glob("*")):
+    for mark in sorted((machine.folder / "sessions").glob("[0-9]*")):
         with contextlib.suppress(OSError, ValueError, TypeError):
             use = Use(**json.loads(mark.read_text()))
             if proc.started(use.pid) == use.pid_started:

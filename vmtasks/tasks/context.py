@@ -3,9 +3,9 @@
 import errno
 import functools
 import os
-import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from doit import doit_cmd
 from vmtasks import rules
 from vmtasks.config import Config, load
 from vmtasks.errors import ConfigError, VmTasksError
+from vmtasks.interrupts import unwind_on_signals
 
 P = ParamSpec("P")
 
@@ -78,25 +79,20 @@ def asked_with(task: str, option: str) -> bool:
 
 
 def interrupt_on_signals() -> None:
-    """Turn the first SIGTERM or SIGHUP into KeyboardInterrupt, so that every `with` block ends what it began."""
-
-    def interrupt(number: int, _frame: Any) -> None:
-        signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt(signal.Signals(number).name)
+    """Turn the first signal that asks us to end into KeyboardInterrupt, and say so in one line."""
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Say in one line that we were interrupted; everything else is a bug and shows its traceback."""
         if issubclass(kind, KeyboardInterrupt):
-            sys.stderr.write(f"interrupted{f' by {error}' if str(error) else ''}\n")
+            with suppress(OSError):
+                sys.stderr.write(f"interrupted by {error}\n")
         elif issubclass(kind, BrokenPipeError):
             os._exit(141)  # as a program that SIGPIPE ended: whoever read our output has gone away
         else:
             sys.__excepthook__(kind, error, trace)
 
     sys.excepthook = leave
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:
-            signal.signal(number, interrupt)
+    unwind_on_signals()
 
 
 CONFIG = read_config()

@@ -181,9 +181,9 @@ def task_ssh() -> Task:
     """
 
     def login() -> None:
-        from vmtasks import proc  # noqa: PLC0415
+        from vmtasks.session.login import log_in  # noqa: PLC0415
 
-        status = proc.attach(the_machine().running().argv())
+        status = log_in(the_machine(), "ssh")
         if status != 0:
             raise SystemExit(status)
 
