@@ -15,8 +15,13 @@ from vmtasks.remote import client, ssh
 from vmtasks.remote.link import Link
 from vmtasks.session import Machine
 
-START = "dropbear -s -r /etc/dropbear/dropbear_ed25519_host_key"
+START = "/usr/sbin/sshd"
 LIMIT_S = 60.0
+
+
+def processes(how: str) -> str:
+    """A command line: the SSH server's own process (`==`), or those of its sessions (`!=`)."""
+    return f'ps -o pid,args | awk \'$2 == "sshd:" && $3 {how} "/usr/sbin/sshd" {{ print $1 }}\''
 
 
 class Guest:
@@ -93,8 +98,7 @@ class Guest:
 
     def without_server(self, seconds: int, *, sessions: bool = False) -> None:
         """The SSH server ends, with its sessions if asked, and is back after that many seconds."""
-        which = "ps -o pid,ppid,args | awk '$3 == \"dropbear\" && $2 {} 1 {{ print $1 }}'"
-        ends = f"kill $({which.format('==')})" + (f" $({which.format('!=')})" if sessions else "")
+        ends = f"kill $({processes('==')})" + (f" $({processes('!=')})" if sessions else "")
         # In a session of its own, and later: the one that brings the order must be over.
         script = shlex.quote(f"sleep 1; {ends}; sleep {seconds}; {START}")
         self.root(f"setsid sh -c {script} </dev/null >/dev/null 2>&1 &")

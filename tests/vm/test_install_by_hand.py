@@ -25,12 +25,12 @@ SYSTEM = [
     "cp -a /tmp/s/. /tmp/t/ && umount /tmp/s && chmod 755 /tmp/t && rm -rf /tmp/t/boot/isolinux",
     "echo 'LABEL=root / ext4 noatime 0 1' >/tmp/t/etc/fstab",
     r"printf 'hostname=byhand\ndhcp_interface=eth0\nsshd=YES\n' >/tmp/t/etc/rc.conf",
-    "mkdir -p /tmp/t/boot/extlinux /tmp/t/etc/dropbear",
+    "mkdir -p /tmp/t/boot/extlinux",
     "cd /tmp/t/boot/extlinux",
     r"printf 'SERIAL 0 115200\nDEFAULT disk\nLABEL disk\nKERNEL /boot/kernel\nINITRD /boot/initrd.gz\n' >extlinux.conf",
     "echo 'APPEND root=LABEL=root console=tty0 console=ttyS0,115200' >>extlinux.conf && cd /",
     "extlinux --install /tmp/t/boot/extlinux",
-    "dropbearkey -t ed25519 -f /tmp/t/etc/dropbear/dropbear_ed25519_host_key",
+    "ssh-keygen -q -t ed25519 -N '' -f /tmp/t/etc/ssh/ssh_host_ed25519_key",
 ]
 """What phase 1 does, in the words of somebody at the console; root keeps having no password there."""
 

@@ -11,7 +11,7 @@ from machines import Cli, Done
 
 pytestmark = pytest.mark.timeout(400)
 
-SSHD_OFF = "doas sh -c 'kill $(pidof dropbear)'"
+SSHD_OFF = "doas sh -c 'kill $(pidof sshd)'"
 HIDE = "doas sh -c 'echo x >$0/secret; chmod 600 $0/secret; echo y >$0/open'"
 
 

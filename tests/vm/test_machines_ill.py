@@ -14,7 +14,7 @@ from machines import Cli
 
 pytestmark = pytest.mark.timeout(400)
 
-SSHD_OFF = "doas sh -c 'kill $(pidof dropbear)'"
+SSHD_OFF = "doas sh -c 'kill $(pidof sshd)'"
 LONGEST_S = 180.0
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from remotes import LIMIT_S, Guest, until_true
+from remotes import LIMIT_S, Guest, processes, until_true
 
 from vmtasks.errors import CommandTimeoutError, ConfigError, RebootedError, SshError, StateError
 from vmtasks.remote import job
@@ -149,9 +149,7 @@ def test_c10_a_job_whose_runner_was_killed_is_lost_and_says_so(link: Link) -> No
 
 
 def cut_session(guest: Guest) -> None:
-    guest.root(
-        "for p in $(ps -o pid,ppid,args | awk '$2 != 1 && $3 == \"dropbear\" { print $1 }'); do kill -9 $p; done & :"
-    )
+    guest.root(f"for p in $({processes('!=')}); do kill -9 $p; done & :")
 
 
 def cut_server(guest: Guest) -> None:
