@@ -9,7 +9,6 @@ import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from vmtasks import interrupts
 from vmtasks.errors import CommandError, MissingToolError
 from vmtasks.prctl import before_exec
 
@@ -207,7 +207,7 @@ def spawn(
     sink = subprocess.PIPE if pipe else (output or subprocess.DEVNULL)
     child: Child | None = None
     try:
-        with _whole():
+        with interrupts.whole():
             child = subprocess.Popen(
                 words,
                 cwd=cwd,
@@ -241,7 +241,7 @@ def detach(
     log.debug("detach %s", quote(words))
     child: Child | None = None
     try:
-        with _whole():
+        with interrupts.whole():
             child = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
@@ -255,26 +255,6 @@ def detach(
             end(child)
         raise
     return child
-
-
-@contextmanager
-def _whole() -> Iterator[None]:
-    """Hold back what a signal would raise, for the moment in which a child is there and nobody has its name yet."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    ours = {number: handler for number, handler in handlers.items() if callable(handler)}
-    for number in ours:
-        signal.signal(number, lambda number, _: held.append(number))
-    try:
-        yield
-    finally:
-        for number, handler in ours.items():
-            signal.signal(number, handler)
-        for came in held:
-            signal.raise_signal(came)
 
 
 def wait(child: Child, timeout_s: float) -> bool:

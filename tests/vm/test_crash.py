@@ -54,7 +54,7 @@ def intact(project: Project) -> None:
         assert record is not None, why
 
 
-@pytest.mark.parametrize("half", [1, 2])
+@pytest.mark.parametrize("half", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_killed_at_random_moments(crashing: Project, half: int) -> None:
     project = crashing
     dice = random.Random(SEED + half)  # noqa: S311 - to be repeated with VMTASKS_TEST_SEED

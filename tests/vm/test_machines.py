@@ -201,7 +201,7 @@ def test_snapshots_come_back_and_stand_alone(running: Project) -> None:
     assert running.ssh("cat marker").stdout == "two\n"
     assert backing(running) not in (saved, disk(running))
     output = running.doit("restore", "--name", "none-such").bad()
-    assert "there is no snapshot 'none-such'; there is: clean, one" in output
+    assert "there is no snapshot 'none-such' of tiny; there is: clean, one" in output
     running.doit("restore", "--name", "clean").good()
 
 

@@ -208,7 +208,7 @@ def test_k29_b3_snapshots_of_a_machine_with_its_own_key(cli: Cli) -> None:
     assert done.stdout.startswith(b"one\nssh-ed25519 ")
     assert done.stdout.count(b"ssh-ed25519") == 1
     said = cli.bad("run", "tiny:none-such")
-    assert "there is no snapshot 'none-such'" in said
+    assert "there is no snapshot 'none-such' of tiny" in said
     assert "hint: vmtasks snapshots tiny" in said
 
 

@@ -188,6 +188,7 @@ def unheard(call: transcript.Call, outcome: Outcome) -> Iterator[str]:
     yield from outcome.findings
 
 
+@pytest.mark.exhaustive
 def test_the_loader_on_a_bad_line(rehearsal: Rehearsal, store: Path) -> None:
     """QEMU's own serial line: a loader that is late and slow, and one that loses keys. More: test_dialogue.py."""
     first = rehearsal.transcripts[1].calls[0]
@@ -223,6 +224,7 @@ def test_a_wrong_root_is_told_as_what_it_is(rehearsal: Rehearsal) -> None:
     assert "found no root file system and asks for one" in project.doit("phase:2").bad()
 
 
+@pytest.mark.exhaustive
 def test_pkg_as_other_releases_have_it(rehearsal: Rehearsal) -> None:
     """Version 1.14 loses its repository when it replaces itself; a release may come without pkg. Both are got over."""
     lost, absent = rehearsal.boots([Order(2, pkg="1.14.4"), Order(2, pkg="absent")])

@@ -139,7 +139,7 @@ def test_c10_a_job_whose_runner_was_killed_is_lost_and_says_so(link: Link) -> No
     assert lost.state == "lost"
     link.execute(f"kill -9 -{view.group}", timeout_s=LIMIT_S)
     # Somebody else's process under the number of ours.
-    link.execute(f"sleep 4722 & echo $! >.vmtasks/jobs/{which}/pid; exit 0", timeout_s=LIMIT_S)
+    link.execute(f"sleep 4722 >/dev/null 2>&1 & echo $! >.vmtasks/jobs/{which}/pid; exit 0", timeout_s=LIMIT_S)
     found = job.show(link, which)
     assert found
     assert found.state == "lost", "a number alone proves nothing"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vmtasks.errors import MachineError
+from vmtasks.interrupts import whole
 
 ANSWER_S = 10.0
 STUCK = {
@@ -71,7 +72,8 @@ def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda:
         logging.getLogger(noisy).setLevel(logging.CRITICAL)
     deadline = time.monotonic() + timeout_s
     while True:
-        protocol = QEMUMonitorProtocol(str(path))
+        with whole():  # one that was half made complains when it is collected
+            protocol = QEMUMonitorProtocol(str(path))
         protocol.settimeout(max(1.0, deadline - time.monotonic()))
         try:
             protocol.connect()

@@ -280,7 +280,8 @@ class Machine(Place):
         named = read_record(path, PhaseRecord)
         if named is None:
             there = ", ".join(self.snapshots()) or "none"
-            raise StateError(f"there is no snapshot {snapshot!r}; there is: {there}", hint=self._image_hint(snapshot))
+            what = f"there is no snapshot {snapshot!r} of {self.config.guest.name}; there is: {there}"
+            raise StateError(what, hint=self._image_hint(snapshot))
         fault = self.state.image_fault(path)
         image = self.state.store.record(named.digest)
         if fault or image is None:
