@@ -120,12 +120,17 @@ class _Deaf(io.TextIOBase):
 def say(text: str) -> None:
     """One line to the person who watches. On a terminal it scrolls above a live line."""
     if _talk["stderr"]:
-        with suppress(OSError):  # a terminal that was closed must not keep clean-up from ending
-            sys.stderr.write(text + "\n")
-            sys.stderr.flush()
+        to_stderr(text + "\n")
         return
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
+
+
+def to_stderr(text: str) -> None:
+    """Write there as it is; one that was closed must not keep clean-up from ending."""
+    with suppress(OSError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def talk_on_stderr() -> None:

@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from vmtasks import __version__
 from vmtasks.errors import ConfigError, StateError, VmTasksError
 from vmtasks.interrupts import ignore, unwind_on_signals
+from vmtasks.progress import to_stderr
 
 if TYPE_CHECKING:
     from vmtasks.session import Machine, Project
@@ -88,13 +89,13 @@ def _status() -> int:
     try:
         app(prog_name="vmtasks")
     except VmTasksError as error:
-        _say(f"error: {error}")
+        to_stderr(f"error: {error}\n")
         return error.exit_code
     except OSError as error:
         if error.errno is None:
             raise
         where = f"{error.filename}: " if error.filename else ""
-        _say(f"error: {where}{error.strerror}")
+        to_stderr(f"error: {where}{error.strerror}\n")
         return 1
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(bool(end.code))
@@ -112,15 +113,6 @@ def _open_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the lowest that is free: `number`
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
-
-
-def _say(text: str) -> None:
-    """To stderr, which may have been closed."""
-    try:
-        sys.stderr.write(text + "\n")
-        sys.stderr.flush()
-    except OSError:
-        pass
 
 
 @app.callback(invoke_without_command=True)

@@ -5,14 +5,12 @@ Host keys are pinned from the image's record and checked strictly; one connectio
 
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmtasks import atomic, proc
+from vmtasks import atomic, proc, progress
 from vmtasks.errors import SshError
 from vmtasks.lock import lock
 
@@ -143,8 +141,7 @@ def attach(target: Target, argv: Sequence[str]) -> int:
     if shared.status == 0:
         return proc.attach(argv)
     late = f"ssh: {target.name} did not let us in within {SHARE_S} s\n" if shared.status == proc.TIMED_OUT else ""
-    with suppress(OSError):  # closed
-        sys.stderr.write(shared.stderr + late)
+    progress.to_stderr(shared.stderr + late)
     return FAILED
 
 

@@ -244,12 +244,16 @@ class Project:
 
 def possible(base: Config, wants: Wants) -> None:
     """ConfigError, naming the option, for what this host cannot give or no guest can use."""
-    asked = {"memory": wants.memory, "cpus": wants.cpus, "disk": wants.disk_size, "port": wants.ssh_port or None}
-    fields = {"memory": "memory", "cpus": "cpus", "disk": "disk_size", "port": "ssh_port"}
-    options = {"memory": "--memory", "cpus": "--cpus", "disk": "--disk", "port": "--ssh-port"}
-    given = {name: value for name, value in asked.items() if value is not None}
-    made = msgspec.structs.replace(base, **{fields[name]: value for name, value in given.items()})
-    for problem in (*rules.forwards(wants.forwards), *rules.machine(made, {name: options[name] for name in given})):
+    asked = (
+        ("memory", "memory", "--memory", wants.memory),
+        ("cpus", "cpus", "--cpus", wants.cpus),
+        ("disk", "disk_size", "--disk", wants.disk_size),
+        ("port", "ssh_port", "--ssh-port", wants.ssh_port or None),
+    )
+    given = [row for row in asked if row[-1] is not None]
+    made = msgspec.structs.replace(base, **{field: value for _, field, _, value in given})
+    names = {name: option for name, _, option, _ in given}
+    for problem in (*rules.forwards(wants.forwards), *rules.machine(made, names)):
         raise ConfigError(problem)
 
 

@@ -5,7 +5,6 @@ import functools
 import os
 import sys
 from collections.abc import Callable
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +16,7 @@ from vmtasks import rules
 from vmtasks.config import Config, load
 from vmtasks.errors import ConfigError, VmTasksError
 from vmtasks.interrupts import unwind_on_signals
+from vmtasks.progress import to_stderr
 
 P = ParamSpec("P")
 
@@ -84,8 +84,7 @@ def interrupt_on_signals() -> None:
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Say in one line that we were interrupted; everything else is a bug and shows its traceback."""
         if issubclass(kind, KeyboardInterrupt):
-            with suppress(OSError):
-                sys.stderr.write(f"interrupted by {error}\n")
+            to_stderr(f"interrupted by {error}\n")
         elif issubclass(kind, BrokenPipeError):
             os._exit(141)  # as a program that SIGPIPE ended: whoever read our output has gone away
         else:
