@@ -21,9 +21,11 @@ VmTasksError
 └── StateError         what is on disk does not allow what was asked (a lock, a missing snapshot)
 """
 
-from collections.abc import Sequence
+import errno
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Self
 
 
 class VmTasksError(Exception):
@@ -40,8 +42,8 @@ class VmTasksError(Exception):
         self.console = tuple(console)
 
     def __str__(self) -> str:
-        """Message, the console's last lines, log and hint, each on lines of their own: what a front end prints."""
-        lines = [self.message]
+        """Message, notes, the console's last lines, log and hint, each on lines of its own: what a front end prints."""
+        lines = [self.message, *(f"also: {note}" for note in getattr(self, "__notes__", ()))]
         if self.console:
             lines += ["last lines of the console:", *(f"  | {line}" for line in self.console)]
         if self.log is not None:
@@ -49,6 +51,20 @@ class VmTasksError(Exception):
         if self.hint:
             lines.append(f"hint: {self.hint}")
         return "\n".join(lines)
+
+    def but(self, **changes: Any) -> Self:
+        """A copy with other values, `hint` or `log` say, to raise `from` this one: an error that was raised stays.
+
+        AttributeError for a value that this kind of error does not have.
+        """
+        if unknown := changes.keys() - self.__dict__.keys():
+            raise AttributeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
+        copy = type(self).__new__(type(self))
+        copy.args = (changes.get("message", self.message),)
+        copy.__dict__.update(self.__dict__, **changes)
+        if notes := getattr(self, "__notes__", ()):
+            copy.__notes__ = list(notes)
+        return copy
 
 
 class ConfigError(VmTasksError):
@@ -161,3 +177,59 @@ class CommandTimeoutError(SshError):
 
 class StateError(VmTasksError):
     """What is on disk does not allow what was asked."""
+
+
+@contextmanager
+def finally_do(undo: Callable[[], object], what: str) -> Iterator[None]:
+    """Call `undo` at the end of the block, whichever way it ends.
+
+    When the block fails, its error is the one that is raised; a failure of `undo` becomes a note on it that begins with
+    `what`. When the block succeeds, a failure of `undo` is raised.
+    """
+    try:
+        yield
+    except BaseException as error:
+        note_failure(error, undo, what)
+        raise
+    undo()
+
+
+def note_failure(error: BaseException, undo: Callable[[], object], what: str) -> None:
+    """Call `undo` while `error` is handled; its own failure becomes a note on `error` that begins with `what`."""
+    try:
+        undo()
+    except Exception as second:  # noqa: BLE001 - whatever it is, the first error is the one that counts
+        error.add_note(f"{what}: {second}")
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+OF_THE_HOST = (
+    *FULL,
+    *FORBIDDEN,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOTDIR,
+    errno.ENXIO,
+    errno.ESTALE,
+)
+"""What a full, broken, read-only or oddly built file system gives, and a host that has run out of something."""
+
+
+def os_failure(error: OSError) -> str:
+    """What to tell a user of an error that this host's state explains; '' for any other, which is a bug."""
+    if error.errno not in OF_THE_HOST:
+        return ""
+    where = f"{error.filename}: " if error.filename else ""
+    text = f"{where}{error.strerror}"
+    if error.errno in FULL:
+        return f"{text}\nhint: free some space, or put the store elsewhere with VMTASKS_STORE=/path (or store=)"
+    if error.errno in FORBIDDEN:
+        return f"{text}\nhint: choose folders that you may write with VMTASKS_STORE=/path and VM_DIR=/path"
+    return text

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vmtasks import atomic, hardware, proc, progress
 from vmtasks.config import Config
-from vmtasks.errors import PhaseError, VmTasksError
+from vmtasks.errors import PhaseError, VmTasksError, note_failure
 from vmtasks.machine import vm
 from vmtasks.machine.accel import Accel
 from vmtasks.machine.argv import Spec, command, on_terminal
@@ -65,10 +65,9 @@ def make(job: Job, lock: int) -> ImageRecord:
             host_keys = _boot(job, partial, lock, step)
             disk.check(partial)
     except VmTasksError as error:
-        _keep(job, error)
-        raise
-    except BaseException:
-        partial.unlink(missing_ok=True)
+        raise _kept(job, error) from error
+    except BaseException as error:
+        note_failure(error, lambda: partial.unlink(missing_ok=True), f"{partial} could not be removed")
         raise
     history.record(job.title, step.elapsed_s)
     return _publish(job, host_keys, step.elapsed_s)
@@ -156,30 +155,39 @@ def _publish(job: Job, host_keys: Sequence[str], took_s: float) -> ImageRecord:
     )
 
 
-def _keep(job: Job, error: VmTasksError) -> None:
-    """Keep the failed disk with a script that boots it, and tell the error about both."""
-    error.log = job.console_log if job.console_log.exists() else error.log
+def _kept(job: Job, error: VmTasksError) -> VmTasksError:
+    """Keep the failed disk with a script that boots it; returns the error with its log, and a hint that names both."""
+    log = job.console_log if job.console_log.exists() else error.log
     partial = job.store.partial(job.digest)
     if not partial.exists():
-        return
+        return error.but(log=log)
     if isinstance(error, PhaseError) and error.cause == "host-disk":
-        partial.unlink()  # it tells nothing about the guest, and takes what space there is
-        error.hint = "free some space, or put the store elsewhere with VMTASKS_STORE=/path (or store=)"
-        return
+        # The disk tells nothing about the guest, and takes what space there is.
+        note_failure(error, partial.unlink, f"{partial} could not be removed")
+        return error.but(
+            log=log, hint="free some space, or put the store elsewhere with VMTASKS_STORE=/path (or store=)"
+        )
     try:
-        kept = job.store.keep_failed(job.digest)
-        if job.below is not None:
-            disk.reback(kept, job.store.image(job.below.digest))
-        look = job.config.guest_state / f"look-{job.number}"
-        disk_only = replace(spec(job, kept, job.logs, None), cds=(), boot="disk")
-        live = replace(disk_only, cds=(job.isos["installer"],), boot="cd")
-        atomic.write(look, look_script(live, disk_only, typed(job.config)), 0o755)
+        look = _look(job)
     except (OSError, VmTasksError) as trouble:
-        error.hint = error.hint or f"the disk could not be kept: {trouble}"
-        return
+        error.add_note(f"the disk could not be kept: {trouble}")
+        return error.but(log=log)
     screen = job.console_log.with_suffix(".png")
     seen = f"; its screen: {screen}" if screen.exists() else ""
-    error.hint = error.hint or f"look inside with {look} (or {look} boot); the kept disk stays as it is{seen}"
+    inside = f"look inside with {look} (or {look} boot); the kept disk stays as it is{seen}"
+    return error.but(log=log, hint=error.hint or inside)
+
+
+def _look(job: Job) -> Path:
+    """Move the partial image to the kept disks; returns the script that boots it."""
+    kept = job.store.keep_failed(job.digest)
+    if job.below is not None:
+        disk.reback(kept, job.store.image(job.below.digest))
+    look = job.config.guest_state / f"look-{job.number}"
+    disk_only = replace(spec(job, kept, job.logs, None), cds=(), boot="disk")
+    live = replace(disk_only, cds=(job.isos["installer"],), boot="cd")
+    atomic.write(look, look_script(live, disk_only, typed(job.config)), 0o755)
+    return look
 
 
 def typed(config: Config) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from vmtasks import proc, progress
 from vmtasks.build import Builder
 from vmtasks.config import Config
-from vmtasks.errors import CommandError, ConfigError, PhaseError, SshError
+from vmtasks.errors import CommandError, ConfigError, PhaseError, SshError, finally_do
 from vmtasks.lock import lock
 from vmtasks.machine.console import Transcript
 from vmtasks.media import template
@@ -78,12 +78,10 @@ def provision(config: Config, number: int = 0) -> Path:
         step.now("send the script")
         target = machine.running()
         folder = _send(target, _archive(builder, number))
-        try:
+        with finally_do(lambda: _remove(target, folder), f"{folder} in the guest could not be removed"):
             heard = Heard(secrets.token_hex(8), step.now)
             timeout_s = phases[number - 1].timeout_s * builder.accel.factor
             status = _run(target, folder, heard, log, timeout_s)
-        finally:
-            _remove(target, folder)
         _judge(what, heard, status, log, timeout_s)
         _learn(machine, heard.host_keys)
     return log

@@ -12,7 +12,7 @@ import msgspec
 from vmtasks import __version__, atomic, proc
 from vmtasks.build import Builder
 from vmtasks.config import Config, show_size
-from vmtasks.errors import StateError, VmTasksError
+from vmtasks.errors import StateError, VmTasksError, finally_do
 from vmtasks.findings import Findings, Stage, markdown
 from vmtasks.machine import argv, vm
 from vmtasks.machine.console import Transcript
@@ -58,7 +58,7 @@ class Verification:
         """
         self._describe_host()
         numbers = range(1, len(self.config.guest.phases) + 1)
-        try:
+        with finally_do(self._finish, "the report could not be finished"):
             self._stage("fetch", lambda: self._fetch(allow_unverified=allow_unverified))
             for number in numbers:
                 self._stage(self.builder.phase(number).name, partial(self._phase, number))
@@ -69,11 +69,12 @@ class Verification:
             self._stage("stop", self._stop)
             self._stage("power button", self._button, essential=False)
             self._stage("restore", self._restore)
-        finally:
-            self._answer_sums()
-            self._destroy()
-            self._write()
         return self.findings
+
+    def _finish(self) -> None:
+        self._answer_sums()
+        self._destroy()
+        self._write()
 
     # -- stages; what they return is noted
 

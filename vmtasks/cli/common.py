@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from vmtasks import __version__
-from vmtasks.errors import ConfigError, StateError, VmTasksError
+from vmtasks.errors import ConfigError, StateError, VmTasksError, os_failure
 from vmtasks.interrupts import ignore, unwind_on_signals
 from vmtasks.progress import to_stderr
 
@@ -92,10 +92,9 @@ def _status() -> int:
         to_stderr(f"error: {error}\n")
         return error.exit_code
     except OSError as error:
-        if error.errno is None:
+        if not (failure := os_failure(error)):
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        to_stderr(f"error: {where}{error.strerror}\n")
+        to_stderr(f"error: {failure}\n")
         return 1
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(bool(end.code))

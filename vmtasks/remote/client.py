@@ -243,6 +243,5 @@ def connect(
     try:
         transport = login.open_transport(target, time.monotonic() + timeout_s)
     except SshError as error:
-        error.console = tuple(console()) if console else ()
-        raise
+        raise error.but(console=tuple(console()) if console else ()) from error
     return Connection(target, transport, keepalive_s, gone)

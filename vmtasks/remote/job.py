@@ -152,8 +152,8 @@ def follow(
             _follow_once(link, tap, deadline, idle_s)
             view = _rest(link, tap)
         except CommandTimeoutError as late:
-            late.message = f"job {job} {'is not over in time' if late.which == 'overall' else 'has fallen silent'}"
-            raise
+            how = "is not over in time" if late.which == "overall" else "has fallen silent"
+            raise late.but(message=f"job {job} {how}") from late
         except ConnectionLostError as lost:
             try:
                 link.recover(before, lost)

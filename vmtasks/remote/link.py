@@ -148,12 +148,11 @@ class Link:
 
     def explain(self, before: Boot, lost: ConnectionLostError) -> None:
         """Connect again after a loss and raise what it meant: RebootedError, or `lost` with what is known now."""
-        if not lost.explained:
-            verdict = self.recover(before, lost)
-            if verdict == "same":
-                lost.message += "; the guest has not rebooted"
-            lost.explained = True
-        raise lost
+        if lost.explained:
+            raise lost
+        verdict = self.recover(before, lost)
+        known = "; the guest has not rebooted" if verdict == "same" else ""
+        raise lost.but(message=lost.message + known, explained=True) from lost
 
     def recover(self, before: Boot, lost: ConnectionLostError) -> Verdict:
         """Connect again after a loss: "same" boot, or "unknown". RebootedError if the guest has booted since `before`.
@@ -168,9 +167,8 @@ class Link:
             raise
         except SshError as error:
             when = f" within {self.window_s:g} s" if isinstance(error, PASSING) else ""
-            lost.message += f"; the guest did not come back{when}: {error.message}"
-            lost.console = error.console
-            raise lost from error
+            message = f"{lost.message}; the guest did not come back{when}: {error.message}"
+            raise lost.but(message=message, console=error.console, explained=True) from error
         if verdict == "rebooted":
             raise RebootedError(
                 f"{self.target.name} has rebooted: what ran there was ended by that",

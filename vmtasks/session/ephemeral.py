@@ -5,9 +5,10 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from vmtasks import progress
-from vmtasks.errors import VmTasksError
+from vmtasks.errors import VmTasksError, finally_do, note_failure
 from vmtasks.progress import Say
 from vmtasks.session.machine import Machine
 from vmtasks.session.project import Project, Wants
@@ -28,11 +29,11 @@ def ephemeral(
     # The kernel would end it with the thread, not with the process.
     main = threading.current_thread() is threading.main_thread()
     first_start(machine, note, die_with_us=main and not keep, keep=keep)
-    try:
+    if keep:
         yield machine
-    finally:
-        if not keep:
-            machine.destroy(lambda _: None)
+        return
+    with finally_do(lambda: machine.destroy(lambda _: None), f"machine {machine.name} could not be removed"):
+        yield machine
 
 
 def first_start(machine: Machine, note: Say = progress.say, *, die_with_us: bool = False, keep: bool = False) -> None:
@@ -43,18 +44,21 @@ def first_start(machine: Machine, note: Say = progress.say, *, die_with_us: bool
     try:
         machine.start(note, die_with_us=die_with_us)
     except BaseException as error:
-        if isinstance(error, VmTasksError):
-            _keep_log(machine, error)
+        log = _keep_log(machine, error)
         if not keep:
-            machine.destroy(lambda _: None)
+            note_failure(error, lambda: machine.destroy(lambda _: None), f"machine {machine.name} could not be removed")
+        if isinstance(error, VmTasksError):
+            raise error.but(log=log) from error
         raise
 
 
-def _keep_log(machine: Machine, error: VmTasksError) -> None:
-    """The log that the error names goes with the machine; so keep a copy, one for each project."""
-    if error.log is None:
-        return
+def _keep_log(machine: Machine, error: BaseException) -> Path | None:
+    """Where the log is that the error names: it goes with the machine, so a copy is kept, one for each project."""
+    log = error.log if isinstance(error, VmTasksError) else None
+    if log is None:
+        return None
     kept = machine.config.vm_dir / "failed-boot.log"
     with contextlib.suppress(OSError):
-        shutil.copyfile(error.log, kept)
-        error.log = kept
+        shutil.copyfile(log, kept)
+        return kept
+    return log

@@ -3,6 +3,7 @@
 import re
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -10,7 +11,7 @@ import msgspec
 from vmtasks import atomic, hardware, proc, progress
 from vmtasks.arguments import Forward
 from vmtasks.config import FALLBACK_PORTS, show_size
-from vmtasks.errors import BindError, MachineError, SshError, VmTasksError
+from vmtasks.errors import BindError, MachineError, SshError, VmTasksError, note_failure
 from vmtasks.machine import argv, qmp, vm
 from vmtasks.machine.argv import Share, Spec
 from vmtasks.machine.console import read_log
@@ -56,13 +57,13 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
         try:
             target = wait(place, record, start)
         except BaseException as error:
-            ladder.stop(place, record, lambda _: None, gentle=False)
-            if isinstance(error, VmTasksError) and not isinstance(error, BindError):  # which is none of the boot's
-                error.console = tuple(read_log(place.console_log, start).tail())
-                error.log = place.console_log
-                if not record.image:
-                    error.hint = "doit install --disk: log in there and run key.sh from the CD"
-            raise
+            end = partial(ladder.stop, place, record, lambda _: None, gentle=False)
+            note_failure(error, end, f"machine {place.name} could not be stopped")
+            if not isinstance(error, VmTasksError) or isinstance(error, BindError):  # which is none of the boot's
+                raise
+            hint = error.hint if record.image else "doit install --disk: log in there and run key.sh from the CD"
+            said = tuple(read_log(place.console_log, start).tail())
+            raise error.but(console=said, log=place.console_log, hint=hint) from error
     history.record(key, step.elapsed_s)
     return target
 

@@ -1,6 +1,5 @@
 """What all tasks share: the project's configuration, errors turned into doit's failures, and signals."""
 
-import errno
 import functools
 import os
 import sys
@@ -14,7 +13,7 @@ from doit import doit_cmd
 
 from vmtasks import rules
 from vmtasks.config import Config, load
-from vmtasks.errors import ConfigError, VmTasksError
+from vmtasks.errors import ConfigError, VmTasksError, os_failure
 from vmtasks.interrupts import unwind_on_signals
 from vmtasks.progress import to_stderr
 
@@ -49,21 +48,11 @@ def action(function: Callable[P, Any]) -> Callable[P, Any]:
             kind = TaskError if error.exit_code == ConfigError.exit_code else TaskFailed
             return kind(str(error))
         except OSError as error:
-            if error.errno is None:
+            if not (failure := os_failure(error)):
                 raise
-            return TaskFailed(_os_error(error))
+            return TaskFailed(failure)
 
     return wrapper
-
-
-def _os_error(error: OSError) -> str:
-    where = f"{error.filename}: " if error.filename else ""
-    text = f"{where}{error.strerror}"
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{text}\nhint: free some space, or put the store elsewhere with VMTASKS_STORE=/path (or store=)"
-    if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{text}\nhint: choose folders that you may write with VMTASKS_STORE=/path and VM_DIR=/path"
-    return text
 
 
 def asked_with(task: str, option: str) -> bool:
