@@ -45,7 +45,8 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     `image` is empty for one that was installed by hand. `changed` is another text each time that its system was
     changed in a way that its image does not tell: installed by hand, provisioned. `own`: made by `vmtasks run`, so that
     it keeps to its own settings and not to those of the project. `key` says who is let in: `build` the key of the
-    store, `own` the machine's, `changing` either. `owner`: the process with which it goes. `throwaway`: nothing of it
+    store, `own` the machine's, `changing` either. `want_port` and `want_forwards` are what was asked for, `ssh_port`
+    and `forwards` what was given at the last start. `owner`: the process with which it goes. `throwaway`: nothing of it
     is kept when it stops.
     """
 
@@ -77,6 +78,7 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     disk_size: int = 0
     want_port: int = 0
     forwards: list[str] = []
+    want_forwards: list[str] = []
     binds: list[BindRecord] = []
     created: float = 0.0
     ready: bool = False

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import termios
-import time
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -285,15 +284,15 @@ def test_k5_the_port_of_another(cli: Cli) -> None:
 
 
 def test_k5_k11_all_ports_are_taken(cli: Cli) -> None:
-    began = time.monotonic()
     with range_alone(), held(2222, *RANGE):
-        said = cli.bad("run", "-d", "--rm")
-        assert "ports 2222 and 22220 to 22229 are all taken" in said
-        assert f"(pid {os.getpid()})" in said
-        assert cli.project.qemus() == []
+        cli.good("run", "-d", "--rm", "--name", "a", "-p", "0:80")
+        first, web = [item["host"] for item in cli.machine("a")["ports"]]  # type: ignore[attr-defined]
+        assert first not in (2222, *RANGE, web)
+        assert cli.good("ssh", "a", "echo in") == "in\n"
         said = cli.bad("run", "--ssh-port", "22221")
-        assert "22220 to 22229 are taken too" in said
-    assert time.monotonic() - began < 120
+        assert f"port 22221 is taken by pytest (pid {os.getpid()})" in said
+        assert "--ssh-port auto" in said
+    cli.good("stop", "--force", "a")
     cli.nothing_left()
 
 

@@ -22,6 +22,8 @@ from vmtasks.session.place import Place
 from vmtasks.state import MachineRecord
 
 FIRST_PORT = 2222
+ANY_PORT = 0
+"""The kernel finds a free one for QEMU, which then says which."""
 CPU_EVERY_S = 3.0
 LOGIN_S = 10.0
 AGAIN_S = 30.0
@@ -45,7 +47,8 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
                 pid=pid.number,
                 pid_started=pid.started,
                 ssh_port=port,
-                forwards=[str(forward) for forward in forwards],
+                forwards=[*map(str, forwards)],
+                want_forwards=[*map(str, asked(record))],
                 memory=config.memory,
                 cpus=config.cpus,
                 accel=accel.name,
@@ -131,11 +134,12 @@ class Watch:
 
 
 def launch(place: Place, record: MachineRecord, *, die_with_us: bool) -> tuple[vm.Pid, int, list[Forward]]:
-    """Start QEMU on the wanted port, or with none wanted on the first free one of 2222 and the fallback range."""
+    """Start QEMU; returns its process, the port of its SSH and its forwards, with the ports that QEMU has chosen.
+
+    SSH is on the wanted port, or with none wanted on the first free one of 2222 and the fallback range, or else on any.
+    """
     want = record.want_port if record.own else place.config.ssh_port
-    wanted = [want] if want else [FIRST_PORT, *FALLBACK_PORTS]
-    forwards = [Forward.parse(text) for text in record.forwards]
-    for port in wanted:
+    for port in [want] if want else [*filter(port_free, (FIRST_PORT, *FALLBACK_PORTS)), ANY_PORT]:
         try:
             key = (place.key_cd,) if place.key_cd.is_file() else ()
             pid = vm.launch(spec(place, record, port, cds=key), place.qemu_log, die_with_us=die_with_us)
@@ -146,22 +150,26 @@ def launch(place: Place, record: MachineRecord, *, die_with_us: bool) -> tuple[v
             if taken != port:
                 raise forward_taken(taken) from None
         else:
-            return pid, port, resolve(place, forwards)
-    if not want:
-        ours = f"ports {wanted[0]} and {wanted[1]} to {wanted[-1]} are all taken{holders(wanted)}"
-        other = "vmtasks run --ssh-port N" if record.own else "port=N"
-        raise MachineError(ours, hint=f"stop a machine (vmtasks ps, or doit stop), or choose a port: {other}")
-    raise ssh_port_taken(want, own=record.own)
+            try:
+                ssh_forward, *forwards = resolve(place, [Forward(port, argv.GUEST_SSH_PORT), *asked(record)])
+            except BaseException:
+                vm.end_stray(place.qmp)
+                raise
+            return pid, ssh_forward.host, forwards
+    raise ssh_port_taken(want or ANY_PORT, own=record.own)
+
+
+def asked(record: MachineRecord) -> list[Forward]:
+    """The forwards as they were asked for. Earlier versions kept only what was given."""
+    return [Forward.parse(text) for text in record.want_forwards or record.forwards]
 
 
 def ssh_port_taken(port: int, *, own: bool) -> MachineError:
-    """Who holds the port, and the next free one."""
-    free = next((p for p in FALLBACK_PORTS if p != port and port_free(p)), None)
-    if free is None:
-        offer = "ports 22220 to 22229 are taken too; choose another"
-    else:
-        offer = f"vmtasks run --ssh-port {free}" if own else f"doit port={free} start, or port=auto"
-    return MachineError(f"port {port} is taken{by(port)}", hint=offer)
+    """Who holds the port, and how to have another."""
+    free = next((p for p in FALLBACK_PORTS if p != port and port_free(p)), "auto")
+    offer = f"vmtasks run --ssh-port {free}" if own else f"doit port={free} start"
+    hint = offer if free == "auto" or own else f"{offer}, or port=auto"
+    return MachineError(f"port {port} is taken{by(port)}", hint=hint)
 
 
 def forward_taken(port: int) -> MachineError:
@@ -177,12 +185,6 @@ def by(port: int) -> str:
     return f" by {holder}" if holder else ""
 
 
-def holders(ports: list[int]) -> str:
-    """Who has them, once each."""
-    found = sorted({holder for port in ports if (holder := port_holder(port))})
-    return f" by {', '.join(found)}" if found else ""
-
-
 def resolve(place: Place, forwards: list[Forward]) -> list[Forward]:
     """The forwards with the ports that QEMU has chosen where any free one was asked for."""
     if all(forward.host for forward in forwards):
@@ -194,7 +196,9 @@ def resolve(place: Place, forwards: list[Forward]) -> list[Forward]:
     for forward in forwards:
         known = {known.host for known in [*forwards, *found]}
         ports = [int(host) for host, guest in chosen if int(guest) == forward.guest and int(host) not in known]
-        found.append(forward if forward.host or not ports else Forward(ports[0], forward.guest))
+        if not forward.host and not ports:
+            raise MachineError(f"QEMU does not say which port leads to the guest's {forward.guest}", log=place.qemu_log)
+        found.append(forward if forward.host else Forward(ports[0], forward.guest))
     return found
 
 
@@ -210,7 +214,7 @@ def spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
         disk=place.disk.absolute(),
         network=place.config.network,
         ssh_port=port,
-        forwards=tuple((forward.host, forward.guest) for forward in map(Forward.parse, record.forwards)),
+        forwards=tuple((forward.host, forward.guest) for forward in asked(record)),
         shares=tuple(
             Share(f"bind{number}", bind.host, read_only=bind.read_only) for number, bind in enumerate(record.binds)
         ),
@@ -241,5 +245,5 @@ def links(place: Place, record: MachineRecord) -> None:
 
 def on_terminal(place: Place, record: MachineRecord, display: str, **more: Any) -> int:
     """Run the machine in the foreground with its console here; returns QEMU's status."""
-    port = place.config.ssh_port or next((p for p in (FIRST_PORT, *FALLBACK_PORTS) if port_free(p)), FIRST_PORT)
+    port = place.config.ssh_port or next(filter(port_free, (FIRST_PORT, *FALLBACK_PORTS)), ANY_PORT)
     return proc.attach(argv.on_terminal(spec(place, record, port, **more), display))

@@ -313,8 +313,9 @@ class Machine(Place):
         )
         if like is not None and like.own:
             kept = ("own", "throwaway", "owner", "owner_started", "login", "authorized", "disk_size", "want_port")
-            more = ("forwards", "binds", "memory", "cpus", "network", "created")
-            fresh = msgspec.structs.replace(fresh, **{name: getattr(like, name) for name in (*kept, *more)})
+            more = ("binds", "memory", "cpus", "network", "created")
+            same = {name: getattr(like, name) for name in (*kept, *more)}
+            fresh = msgspec.structs.replace(fresh, **same, want_forwards=[*map(str, launch.asked(like))])
         return self.write(fresh)
 
     def keys_inside(self, record: MachineRecord) -> Path | None:

@@ -30,7 +30,7 @@ STAGED = ".new-"
 class Wants:
     """What a machine of its own is to be. What is None or empty is as the project, or else the guest, has it.
 
-    `memory` and `disk_size` in bytes. `ssh_port` 0: 2222, or the first free one of 22220 to 22229.
+    `memory` and `disk_size` in bytes. `ssh_port` 0: 2222, or the first free one of 22220 to 22229, or else any.
     """
 
     image: str = ""
@@ -155,7 +155,7 @@ class Project:
             login=wants.user,
             disk_size=size,
             want_port=wants.ssh_port,
-            forwards=[str(forward) for forward in wants.forwards],
+            want_forwards=[str(forward) for forward in wants.forwards],
             binds=bound,
             created=round(time.time(), 1),
         )
