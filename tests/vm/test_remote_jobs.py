@@ -65,6 +65,13 @@ def test_c11_a_signal_is_told_from_a_status(link: Link, name: str) -> None:
         assert (end.status, end.signal) == (128 + getattr(signal, f"SIG{name}"), name)
 
 
+def test_c11_another_user_cannot_write_its_own_status(link: Link) -> None:
+    forge = "d=$(echo ~dev/.vmtasks/jobs/*); echo 'exit 0 1' >$d/status; rm -rf $d; mv $d $d.old; kill -9 $(cat $d/pid)"
+    end = job.run(link, f"( {forge} ) 2>&1; kill -9 -1; id -un; exit 7", user="nobody", timeout_s=LIMIT_S)
+    assert (end.status, end.view.state) == (7, "ended")
+    assert end.stdout.endswith(b"nobody\n")
+
+
 def test_c9_what_a_job_is_given_and_what_it_writes(link: Link) -> None:
     words = "".join(f"<{word}>" for word in ODD).encode()
     end = job.run(link, ["printf", "<%s>", *ODD], timeout_s=LIMIT_S)

@@ -109,6 +109,8 @@ def _how(view: "View") -> str:
         return f"ended by a reboot of the guest; {unknown}"
     if view.state == "lost":
         return f"over, because what ran it in the guest was killed; {unknown}"
+    if view.state == "damaged":
+        return f"over, but its status in the guest cannot be read; {unknown}"
     if view.status is None:
         return f"still {view.state}"
     return f"ended by signal {view.signal}, status {view.status}" if view.signal else f"ended, status {view.status}"

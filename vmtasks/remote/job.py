@@ -35,8 +35,11 @@ TITLE_BYTES = 120
 GONE = 4
 """The status of a script that found no folder of that name."""
 
-State = Literal["starting", "running", "ended", "lost", "rebooted"]
-"""`lost`: its runner was killed, so that nobody knows how the command ended; `rebooted`: by a boot of the guest."""
+State = Literal["starting", "running", "ended", "lost", "rebooted", "damaged"]
+"""`lost`: its runner was killed, so that nobody knows how the command ended; `rebooted`: by a boot of the guest.
+`damaged`: what stands in its folder tells nothing."""
+
+STATUS = re.compile(r"(exit|signal) (\d{1,3}) (\d{1,11})", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -169,6 +172,11 @@ def follow(
         raise RebootedError(f"{link.target.name} has rebooted while job {job} ran; its log up to then is there")
     if view.state == "lost":
         raise SshError(f"job {job}: its runner in the guest was killed; how the command ended is not known")
+    if view.state == "damaged":
+        raise SshError(
+            f"job {job}: its status in {link.target.name} cannot be read; how the command ended is not known",
+            hint=f"is the guest's disk full? vmtasks exec {link.target.name} df",
+        )
     return JobEnd(view, tap.kept("stdout"), tap.kept("stderr"))
 
 
@@ -302,10 +310,13 @@ def _rest(link: Link, tap: _Tap) -> View:
     done = link.open().execute(tap.script(jobscript.REST), timeout_s=READ_S, on_data=hand_on, keep=False)
     if done.status == GONE:
         raise _none(link, tap.job)
-    facts, _, errors = told.partition(f"{jobscript.MARK}\n".encode())
+    facts, _, errors = told.partition(f"\n{jobscript.MARK}\n".encode())  # not in a line: a title may say it too
     if errors:
         tap(errors, "stderr")
-    return _views(facts.decode(errors="replace"), link)[0]
+    views = _views(facts.decode(errors="replace"), link)
+    if not views:
+        raise _none(link, tap.job)
+    return views[0]
 
 
 def _settled(link: Link, job: str) -> str:
@@ -337,7 +348,7 @@ def _show(link: Link, which: str) -> list[View]:
 
 def _views(text: str, link: Link) -> list[View]:
     jobs: list[dict[str, str]] = []
-    for line in text.splitlines():
+    for line in text.split("\n"):
         name, _, value = line.partition(" ")
         if name == "job":
             jobs.append({})
@@ -347,34 +358,42 @@ def _views(text: str, link: Link) -> list[View]:
 
 
 def _view(facts: Mapping[str, str], link: Link) -> View:
-    how, number, ended = [*facts.get("status", "").split(), "", "", ""][:3]
-    status = int(number or 0)
-    name = ""
-    if how == "signal":
+    """What a job's files say. Whatever they say: who can write them may have."""
+    state = _state(facts, link)
+    found = STATUS.fullmatch(facts.get("status", "")) if state == "ended" else None
+    status, name = (int(found[2]), "") if found else (None, "")
+    if found and status is not None and found[1] == "signal":
         name = signal.Signals(status).name.removeprefix("SIG") if status in signal.valid_signals() else str(status)
         status += 128
     return View(
         job=facts["job"],
         title=facts.get("title", ""),
-        state="ended" if how else _state(facts, link),
-        status=status if how else None,
+        state=state,
+        status=status,
         signal=name,
-        started=int(facts.get("started") or 0),
-        ended=int(ended or 0),
-        size=int(facts.get("size") or 0),
+        started=_number(facts, "started"),
+        ended=int(found[3]) if found else 0,
+        size=_number(facts, "size"),
         user=facts.get("user", ""),
         cancelled="cancelled" in facts,
-        group=int(facts.get("group") or 0),
+        group=_number(facts, "group"),
     )
 
 
 def _state(facts: Mapping[str, str], link: Link) -> State:
-    """Of a job without a status."""
+    """A status is believed only of a job whose runner has ended."""
     if "alive" in facts:
         return "running" if facts.get("group") else "starting"
+    if "status" in facts:
+        return "ended" if STATUS.fullmatch(facts["status"]) else "damaged"
     if boot.compare(boot.from_text(facts.get("boot", "")), link.boot()) == "rebooted":
         return "rebooted"
-    return "lost" if "pid" in facts else "starting"
+    return "lost" if facts.get("pid") else "starting"
+
+
+def _number(facts: Mapping[str, str], name: str) -> int:
+    text = facts.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else 0
 
 
 def _none(link: Link, job: str) -> StateError:

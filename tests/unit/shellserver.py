@@ -1,0 +1,126 @@
+"""An SSH server on loopback that really carries out what it is told, with this host's shell, in a home of the test's."""
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import paramiko
+from paramiko.common import cMSG_CHANNEL_REQUEST
+
+from vmtasks.remote.ssh import Target
+
+
+class _Login(paramiko.ServerInterface):
+    """Lets anybody in who has a key."""
+
+    def __init__(self, home: Path) -> None:
+        self._home = home
+
+    def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002
+        return "publickey"
+
+    def check_auth_publickey(self, username: str, key: paramiko.PKey) -> int:  # noqa: ARG002
+        return paramiko.AUTH_SUCCESSFUL
+
+    def check_channel_request(self, kind: str, chanid: int) -> int:  # noqa: ARG002
+        return paramiko.OPEN_SUCCEEDED
+
+    def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        child = subprocess.Popen(
+            ["/bin/sh", "-c", command],
+            cwd=self._home,
+            env={"HOME": str(self._home), "PATH": os.environ["PATH"]},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        threading.Thread(target=_feed, args=(channel, child), daemon=True).start()
+        threading.Thread(target=_tell, args=(channel, child), daemon=True).start()
+        return True
+
+
+def _feed(channel: paramiko.Channel, child: "subprocess.Popen[bytes]") -> None:
+    """What the client sends is the command's stdin."""
+    assert child.stdin
+    try:
+        while data := channel.recv(65536):
+            child.stdin.write(data)
+            child.stdin.flush()
+        child.stdin.close()
+    except OSError:
+        pass
+
+
+def _tell(channel: paramiko.Channel, child: "subprocess.Popen[bytes]") -> None:
+    """Both streams, then how the command ended, as OpenSSH's server tells it."""
+
+    def pass_on(source: Any, sink: Any) -> None:
+        try:
+            while data := os.read(source.fileno(), 65536):
+                sink(data)
+        except OSError:
+            pass
+
+    errors = threading.Thread(target=pass_on, args=(child.stderr, channel.sendall_stderr), daemon=True)
+    errors.start()
+    pass_on(child.stdout, channel.sendall)
+    errors.join()
+    try:
+        channel.shutdown_write()
+        status = child.wait()
+        if status >= 0:
+            channel.send_exit_status(status)
+        else:
+            message = paramiko.Message()
+            message.add_byte(cMSG_CHANNEL_REQUEST)
+            message.add_int(channel.remote_chanid)
+            message.add_string("exit-signal")
+            message.add_boolean(False)  # noqa: FBT003 - no answer is wanted
+            message.add_string(signal.Signals(-status).name.removeprefix("SIG"))
+            message.add_boolean(False)  # noqa: FBT003 - no core was dumped
+            message.add_string("")
+            message.add_string("")
+            channel.get_transport()._send_user_message(message)
+        channel.close()
+    except (OSError, EOFError, paramiko.SSHException):
+        child.wait()
+
+
+@contextmanager
+def serving(home: Path) -> Iterator[Target]:
+    """A machine, as its SSH client sees it, whose commands run here below `home`."""
+    key = paramiko.ECDSAKey.generate()
+    home.mkdir(exist_ok=True)
+    key.write_private_key_file(str(home.parent / "key"))
+    listener = socket.create_server(("127.0.0.1", 0))
+    transports: list[paramiko.Transport] = []
+
+    def loop() -> None:
+        while True:
+            try:
+                peer, _ = listener.accept()
+            except OSError:
+                return
+            transport = paramiko.Transport(peer)
+            transport.set_log_channel("quiet")
+            transport.add_server_key(key)
+            transport.start_server(event=threading.Event(), server=_Login(home))
+            transports.append(transport)
+
+    threading.Thread(target=loop, daemon=True).start()
+    pinned = f"{key.get_name()} {key.get_base64()}"
+    try:
+        port = int(listener.getsockname()[1])
+        yield Target("vm", port, "dev", home.parent / "key", (pinned,), home.parent)
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        for transport in transports:
+            transport.close()
