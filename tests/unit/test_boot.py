@@ -50,7 +50,11 @@ def up(uptime: float, asked: float, boottime: int | None = None, **more: object)
         (ID_A, ID_A, "same"),
         (ID_A, ID_B, "rebooted"),
         (ID_A, Boot(), "unknown"),  # /proc is gone: no alarm, but no proof either
-        (Boot(ids=ID_A.ids, events="1"), Boot(ids=ID_A.ids, events="2"), "same"),  # its own word is above QEMU's
+        (Boot(ids=ID_A.ids, events="1"), Boot(ids=ID_A.ids, events="2"), "rebooted"),  # QEMU's word is above its own
+        (Boot(ids=ID_A.ids, events="1"), Boot(ids=ID_A.ids, events="1"), "same"),
+        (Boot(ids=ID_A.ids, events="1"), Boot(ids=ID_B.ids, events="1"), "rebooted"),  # kexec: QEMU sees no reset
+        (Boot(ids=ID_A.ids, events="1"), Boot(ids=ID_A.ids), "same"),
+        (Boot(ids=ID_A.ids, events="1"), Boot(ids=ID_B.ids, events=""), "rebooted"),
         (Boot(events="1"), Boot(events="1"), "same"),
         (Boot(events="1"), Boot(events="2"), "rebooted"),
         (Boot(stamp="/run/s:1"), Boot(stamp="/run/s:1"), "same"),

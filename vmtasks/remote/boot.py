@@ -1,9 +1,9 @@
 """Has this guest booted anew? A boot's identity, by the best proof that the guest has to offer.
 
-A ladder, from proof to hint: an id that the kernel made at boot; a random stamp of ours in a place that a boot empties;
-the uptime, which only a boot sets back. A clock that is set moves none of them, and a pause none but the uptime, which
-then falls behind without starting anew. For machines of ours QEMU's events, given by the caller as a word that each
-RESET and SHUTDOWN changes, are proof for any guest.
+A ladder, from proof to hint: for machines of ours QEMU's own events, given by the caller as a word that each RESET,
+SHUTDOWN and start of QEMU changes, whatever the guest says; an id that the kernel made at boot, which also a kexec
+changes; a random stamp of ours in a place that a boot empties; the uptime, which only a boot sets back. A clock that is
+set moves none of them, and a pause none but the uptime, which then falls behind without starting anew.
 """
 
 import re
@@ -95,12 +95,14 @@ def probe(run: Callable[[str], str], events: Callable[[], str] | None = None) ->
 
 def compare(before: Boot, after: Boot) -> Verdict:
     """Whether the guest has booted between two looks; "unknown" when nothing that it offers can tell."""
+    if before.events and after.events and before.events != after.events:
+        return "rebooted"
     kinds = [{one.partition(" ")[0]: one for one in boot.ids} for boot in (before, after)]
     both = kinds[0].keys() & kinds[1].keys()
     if both:
         return "same" if all(kinds[0][kind] == kinds[1][kind] for kind in both) else "rebooted"
     if before.events and after.events:
-        return "same" if before.events == after.events else "rebooted"
+        return "same"
     if before.stamp and after.stamp and before.stamp.partition(":")[0] == after.stamp.partition(":")[0]:
         return "same" if before.stamp == after.stamp else "rebooted"
     return _by_uptime(before, after)
