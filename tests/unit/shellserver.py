@@ -1,4 +1,4 @@
-"""An SSH server on loopback that really carries out what it is told, with this host's shell, in a home of the test's."""
+"""An SSH server on loopback that carries out what it is told, with this host's shell, in a home of the test's."""
 
 import os
 import signal
