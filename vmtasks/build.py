@@ -13,7 +13,7 @@ from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
 from vmtasks.model import Download
 from vmtasks.state import PhaseRecord, State
-from vmtasks.store import MediaRecord, file_fault, read_record, write_record
+from vmtasks.store import MediaRecord, read_record, write_record
 
 LOCK_S = 4 * 3600.0
 PROGRAM, PLAIN = 0o555, 0o444
@@ -26,17 +26,20 @@ class Builder(State):
 
     def make_key(self) -> None:
         """Make the user's key pair when it is first needed."""
-        if self.key.is_file() and self.key.with_suffix(".pub").is_file():
+        if self.key.is_file() and self.public_key.is_file():
             return
         with self.store.lock("key", timeout_s=60):
             if self.key.is_file():
+                if not self.public_key.is_file():
+                    made = proc.run(["ssh-keygen", "-y", "-f", self.key], timeout_s=60).stdout
+                    atomic.write(self.public_key, made)
                 return
             self.key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             beside = self.key.with_name("new")
             for old in (beside, beside.with_suffix(".pub")):
                 old.unlink(missing_ok=True)
             proc.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "vmtasks", "-f", beside], timeout_s=60)
-            beside.with_suffix(".pub").rename(self.key.with_suffix(".pub"))
+            beside.with_suffix(".pub").rename(self.public_key)
             beside.rename(self.key)
 
     def fetch(self, *, allow_unverified: bool = False) -> None:
@@ -46,7 +49,7 @@ class Builder(State):
         in this project before.
         """
         tidy.register(self.store, self.config.vm_dir)
-        recipe = installer.recipe_digest(self.config)
+        recipe = self.recipe()
         record = self._media(recipe, allow_unverified=allow_unverified)
         if record is None:
             with self.store.lock(f"media-{recipe[:32]}", timeout_s=LOCK_S, waiting=self._waiting("the installer")):
@@ -70,12 +73,11 @@ class Builder(State):
             "disk_serial": config.guest.machine.disk_serial,
             "guest": config.guest.name,
             "hostname": config.guest.name,
-            "public_key": self.key.with_suffix(".pub").read_text().strip(),
+            "public_key": self.public_key.read_text().strip(),
             "ssh_user": config.guest.ssh.user,
             "vars": dict(config.vars),
             "version": config.version,
         }
-        folder = self.folder(number)
         texts = {
             "lib.sh": (template.shipped("lib.sh"), PLAIN),
             "pfi.conf": ("pfi_script=run.sh\n", PLAIN),
@@ -83,10 +85,12 @@ class Builder(State):
             "poweroff": (config.guest.poweroff + "\n", PLAIN),
             "run.sh": (template.shipped("run.sh"), PROGRAM),
         }
-        for name, (text, mode) in texts.items():
-            atomic.write_if_changed(folder / name, text, mode)
-        for path in _whole(folder):
-            if path.name not in texts:
+        rendered = self.rendered(number)
+        for path in rendered:
+            text, mode = texts[path.name]
+            atomic.write_if_changed(path, text, mode)
+        for path in _whole(self.folder(number)):
+            if path not in rendered:
                 path.unlink(missing_ok=True)
 
     def phase_iso(self, number: int) -> None:
@@ -158,13 +162,7 @@ class Builder(State):
             ours = read_record(self.installer_record, MediaRecord)
             if ours is None or ours.sha256 != record.sha256:
                 return None
-        wanted = [(record.sha256, record.size, record.mtime_ns)]
-        for items in record.local_packages.values():
-            for item in items:
-                if not self.store.download(item.partition(" ")[0]).is_file():
-                    return None
-        fault = next((f for f in (file_fault(self.store.download(s), n, m) for s, n, m in wanted) if f), "")
-        if fault:
+        if fault := self.media_fault(record):
             progress.say(f"fetch: {fault}; fetching it again")
         return None if fault else record
 

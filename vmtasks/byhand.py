@@ -50,7 +50,7 @@ def window(*, wanted: bool) -> str:
 
 def key_cd(state: State, user: str, out: Path) -> None:
     """Write the CD that lets our key in as `user`: authorized_keys, key.sh and a README. It has no pfi.conf."""
-    public = state.key.with_suffix(".pub").read_text().strip()
+    public = state.public_key.read_text().strip()
     texts = {
         "README": (how_to(user), 0o444),
         "authorized_keys": (public + "\n", 0o444),

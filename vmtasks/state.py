@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import msgspec
 
 from vmtasks.config import Config
-from vmtasks.errors import ConfigError, StateError
+from vmtasks.errors import ConfigError, StateError, VmTasksError
 from vmtasks.model import PhaseTable
 from vmtasks.store import MediaRecord, Store, file_fault, read_record
 
@@ -110,6 +110,11 @@ class State:
         """The user's private key; its public half is beside it with `.pub`."""
         return self.store.root / "keys" / "id_ed25519"
 
+    @property
+    def public_key(self) -> Path:
+        """That half."""
+        return self.key.with_suffix(".pub")
+
     def snapshot_key(self, digest: str) -> Path:
         """The private key that the image `digest` lets in, if it was saved from a machine with a key of its own."""
         return self.store.snapshot_key(digest)
@@ -117,6 +122,10 @@ class State:
     def folder(self, number: int) -> Path:
         """Rendered files of phase `number` (from 1)."""
         return self.home / f"phase-{number}"
+
+    def rendered(self, number: int) -> list[Path]:
+        """Those files, and no others."""
+        return [self.folder(number) / name for name in ("lib.sh", "pfi.conf", "phase.sh", "poweroff", "run.sh")]
 
     def iso(self, number: int) -> Path:
         """ISO of phase `number`."""
@@ -163,12 +172,30 @@ class State:
 
     def why_stale(self, number: int) -> str:
         """Why the record of phase `number` (0: the installer) cannot be believed; empty when it can. Reads no image."""
-        if number == 0:
-            media = read_record(self.installer_record, MediaRecord)
-            if media is None:
-                return "there is no record of the installer"
-            return file_fault(self.store.download(media.sha256), media.size, media.mtime_ns)
-        return self.image_fault(self.record(number))
+        if number:
+            return self.image_fault(self.record(number))
+        media = read_record(self.installer_record, MediaRecord)
+        if media is None:
+            return "there is no record of the installer"
+        try:
+            same = media.recipe == self.recipe()
+        except (OSError, VmTasksError) as error:
+            return str(error)  # `fetch` meets it again, and fails for it
+        return self.media_fault(media) if same else "what the installer is made of has changed"
+
+    def recipe(self) -> str:
+        """Digest of what the installer is made of, which its record holds. OSError, ImageError for an odd overlay."""
+        from vmtasks.media.installer import recipe_digest  # noqa: PLC0415 - it stands above most of what is cheap
+
+        return recipe_digest(self.config)
+
+    def media_fault(self, media: MediaRecord) -> str:
+        """Why the store does not hold what this record names, the packages of phases included; empty when it does."""
+        for items in media.local_packages.values():
+            for sha256, _, name in (item.partition(" ") for item in items):
+                if not self.store.download(sha256).is_file():
+                    return f"the package {name} is gone"
+        return file_fault(self.store.download(media.sha256), media.size, media.mtime_ns)
 
     def image_fault(self, record: Path) -> str:
         """Why the image that `record` names cannot be believed; empty when it can."""

@@ -16,6 +16,7 @@ from vmtasks.errors import PhaseError
 from vmtasks.machine import argv
 from vmtasks.machine.accel import Accel
 from vmtasks.media import disk
+from vmtasks.media.installer import recipe_digest
 from vmtasks.store import MediaRecord, write_record
 
 pytestmark = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
@@ -99,7 +100,9 @@ class Guest:
         path = self.builder.store.download(sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
-        record = MediaRecord(sha256=sha256, size=len(image), mtime_ns=path.stat().st_mtime_ns, origin="", recipe="")
+        recipe, mtime_ns = recipe_digest(self.builder.config), path.stat().st_mtime_ns
+        record = MediaRecord(sha256=sha256, size=len(image), mtime_ns=mtime_ns, origin="", recipe=recipe)
+        write_record(self.builder.store.root / "media" / f"{recipe}.toml", record)
         write_record(self.builder.installer_record, record)
 
     def boots(self) -> list[str]:

@@ -3,23 +3,32 @@
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from vmtasks.config import Config
-from vmtasks.media import compose, debian, release, tree
+from vmtasks.media import tree
 from vmtasks.model import Download
 from vmtasks.recipe import Recipe
 from vmtasks.store import MediaRecord, Store
+
+if TYPE_CHECKING:
+    from vmtasks.media.release import Release
 
 FORMAT = 1
 """Raised when the composer's output changes for the same recipe."""
 
 
 def recipe_digest(config: Config) -> str:
-    """Digest of all that decides the installer: the [installer] table, its overlay files, the phases' packages."""
+    """Digest of all that decides the installer: the [installer] table, its overlay files, the phases' packages.
+
+    Asked at every run of doit, so that nothing is imported for it but what reads the overlay.
+    """
     guest = config.guest
     if isinstance(guest.installer, Download):
+        from vmtasks.media import release  # noqa: PLC0415 - 4 ms
+
         wanted = release.release(guest.installer, config.version)
         return hashlib.sha256(msgspec.json.encode([FORMAT, "download", *wanted.identity])).hexdigest()
     digest = hashlib.sha256(msgspec.json.encode([FORMAT, guest.installer, config.version], order="sorted"))
@@ -38,12 +47,16 @@ def make(
     made = config.guest.installer
     if isinstance(made, Recipe):
         return _compose(config, made, store, recipe, note)
+    from vmtasks.media import release  # noqa: PLC0415 - as above
+
     return _download(release.release(made, config.version), store, recipe, note, allow_unverified=allow_unverified)
 
 
 def _download(
-    wanted: release.Release, store: Store, recipe: str, note: Callable[[str], None], *, allow_unverified: bool
+    wanted: "Release", store: Store, recipe: str, note: Callable[[str], None], *, allow_unverified: bool
 ) -> MediaRecord:
+    from vmtasks.media import release  # noqa: PLC0415 - as above
+
     note(wanted.name)
     got, against = release.obtain(wanted, store.root / "downloads", note, allow_unverified=allow_unverified)
     return MediaRecord(
@@ -57,6 +70,8 @@ def _download(
 
 
 def _compose(config: Config, made: Recipe, store: Store, recipe: str, note: Callable[[str], None]) -> MediaRecord:
+    from vmtasks.media import compose, debian  # noqa: PLC0415 - 50 ms
+
     cache = store.root / "packages"
     note("compose it from Debian packages")
     beside = store.root / "downloads" / f"{recipe}.partial"
@@ -69,7 +84,9 @@ def _compose(config: Config, made: Recipe, store: Store, recipe: str, note: Call
     else:
         beside.rename(path)
     local = {
-        phase.name: [_keep(store, deb) for deb in compose.local_packages(made, phase.packages, cache)]
+        phase.name: [
+            _keep(store, deb, debian.digest(deb)) for deb in compose.local_packages(made, phase.packages, cache)
+        ]
         for phase in config.guest.phases
         if phase.packages
     }
@@ -85,9 +102,8 @@ def _compose(config: Config, made: Recipe, store: Store, recipe: str, note: Call
     )
 
 
-def _keep(store: Store, deb: Path) -> str:
+def _keep(store: Store, deb: Path, sha256: str) -> str:
     """Have a package among the store's downloads; gives its digest and file name."""
-    sha256 = debian.digest(deb)
     path = store.download(sha256)
     if not path.exists():
         path.hardlink_to(deb)

@@ -1,9 +1,7 @@
 """Render *.j2 with values that are shell-quoted by default, and the generated files of a phase ISO."""
 
-import shlex
 import traceback
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +62,8 @@ def shell_words(value: Any) -> Any:
         text = str(value)
         if "\0" in text:
             raise TypeError("a value holds a NUL byte, which no shell word can")
+        import shlex  # noqa: PLC0415 - doit asks this module where files are, at every run
+
         return shlex.quote(text)
     from jinja2 import Undefined  # noqa: PLC0415
 
@@ -73,5 +73,10 @@ def shell_words(value: Any) -> Any:
 
 
 def shipped(name: str) -> str:
-    """A file of the phase contract that comes with the package: run.sh or lib.sh."""
-    return resources.files("vmtasks.media").joinpath("phase", name).read_text(encoding="utf-8")
+    """The text of a file that comes with the package for a guest to run: run.sh or lib.sh, for example."""
+    return shipped_path(name).read_text(encoding="utf-8")
+
+
+def shipped_path(name: str) -> Path:
+    """Where that file is: an input of what is made of it."""
+    return Path(__file__).with_name("phase") / name

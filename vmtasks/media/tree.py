@@ -126,24 +126,26 @@ def overlay(folder: Path) -> list[Entry]:
     """
     if not folder.is_dir():
         raise ImageError(f"{folder} is not a folder")
-    return sort(_overlay(folder, folder))
+    return sort(_overlay(folder, ""))
 
 
-def _overlay(folder: Path, root: Path) -> Iterator[Entry]:
-    for found in os.scandir(folder):
-        host = Path(found.path)
-        path = host.relative_to(root).as_posix()
-        if found.is_symlink():
-            yield Entry(path, "link", 0o777, target=str(host.readlink()))
-        elif found.is_dir():
-            yield Entry(path, "dir", MODE_FOLDER)
-            yield from _overlay(host, root)
-        elif found.is_file():
-            with host.open("rb") as stream:
-                runs = stream.read(2) == b"#!" or bool(found.stat().st_mode & 0o100)
-            yield Entry(path, "file", MODE_PROGRAM if runs else MODE_PLAIN, host)
-        else:
-            raise ImageError(f"{host} is neither a file, a folder nor a link")
+def _overlay(folder: str | Path, above: str) -> Iterator[Entry]:
+    """What `folder` holds; `above` is what stands before its names. Texts, not Paths: doit asks at every run."""
+    with os.scandir(folder) as scan:
+        for found in scan:
+            path = f"{above}{found.name}"
+            if found.is_symlink():
+                yield Entry(path, "link", 0o777, target=os.readlink(found.path))  # noqa: PTH115
+            elif found.is_dir():
+                yield Entry(path, "dir", MODE_FOLDER)
+                yield from _overlay(found.path, f"{path}/")
+            elif found.is_file():
+                host = Path(found.path)
+                with host.open("rb", buffering=0) as stream:
+                    runs = stream.read(2) == b"#!" or bool(found.stat().st_mode & 0o100)
+                yield Entry(path, "file", MODE_PROGRAM if runs else MODE_PLAIN, host)
+            else:
+                raise ImageError(f"{found.path} is neither a file, a folder nor a link")
 
 
 def chmod(entries: Iterable[Entry], modes: dict[str, str]) -> list[Entry]:

@@ -8,8 +8,9 @@ from typing import Any
 
 from doit.tools import config_changed
 
-from vmtasks import progress
+from vmtasks import plan, progress
 from vmtasks.config import Config
+from vmtasks.media.template import shipped_path
 from vmtasks.state import State
 from vmtasks.tasks.context import CONFIG, action
 
@@ -65,7 +66,6 @@ def task_fetch() -> Task:
     Example: doit version=6.4.0 fetch
     """
     state = State(CONFIG)
-    overlay = [str(p) for p in sorted((CONFIG.guest_dir / "files").rglob("*")) if p.is_file() and not p.is_symlink()]
 
     def fetch(allow_unverified: bool) -> None:  # noqa: FBT001 - doit passes it by name
         run_step("fetch", allow_unverified=allow_unverified)
@@ -73,9 +73,23 @@ def task_fetch() -> Task:
     return {
         "actions": [action(fetch)],
         "params": [UNVERIFIED_PARAM],
-        "file_dep": [*_inputs(CONFIG), *overlay],
         "targets": [str(state.installer_record)],
-        "uptodate": [Intact(partial(state.why_stale, 0)), config_changed(CONFIG.version)],
+        "uptodate": [Intact(partial(state.why_stale, 0))],
+        "io": {"capture": False},
+    }
+
+
+def task__key() -> Task:
+    """Make the key pair that logs in to all guests of the store: what is rendered holds its public half.
+
+    Exit status: 0 it is there; 1 it could not be made.
+    Example: doit render
+    """
+    state = State(CONFIG)
+    return {
+        "actions": [action(partial(run_step, "make_key"))],
+        "targets": [str(state.key), str(state.public_key)],
+        "uptodate": [True],
         "io": {"capture": False},
     }
 
@@ -90,23 +104,17 @@ def task_render() -> Iterator[Task]:
     Example: doit render:3
     """
     state = State(CONFIG)
+    common = [str(path) for path in (state.public_key, shipped_path("lib.sh"), shipped_path("run.sh"))]
+    values = repr((plan.FORMAT, sorted(CONFIG.vars.items()), CONFIG.version))
     for number in _numbers(CONFIG):
-        folder = state.folder(number)
         yield {
             "name": str(number),
             "actions": [action(partial(run_step, "render", number))],
-            "file_dep": [*_inputs(CONFIG), str(CONFIG.template(state.phase(number)))],
-            "targets": [str(folder / name) for name in ("lib.sh", "pfi.conf", "phase.sh", "poweroff", "run.sh")],
-            "uptodate": [config_changed(_values(state))],
+            "file_dep": [*_inputs(CONFIG), str(CONFIG.template(state.phase(number))), *common],
+            "targets": [str(path) for path in state.rendered(number)],
+            "uptodate": [config_changed(values)],
             "io": {"capture": False},
         }
-
-
-def _values(state: State) -> str:
-    """What a template is rendered with. Two stores have two keys, and one project may see both."""
-    config, public = CONFIG, state.key.with_suffix(".pub")
-    key = public.read_text() if public.is_file() else ""
-    return repr((sorted(config.vars.items()), config.version, config.guest.ssh.user, key))
 
 
 def task_phase_iso() -> Iterator[Task]:
@@ -119,15 +127,12 @@ def task_phase_iso() -> Iterator[Task]:
     """
     state = State(CONFIG)
     for number in _numbers(CONFIG):
-        folder = state.folder(number)
         yield {
             "name": str(number),
             "actions": [action(partial(run_step, "phase_iso", number))],
-            "file_dep": [
-                *(str(folder / name) for name in ("lib.sh", "pfi.conf", "phase.sh", "poweroff", "run.sh")),
-                str(state.installer_record),
-            ],
+            "file_dep": [*map(str, state.rendered(number)), str(state.installer_record)],
             "targets": [str(state.iso(number))],
+            "uptodate": [config_changed(str(plan.FORMAT))],
             "io": {"capture": False},
         }
 
@@ -161,7 +166,7 @@ def task_phase() -> Iterator[Task]:
             "targets": [str(state.record(number))],
             "uptodate": [
                 Intact(partial(state.why_stale, number)),
-                config_changed(str(CONFIG.disk_size)),
+                config_changed(repr((plan.FORMAT, CONFIG.disk_size))),
                 without_option("anew"),
             ],
             "io": {"capture": False},
