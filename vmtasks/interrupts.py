@@ -1,20 +1,38 @@
-"""The signals that ask us to end, as an exception that unwinds every `with` block: once, and never within an import."""
+"""The signals that ask us to end, as an exception that unwinds every `with` block: once, and never within an import.
 
+In the end we die by that signal: a shell that runs us in a loop ends its loop only then. A second signal cuts short
+what clean-up may leave undone; see cuttable().
+"""
+
+import atexit
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_S = 0.02
+SECOND_S = 0.3
+"""A signal that comes sooner is the first one once more: timeout(1), and a shell that loses its terminal, send two."""
+
+
+class _Clean:
+    """Where clean-up stands: when the first signal came, whether a second has, and whether that may cut it short."""
+
+    began = 0.0
+    hurry = False
+    cuttable = False
 
 
 def unwind_on_signals() -> list[int]:
-    """Have the first of these signals raise KeyboardInterrupt in the main thread, and nothing interrupt what follows.
+    """Have the first of these signals raise KeyboardInterrupt in the main thread, and end the process in the end.
 
-    One that is ignored stays so, as nohup(1) wants it. Returns the list that will hold the number of what has come.
+    What follows is interrupted by a second one only where it is cuttable(). One that is ignored stays so, as nohup(1)
+    wants it. Returns the list that will hold the number of what has come.
     """
     caught: list[int] = []
 
@@ -25,20 +43,57 @@ def unwind_on_signals() -> list[int]:
             later.daemon = True
             later.start()
             return
-        ignore()
-        caught.append(number)
+        if not caught:
+            _Clean.began = time.monotonic()
+            caught.append(number)
+        elif time.monotonic() - _Clean.began < SECOND_S:
+            return
+        else:
+            _Clean.hurry = True
+            if not _Clean.cuttable:
+                return
         raise KeyboardInterrupt(signal.Signals(number).name)
 
     for number in ENDING:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, interrupt)
+    atexit.register(_die_of, caught)
     return caught
+
+
+def _die_of(caught: list[int]) -> None:
+    """End by the signal that came, if one did: an exit status of 130 tells a shell that we have dealt with it."""
+    if not caught:
+        return
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # closed, or None
+            stream.flush()
+    signal.signal(caught[0], signal.SIG_DFL)
+    os.kill(os.getpid(), caught[0])
 
 
 def ignore() -> None:
     """Nothing may interrupt us from now on."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def cuttable() -> Iterator[None]:
+    """Have a second signal raise KeyboardInterrupt within the block, at once if it has come already.
+
+    For work of clean-up that may take long and need not be done, such as copying back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    if _Clean.hurry:
+        raise KeyboardInterrupt
+    before, _Clean.cuttable = _Clean.cuttable, True
+    try:
+        yield
+    finally:
+        _Clean.cuttable = before
 
 
 @contextmanager

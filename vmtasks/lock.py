@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from vmtasks import interrupts
 from vmtasks.errors import StateError
 
 Waiting = Callable[[str], None]
@@ -33,7 +34,8 @@ def lock(path: Path, what: str, *, timeout_s: float, waiting: Waiting | None = N
             if waiting is not None and timeout_s > 0:
                 waiting(holder)
             try:
-                held.acquire(timeout=max(0.0, deadline - time.monotonic()), poll_interval=0.1)
+                with interrupts.cuttable():
+                    held.acquire(timeout=max(0.0, deadline - time.monotonic()), poll_interval=0.1)
             except Timeout:
                 raise StateError(
                     f"{what} is locked by {_read(owner) or 'another process'}, and was for {timeout_s:g} s",

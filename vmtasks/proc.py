@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO
 
 from vmtasks import interrupts
-from vmtasks.errors import CommandError, MissingToolError
+from vmtasks.errors import CommandError, CommandTimeoutError, MissingToolError
 from vmtasks.prctl import before_exec
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,11 @@ Child = subprocess.Popen[bytes]
 """A process of ours that must be reaped."""
 
 BLOCK = 1 << 18
+GRACE_S = 2.0
+"""How long a process may take to end after SIGTERM."""
+
+UNREAD = 128 + signal.SIGPIPE
+"""The status of a command that was ended because nobody reads its output any more."""
 
 TIMED_OUT = 124
 """The status of a command that was ended at its deadline, as timeout(1) has it."""
@@ -108,28 +113,38 @@ def run(
     return result
 
 
-def attach(argv: Sequence[str | Path]) -> int:
-    """Run a program on our own terminal and streams, to its end; returns its status. No deadline: a person is there.
+def attach(argv: Sequence[str | Path], *, stdin: bool = True, timeout_s: float | None = None) -> int:
+    """Run a program on our own terminal and streams, to its end; returns its status.
 
-    The kernel ends it when we are killed and cannot (Linux only). Where our stdout is a pipe that is read no more, as
-    by `| head`, it is ended, and the status is that of SIGPIPE: ssh would wait for ever for somebody who reads.
+    Without `stdin` it reads nothing of ours. CommandTimeoutError after `timeout_s`; without that there is no deadline:
+    a person is there. The kernel ends it when we are killed and cannot (Linux only). Where our stdout is a pipe that is
+    read no more, as by `| head`, it is ended, and the status is that of SIGPIPE: ssh would wait for ever for somebody
+    who reads.
     """
     words = [str(word) for word in argv]
     words[0] = find(words[0])
     log.debug("attach %s", quote(words))
     pipe = subprocess.PIPE if _stdout_is_pipe() else None
-    with subprocess.Popen(words, stdout=pipe, preexec_fn=before_exec(die_with_us=True)) as child:  # noqa: PLW1509 - as below
+    source = None if stdin else subprocess.DEVNULL
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    with subprocess.Popen(words, stdin=source, stdout=pipe, preexec_fn=before_exec(die_with_us=True)) as child:  # noqa: PLW1509 - as below
         try:
             if child.stdout is not None:
-                _hand_on(child.stdout.fileno())
-            return shell_status(child.wait())
+                _hand_on(child.stdout.fileno(), deadline)
+            return shell_status(child.wait(_left(deadline)))
         except BrokenPipeError:
+            return UNREAD
+        except subprocess.TimeoutExpired:
+            raise CommandTimeoutError(f"{words[0]} did not end within {timeout_s:g} s", which="overall") from None
+        finally:
+            # SIGTERM first: ssh then gives a terminal back as it was.
             child.terminate()
-            child.wait()
-            return 128 + signal.SIGPIPE
-        except BaseException:
-            child.kill()
-            raise
+            if not wait(child, GRACE_S):
+                child.kill()
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
 
 
 def _stdout_is_pipe() -> bool:
@@ -139,12 +154,17 @@ def _stdout_is_pipe() -> bool:
         return False  # it is closed
 
 
-def _hand_on(source: int) -> None:
-    """Copy to our stdout until the end. BrokenPipeError when nobody reads it any more."""
-    while data := os.read(source, BLOCK):
-        view = memoryview(data)
-        while view:
-            view = view[os.write(1, view) :]
+def _hand_on(source: int, deadline: float | None) -> None:
+    """Copy to our stdout until the end, or the deadline. BrokenPipeError when nobody reads it any more."""
+    with selectors.DefaultSelector() as ready:
+        ready.register(source, selectors.EVENT_READ)
+        while ready.select(_left(deadline)):
+            data = os.read(source, BLOCK)
+            if not data:
+                return
+            view = memoryview(data)
+            while view:
+                view = view[os.write(1, view) :]
 
 
 def stream(
@@ -266,7 +286,7 @@ def wait(child: Child, timeout_s: float) -> bool:
     return True
 
 
-def end(child: Child, grace_s: float = 2.0) -> int:
+def end(child: Child, grace_s: float = GRACE_S) -> int:
     """Make sure that a child and its process group are gone: SIGTERM, `grace_s`, SIGKILL. Returns its status."""
     if child.poll() is None:
         _signal(child, signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 import os
 import pwd
+import secrets
 import shutil
 import signal
 import subprocess
@@ -225,6 +226,42 @@ def test_end_script_without_anything_to_end(tmp_path: Path):
     done = login("sh", ssh.remote_line(ssh.end_script(str(tmp_path / "none"))), home=tmp_path)
     assert done.returncode == 0
     assert time.monotonic() - began < 1.5
+
+
+# ---- sessions
+
+
+@pytest.mark.parametrize("shell", LOGIN_SHELLS)
+@pytest.mark.parametrize("leads", [True, False], ids=["OpenSSH", "dropbear"])
+def test_a_session_is_ended_with_all_that_it_has_started_and_nothing_else(shell: str, tmp_path: Path, *, leads: bool):
+    mark, other = (f"vmtasks-{secrets.token_hex(8)}" for _ in range(2))
+    text = "sh -c 'trap \"\" TERM; echo $$ >it!; while :; do sleep 1; done' & wait; echo $?"
+    command = [*LOGIN_SHELLS[shell], ssh.session_line(f": {mark}\n{text}\nexit $?")]
+    bystander = ["/bin/sh", "-c", f": {other}\nsleep 60\nexit $?"]
+    end = ssh.remote_line(ssh.end_marked_script(mark))
+    with (
+        subprocess.Popen(command, cwd=tmp_path, start_new_session=leads) as child,
+        subprocess.Popen(bystander, start_new_session=True) as left,
+    ):
+        while not (tmp_path / "it!").exists() or not (tmp_path / "it!").read_text():
+            time.sleep(0.02)
+        started = int((tmp_path / "it!").read_text())
+        ended = login(shell, end, home=tmp_path)
+        assert (ended.stdout, ended.stderr, ended.returncode) == ("", "", 0)
+        assert child.wait(5) in (-signal.SIGTERM, 128 + signal.SIGTERM)
+        deadline = time.monotonic() + 5
+        while proc.started(started):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert left.poll() is None
+        assert login(shell, end, home=tmp_path).returncode == 0, "also when there is nothing to end"
+        os.killpg(left.pid, signal.SIGKILL)
+
+
+def test_a_session_has_its_input_and_status(tmp_path: Path):
+    line = ssh.session_line("read -r a; echo \"$a!\"; printf '%s\\n' 'it'\\''s'; exit 9")
+    done = login("sh", line, home=tmp_path, stdin="one\ntwo\n")
+    assert (done.stdout, done.stderr, done.returncode) == ("one!\nit's\n", "", 9)
 
 
 # ---- ssh's own files

@@ -1,12 +1,13 @@
 """Folders of this host in a guest whose kernel has no 9p, so that they are copied; and what cannot be copied."""
 
 import shlex
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, free_port
+from conftest import Project, free_port, until
 from machines import Cli, Done
 
 pytestmark = pytest.mark.timeout(400)
@@ -79,6 +80,21 @@ def test_b16_what_cannot_come_back_costs_no_status_and_no_end(cli: Cli, folder: 
     assert warned.endswith("; it goes with the machine")
     assert sorted(path.name for path in folder.iterdir()) == ["from host", "open"]
     assert cli.json("ps") == []
+    cli.nothing_left()
+
+
+def test_a_second_signal_cuts_copying_back_short(cli: Cli, folder: Path) -> None:
+    fill = "head -c 150000000 /dev/urandom >/work/big; echo full; sleep 300"
+    run = cli.start("run", "--ssh-port", str(free_port()), "--bind", f"{folder}:/work", "--", fill)
+    assert run.stdout is not None
+    assert run.stdout.readline() == b"full\n"
+    run.terminate()
+    until(lambda: list(folder.glob(".big*")) or run.poll() is not None, 60, "rsync to begin")
+    run.send_signal(signal.SIGINT)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == -signal.SIGTERM, said
+    assert b"work: interrupted before all that is newer in the guest was copied back; it goes with the machine" in said
+    assert not (folder / "big").exists()
     cli.nothing_left()
 
 

@@ -2,12 +2,15 @@
 
 import json
 import os
+import pty
 import shlex
+import signal
 import stat
 import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -169,6 +172,50 @@ def test_b40_a_machine_that_fails_does_not_stop_the_others(cli: Cli) -> None:
     assert done.returncode == 1
 
 
+# -- interrupts
+
+LOOP = 'for n in 1 2 3; do "$@"; done; echo after'
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["exec", "box", "sh", "-c", "echo works; sleep 4321; echo on"],
+        ["exec", "--user", "root", "box", "sh", "-c", "echo works; sleep 4321; echo on"],
+        ["ssh", "box", "echo works; sleep 4321; echo on"],
+    ],
+    ids=["exec", "exec as root", "ssh"],
+)
+def test_ctrl_c_ends_the_loop_here_and_the_command_in_the_guest(cli: Cli, words: list[str]) -> None:
+    pid, master = pty.fork()
+    if pid == 0:
+        os.chdir(cli.project.root)
+        os.execvpe("bash", ["bash", "-c", LOOP, "bash", *COMMAND, *words], cli.env())  # noqa: S606
+    shown = b""
+    while b"works" not in shown:
+        shown += os.read(master, 65536)
+    os.write(master, b"\x03")
+    with suppress(OSError):  # EIO: nobody holds the other side
+        while data := os.read(master, 65536):
+            shown += data
+    _, status = os.waitpid(pid, 0)
+    os.close(master)
+    assert os.waitstatus_to_exitcode(status) in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert shown.count(b"works") == 1, shown
+    assert b"after" not in shown
+    assert b"warning" not in shown, shown
+    assert cli("exec", "box", "pgrep", "-f", "sleep 432[1]").stdout == b""
+
+
+def test_output_that_nobody_reads_ends_the_command_in_the_guest(cli: Cli) -> None:
+    line = f"{shlex.join([*COMMAND, 'exec', 'box', 'sh', '-c', 'while echo y; do :; done; sleep 4322'])} | head -1"
+    done = subprocess.run(
+        ["sh", "-c", line], cwd=cli.project.root, env=cli.env(), capture_output=True, check=False, timeout=120
+    )
+    assert done.stdout == b"y\n"
+    assert cli("exec", "box", "pgrep", "-f", "sleep 432[2]").stdout == b""
+
+
 # -- jobs
 
 
@@ -328,7 +375,7 @@ def test_b12_forwards_of_every_kind(cli: Cli) -> None:
             assert answer.endswith(b"served\n")
         finally:
             forward.terminate()
-            assert forward.wait(30) == 128 + 15
+            assert forward.wait(30) == -signal.SIGTERM
     assert not open_port(local)
     assert "127.0.0.1" in cli.bad("forward", "box", "-L", "0.0.0.0:1:h:2", status=2)
 

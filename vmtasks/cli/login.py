@@ -51,7 +51,6 @@ def execute(
     """
     from vmtasks import arguments  # noqa: PLC0415
     from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.remote.ssh import remote_line, script  # noqa: PLC0415
     from vmtasks.rules import VARIABLE  # noqa: PLC0415
     from vmtasks.session.login import log_in  # noqa: PLC0415
 
@@ -68,8 +67,8 @@ def execute(
     if detach:
         sys.stdout.write(f"{start_job(name, words, cwd=cwd, env=values, user=who)}\n")
         return
-    line = remote_line(script(f"command {shlex.join(words)}\nexit $?", cwd=cwd, env=values, user=who))
-    raise typer.Exit(log_in(machine(name), "exec", line, shown=shlex.join(words), user=who))
+    shown = shlex.join(words)
+    raise typer.Exit(log_in(machine(name), "exec", f"command {shown}", cwd=cwd, env=values, shown=shown, user=who))
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -90,13 +89,12 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def session(found: "Machine", verb: str, options: list[str], words: list[str]) -> int:
     """Log in to a machine, or run a command in it, with our streams; returns the status of what ran."""
-    from vmtasks.remote.ssh import remote_line  # noqa: PLC0415
     from vmtasks.session.login import log_in  # noqa: PLC0415
 
-    command = words[0] if len(words) == 1 else shlex.join(words)
+    shown = words[0] if len(words) == 1 else shlex.join(words)
     # The login shell runs it as a child, so that a death by signal becomes a status, as in any shell.
-    line = remote_line(f'"${{SHELL:-/bin/sh}}" -c {shlex.quote(command)}\nexit $?') if words else ""
-    return log_in(found, verb, line, options=options, shown=command)
+    command = f'"${{SHELL:-/bin/sh}}" -c {shlex.quote(shown)}' if words else ""
+    return log_in(found, verb, command, options=options, shown=shown)
 
 
 @app.command(rich_help_panel="Use")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from vmtasks import interrupts
 from vmtasks.errors import CommandTimeoutError, ConfigError, ConnectionLostError, RebootedError, SshError, StateError
 from vmtasks.remote import boot, jobscript
 from vmtasks.remote import command as commands
@@ -333,7 +334,8 @@ def _settled(link: Link, job: str) -> str:
 def _end_late(link: Link, job: str, error: BaseException) -> None:
     """End a job that nobody waits for any more. What goes wrong with that must not hide why."""
     try:
-        view = cancel(link, job)
+        with interrupts.cuttable():
+            view = cancel(link, job)
     except SshError as trouble:
         error.add_note(f"job {job} may still run: {trouble.message}")
     else:

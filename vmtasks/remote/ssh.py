@@ -4,6 +4,7 @@ Host keys are pinned from the image's record and checked strictly; one connectio
 """
 
 import os
+import re
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,32 @@ STAGES = (
     ("timed out", "no answer came: the guest is still booting, or its network is down"),
 )
 """What ssh prints, and at which stage that means the connection stands."""
+
+
+END_MARKED = r"""
+if [ -r /proc/self/stat ]; then
+    found=
+    for file in $(grep -ls "$mark" /proc/[0-9]*/cmdline); do
+        pid=${file#/proc/} pid=${pid%/cmdline}
+        [ "$pid" -gt 1 ] || continue
+        read -r line <"/proc/$pid/stat" || continue
+        line=${line##*")"}
+        set -- $line
+        if [ "$3" = "$pid" ]; then found="$found -$pid"; else found="$found $pid"; fi
+    done
+else
+    found=$(ps -axww -o pid= -o pgid= -o command= | grep "$mark" | while read -r pid group rest; do
+        if [ "$pid" -le 1 ]; then continue; elif [ "$pid" = "$group" ]; then echo "-$pid"; else echo "$pid"; fi
+    done)
+fi 2>/dev/null
+[ -n "$found" ] || exit 0
+some() { for one in $found; do kill -$1 $one 2>/dev/null && some=0; done; return ${some:-1}; }
+some TERM
+n=0
+while some= && some 0 && [ $n -lt 10 ]; do sleep 0.2 2>/dev/null || sleep 1; n=$((n + 1)); done
+some KILL
+exit 0
+"""
 
 
 @dataclass(frozen=True)
@@ -135,11 +162,11 @@ def explain(stderr: str) -> str:
     return stderr.strip().splitlines()[-1] if stderr.strip() else "ssh gave no reason"
 
 
-def attach(target: Target, argv: Sequence[str]) -> int:
+def attach(target: Target, argv: Sequence[str], *, stdin: bool = True, timeout_s: float | None = None) -> int:
     """Run ssh or scp on our own streams over the shared connection; returns its status. See proc.attach()."""
     shared = _share(target)
     if shared.status == 0:
-        return proc.attach(argv)
+        return proc.attach(argv, stdin=stdin, timeout_s=timeout_s)
     late = f"ssh: {target.name} did not let us in within {SHARE_S} s\n" if shared.status == proc.TIMED_OUT else ""
     progress.to_stderr(shared.stderr + late)
     return FAILED
@@ -167,14 +194,14 @@ def close(target: Target) -> None:
 
 
 def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pidfile: str = "") -> str:
-    """A POSIX sh script that runs `command` in `cwd` with `env`, as `user` where that is not who logged in.
+    """A POSIX sh script that runs `command` in `cwd`, or where it is, with `env`, as `user` if not who logged in.
 
     Another user is reached through doas, sudo or, from root, su, whichever the guest has. `pidfile`: where the id of
     the process group is written, for end_script().
     """
     exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
     place = shlex.quote(cwd) if cwd.startswith("/") else '"$0"/' + shlex.quote(cwd)  # $0: the login user's home
-    inner = f"{exports}cd {place} && {{ {command}\n}}"
+    inner = f"{exports}{f'cd {place} && ' if cwd else ''}{{ {command}\n}}"
     body = become(user, inner)
     if not pidfile:
         return body
@@ -214,6 +241,29 @@ def end_group_script(group: int, user: str = "") -> str:
     gone = "kill -0 -$group 2>/dev/null || exit 0"
     inner = f"group={group}; kill -TERM -$group 2>/dev/null; {gone}; sleep 1; {gone}; sleep 1; kill -KILL -$group"
     return become(user, inner + " 2>/dev/null; exit 0")
+
+
+def session_line(text: str) -> str:
+    """A command line for any login shell that runs `text` in a process group of its own, which end_marked_script ends.
+
+    OpenSSH's server makes a group for each command, dropbear does not. Not every system has setsid.
+    """
+    run = 'eval "$(printf %b "$1")"'
+    group = (
+        'kill -0 -$$ 2>/dev/null || if command -v setsid >/dev/null 2>&1; then exec setsid /bin/sh -c "$2" sh "$1"; fi'
+    )
+    return f"""exec /bin/sh -c '{group}; eval "$2"' sh '{plain(text)}' '{run}'"""
+
+
+def end_marked_script(mark: str, user: str = "") -> str:
+    """A script that ends the process groups whose leader has `mark` in its command line: SIGTERM, up to 2 s, SIGKILL.
+
+    One that does not lead its group is only signalled itself: a server may have it in its own group. `mark` is one that
+    nothing else can have in its command line.
+    """
+    if not re.fullmatch(r"vmtasks-[0-9a-f]{16}", mark):
+        raise AssertionError(mark)
+    return become(user, f"mark='[{mark[0]}]{mark[1:]}'\n{END_MARKED}")
 
 
 def remote_line(text: str, program: str = "/bin/sh") -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmtasks import proc, progress
+from vmtasks import interrupts, proc, progress
 from vmtasks.arguments import Bind
 from vmtasks.errors import BindError, CommandError, ConfigError, SshError, VmTasksError
 from vmtasks.lock import lock
@@ -26,6 +26,10 @@ COPY_S = 3600.0
 MOUNT_S = 60.0
 STAGE = "/var/lib/vmtasks/binds"
 """Where the copy of a read-only bind stands in the guest; root's alone."""
+
+ALL_BACK = "all that is newer in the guest was copied back"
+NOT_BACK = "what is newer in the guest could not be copied back"
+PART_BACK = "not all that is newer in the guest could be copied back; the rest was"
 
 PROBE = "modprobe 9pnet_virtio 2>/dev/null; modprobe 9p 2>/dev/null; grep -qw 9p /proc/filesystems"
 MOUNT = r"""
@@ -152,24 +156,28 @@ def after(place: Place, record: MachineRecord, *, last: bool = False) -> None:
     `last`: the machine goes after this.
     """
     back = [bind for bind in record.binds if bind.how == "rsync" and not bind.read_only]
-    with _alone(place, record):
-        for number, bind in enumerate(back):
-            try:
-                copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", back=True)
-            except SshError as error:  # nor would the others be reached
-                _warn(place, back[number:], error, last=last)
-                return
-            except VmTasksError as error:
-                _warn(place, [bind], error, last=last)
+    left = list(back)
+    try:
+        with interrupts.cuttable(), _alone(place, record):
+            for number, bind in enumerate(back):
+                left = back[number:]
+                try:
+                    copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", back=True)
+                except SshError as error:  # nor would the others be reached
+                    _warn(place, left, f"{NOT_BACK}: {error.message}", last=last)
+                    return
+                except VmTasksError as error:
+                    partial = isinstance(error, CommandError) and error.status == PARTIAL
+                    _warn(place, [bind], f"{PART_BACK if partial else NOT_BACK}: {error.message}", last=last)
+    except KeyboardInterrupt:
+        _warn(place, left, f"interrupted before {ALL_BACK}", last=last)
+        raise
 
 
-def _warn(place: Place, binds: Sequence[BindRecord], error: VmTasksError, *, last: bool) -> None:
-    what = "what is newer in the guest could not be copied back"
-    if isinstance(error, CommandError) and error.status == PARTIAL:
-        what = "not all that is newer in the guest could be copied back; the rest was"
+def _warn(place: Place, binds: Sequence[BindRecord], what: str, *, last: bool) -> None:
     fate = "it goes with the machine" if last else "it stays in the guest, and the next command tries again"
     which = ", ".join(shown(bind) for bind in binds)
-    progress.say(f"warning: machine {place.name}: {which}: {what}: {error.message}; {fate}")
+    progress.say(f"warning: machine {place.name}: {which}: {what}; {fate}")
 
 
 def shown(bind: BindRecord) -> str:

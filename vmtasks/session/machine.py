@@ -246,20 +246,27 @@ class Machine(Place):
             return []
         with self.lock(lock_s):
             record = self.record()
-            if record is not None:
+            try:
                 # Nobody has tried yet where it was ours: not even if it has ended by itself.
-                there = record.owner == os.getpid() or self.pid(record) is not None
-                if record.ready and record.binds and there and ladder.roused(self, note):
+                there = record is not None and (record.owner == os.getpid() or self.pid(record) is not None)
+                if record is not None and record.ready and record.binds and there and ladder.roused(self, note):
                     binds.after(self, record, last=True)
-                ladder.stop(self, record, note, gentle=False)
-            gone = sorted(self.folder.iterdir())
-            shutil.rmtree(self.sockets, ignore_errors=True)
-            # The record goes last: what a kill leaves half removed can still be listed, and removed again.
-            for path in sorted(gone, key=lambda path: path.name == "machine.toml"):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-            self.folder.rmdir()
-            for leftover in (self.lock_file.with_suffix(".owner"), self.lock_file):
-                leftover.unlink(missing_ok=True)
+            finally:  # who interrupts the copying is rid of the machine all the same
+                gone = self._remove(record, note)
+        return gone
+
+    def _remove(self, record: MachineRecord | None, note: Say) -> list[Path]:
+        """Cut its power, and remove all that belongs to it."""
+        if record is not None:
+            ladder.stop(self, record, note, gentle=False)
+        gone = sorted(self.folder.iterdir())
+        shutil.rmtree(self.sockets, ignore_errors=True)
+        # The record goes last: what a kill leaves half removed can still be listed, and removed again.
+        for path in sorted(gone, key=lambda path: path.name == "machine.toml"):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        self.folder.rmdir()
+        for leftover in (self.lock_file.with_suffix(".owner"), self.lock_file):
+            leftover.unlink(missing_ok=True)
         return gone
 
     # -- parts
