@@ -1,6 +1,7 @@
 """What a connection that fails says: real sockets, and paramiko's own server where a fault is needed."""
 
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from vmtasks.errors import (
     HostKeyError,
     SshError,
 )
-from vmtasks.remote import client
+from vmtasks.remote import client, ssh
 from vmtasks.remote.ssh import Target
 
 LIMIT_S = 20.0
@@ -132,6 +133,31 @@ def say(text: bytes, *, then_close: bool) -> Callable[[socket.socket], None]:
             hold(peer)
 
     return speak
+
+
+def offered(peer: socket.socket) -> list[str]:
+    """How a client wants to exchange keys, first choice first; see RFC 4253, 7.1."""
+    peer.sendall(b"SSH-2.0-x\r\n")
+    with peer, peer.makefile("rb") as data:
+        data.readline()
+        packet = data.read(int.from_bytes(data.read(4)))
+    begin = 1 + 1 + 16  # padding's length, kind, cookie
+    return packet[begin + 4 : begin + 4 + int.from_bytes(packet[begin : begin + 4])].decode().split(",")
+
+
+@pytest.mark.parametrize("by", ["paramiko", "OpenSSH"])
+def test_the_quickest_key_exchange_is_the_first_choice_and_not_the_only_one(serve: Serve, key: Path, by: str):
+    seen: list[list[str]] = []
+    vm = target(serve(raw=lambda peer: seen.append(offered(peer))), key, "ssh-ed25519 AAAA")
+    if by == "paramiko":
+        with pytest.raises(SshError):
+            client.connect(vm, timeout_s=20)
+    else:
+        ssh.write_config(vm)
+        subprocess.run(vm.argv("true"), check=False, capture_output=True, stdin=subprocess.DEVNULL, timeout=20)
+    (names,) = seen
+    assert names[0].startswith("curve25519-sha256")
+    assert "ecdh-sha2-nistp256" in names
 
 
 @pytest.mark.parametrize(

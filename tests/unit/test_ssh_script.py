@@ -287,6 +287,17 @@ def test_openssh_reads_its_configuration_as_it_was_meant(name: str, tmp_path: Pa
     assert str(folder / "known_hosts") in known["userknownhostsfile"].replace("%%", "%")
 
 
+def test_an_openssh_that_cannot_choose_chooses_as_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As one of before 8.0, or one that may not use curve25519."""
+    program = tmp_path / "ssh"
+    program.write_text("#!/bin/sh\necho 'Bad SSH2 KexAlgorithms' >&2\nexit 255\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    ssh.kex_lines.cache_clear()
+    assert ssh.kex_lines() == ()
+    ssh.kex_lines.cache_clear()
+
+
 @pytest.mark.parametrize(
     ("said", "stage"),
     [

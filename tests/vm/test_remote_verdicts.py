@@ -8,7 +8,7 @@ import pytest
 from remotes import LIMIT_S, Guest, until_true
 
 from vmtasks.errors import ConnectionLostError
-from vmtasks.remote import alive
+from vmtasks.remote import alive, banner
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -19,10 +19,10 @@ def test_c3_each_kind_of_death_has_a_verdict_of_its_own(guest: Guest) -> None:
 
     assert (ask().verdict, ask().alive) == ("ready", True)
     guest.without_server(8, sessions=True)
-    until_true(lambda: alive.banner(guest.target.port, 5) == alive.CLOSED, "the server to end")
+    until_true(lambda: banner.read(guest.target.port, 5) == banner.CLOSED, "the server to end")
     down = ask()
     assert (down.verdict, down.alive) == ("no-ssh", True)
-    assert f"banner: no SSH server answers in the guest ({alive.CLOSED})" in str(down)
+    assert f"banner: no SSH server answers in the guest ({banner.CLOSED})" in str(down)
     assert [layer.passed for layer in down.layers] == [True, True, True, False, None, None]
     until_true(lambda: ask().verdict == "ready", "the server to be back")
     locked = alive.is_alive(replace(guest.target, user="nobody-such"), timeout_s=8)

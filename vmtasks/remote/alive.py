@@ -5,7 +5,6 @@ is looked at only if those below it passed: what fails first is why the rest can
 verdict.
 """
 
-import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,9 +14,10 @@ from typing import Literal
 
 from vmtasks.errors import SshError
 from vmtasks.machine import qmp
-from vmtasks.remote import client
+from vmtasks.remote import banner, client
+from vmtasks.remote.banner import HOST
 from vmtasks.remote.client import Console
-from vmtasks.remote.ssh import HOST, Target
+from vmtasks.remote.ssh import Target
 
 Verdict = Literal["ready", "ssh", "no-ssh", "silent", "paused", "panicked", "gone", ""]
 
@@ -30,7 +30,6 @@ SAYS: dict[Verdict, str] = {
     "panicked": "the guest's kernel has panicked",
     "gone": "QEMU does not run, or listens no more",
 }
-CLOSED = "closed before a word"
 
 Look = Callable[[], tuple[Verdict, str]]
 """Looks at one layer: what it means that it failed, or nothing when it passed; and what it says."""
@@ -133,7 +132,7 @@ def network(target: Target, timeout_s: float, console: Console | None = None) ->
             return "gone", f"{where} takes no connection ({error})"
 
     def server() -> tuple[Verdict, str]:
-        said = banner(target.port, timeout_s)
+        said = banner.read(target.port, timeout_s)
         if said.startswith("SSH-"):
             return "", said
         how = said or "nothing behind the port speaks"
@@ -157,18 +156,3 @@ def network(target: Target, timeout_s: float, console: Console | None = None) ->
         return ("ssh" if done.status else ""), says
 
     return {"port": port, "banner": server, "authentication": login, "command": command}
-
-
-def banner(port: int, timeout_s: float) -> str:
-    """The first line of the server behind a loopback port, CLOSED, or nothing when it stays silent.
-
-    QEMU closes the connection when the guest's kernel refuses it: that is the kernel's word, so that it works.
-    """
-    with contextlib.suppress(TimeoutError):
-        try:
-            with socket.create_connection((HOST, port), timeout=timeout_s) as sock:
-                data = sock.recv(255)
-        except ConnectionError:
-            data = b""
-        return data.split(b"\n")[0].decode(errors="replace").strip() if data else CLOSED
-    return ""

@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +15,8 @@ import paramiko
 from paramiko.common import MSG_CHANNEL_REQUEST
 
 from vmtasks.errors import AuthFailedError, BannerError, ConnectRefusedError, ConnectTimeoutError, HostKeyError
-from vmtasks.remote.ssh import HOST, Target
+from vmtasks.remote.banner import HOST
+from vmtasks.remote.ssh import KEX, Target
 
 LOG = "vmtasks.paramiko"
 RSA = ("rsa-sha2-512", "rsa-sha2-256")
@@ -104,8 +106,8 @@ def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -
         raise HostKeyError(f"{target.name}: no host key is recorded for it", hint="its record was made without one")
     first = [name for kind, _ in sorted(pinned) for name in (RSA if kind == "ssh-rsa" else (kind,))]
     options = transport.get_security_options()
-    known = [name for name in first if name in options.key_types]
-    options.key_types = [*known, *(name for name in options.key_types if name not in known)]
+    options.key_types = _preferred(first, options.key_types)
+    options.kex = _preferred(KEX.split(","), options.kex)
     event = threading.Event()
     left = max(0.1, deadline - time.monotonic())
     transport.banner_timeout = transport.handshake_timeout = left + 1
@@ -121,6 +123,12 @@ def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -
             f"{target.name}: the server shows the host key {key.get_name()} {key.fingerprint}, which is not pinned",
             hint="another machine listens on this port, or the guest's keys were made anew",
         )
+
+
+def _preferred(first: Iterable[str], known: Sequence[str]) -> list[str]:
+    """What paramiko knows, and of that `first` before the rest."""
+    front = [name for name in first if name in known]
+    return [*front, *(name for name in known if name not in front)]
 
 
 def _log_in(target: Target, transport: paramiko.Transport, deadline: float) -> None:

@@ -3,6 +3,7 @@
 Host keys are pinned from the image's record and checked strictly; one connection is shared by all that follows.
 """
 
+import functools
 import os
 import re
 import shlex
@@ -14,13 +15,14 @@ from pathlib import Path
 from vmtasks import atomic, proc, progress
 from vmtasks.errors import SshError
 from vmtasks.lock import lock
+from vmtasks.remote import banner
 
 FAILED = 255
 """The status of ssh itself when it could not connect or lost the connection; see ssh(1)."""
 
 CONNECT_S = 10
 SHARE_S = 60
-HOST = "127.0.0.1"
+KEX = "curve25519-sha256,curve25519-sha256@libssh.org"
 OTHER_HOST_KEY = "the guest shows another host key than the one its image recorded"
 STAGES = (
     ("Connection refused", "nothing listens on the port: QEMU is not forwarding it"),
@@ -79,6 +81,11 @@ class Target:
         """The file for `ssh -F`."""
         return self.folder / "ssh_config"
 
+    @property
+    def control(self) -> Path:
+        """The socket of the connection that all sessions of this user share."""
+        return self.folder / f"ssh-{self.user}"
+
     def argv(self, *words: str, options: Sequence[str] = ()) -> list[str]:
         """`ssh -F config [options] name [words]`."""
         return ["ssh", "-F", str(self.config), *options, self.name, *words]
@@ -90,7 +97,7 @@ def write_config(target: Target) -> None:
     atomic.write_if_changed(known, "".join(f"{target.name} {key}\n" for key in target.host_keys), 0o600)
     lines = [
         f"Host {target.name}",
-        f"    HostName {HOST}",
+        f"    HostName {banner.HOST}",
         f"    Port {target.port}",
         f"    User {target.user}",
         *(f"    IdentityFile {_quoted(key)}" for key in (target.key, *target.also)),
@@ -99,6 +106,7 @@ def write_config(target: Target) -> None:
         "    StrictHostKeyChecking yes",
         f"    UserKnownHostsFile {_quoted(known)}",
         "    GlobalKnownHostsFile /dev/null",
+        *kex_lines(),
         "    BatchMode yes",
         "    PasswordAuthentication no",
         "    KbdInteractiveAuthentication no",
@@ -113,6 +121,13 @@ def write_config(target: Target) -> None:
     atomic.write_if_changed(target.config, "\n".join(lines) + "\n", 0o600)
 
 
+@functools.cache
+def kex_lines() -> tuple[str, ...]:
+    """The line that puts curve25519 first, where this host's ssh can: an emulated guest takes longer for all others."""
+    words = ["ssh", "-G", "-F", "/dev/null", "-o", f"KexAlgorithms=^{KEX}", banner.HOST]
+    return (f"    KexAlgorithms ^{KEX}",) if proc.run(words, timeout_s=CONNECT_S, check=False).status == 0 else ()
+
+
 def wait_ready(target: Target, *, timeout_s: float, alive: Callable[[], bool]) -> float:
     """Wait until an authenticated `true` succeeds; returns the seconds that it took.
 
@@ -120,11 +135,16 @@ def wait_ready(target: Target, *, timeout_s: float, alive: Callable[[], bool]) -
     with the stage that was reached.
     """
     began = time.monotonic()
+    shared = target.control.exists()
     while True:
-        tried = proc.run(target.argv("true"), timeout_s=CONNECT_S + 5, check=False)
-        if tried.status == 0:
-            return time.monotonic() - began
-        stage = explain(tried.stderr or f"timed out (status {tried.status})")
+        left_s = timeout_s - (time.monotonic() - began)
+        stage = "" if shared else banner.wait(target.port, timeout_s=left_s, alive=alive)
+        if not stage:
+            tried = proc.run(target.argv("true"), timeout_s=CONNECT_S + 5, check=False)
+            if tried.status == 0:
+                return time.monotonic() - began
+            stage, shared = tried.stderr or f"timed out (status {tried.status})", False
+        stage = explain(stage)
         if not alive():
             raise SshError(f"machine {target.name} ended while it was booting")
         if stage == OTHER_HOST_KEY:  # which no waiting mends
@@ -138,15 +158,18 @@ def learn_host_keys(port: int, *, timeout_s: float, alive: Callable[[], bool]) -
     """The host keys that the server behind a loopback port shows, as `type key`. SshError when none comes in time."""
     began = time.monotonic()
     while True:
-        scan = proc.run(["ssh-keyscan", "-T", "5", "-p", str(port), HOST], timeout_s=30, check=False)
-        keys = [" ".join(line.split()[1:3]) for line in scan.stdout.splitlines() if line and not line.startswith("#")]
-        if keys:
-            return sorted(keys)
+        stage = banner.wait(port, timeout_s=timeout_s - (time.monotonic() - began), alive=alive)
+        if not stage:
+            scan = proc.run(["ssh-keyscan", "-T", "5", "-p", str(port), banner.HOST], timeout_s=30, check=False)
+            lines = [line.split() for line in scan.stdout.splitlines() if line and not line.startswith("#")]
+            if lines:
+                return sorted(" ".join(words[1:3]) for words in lines)
         if not alive():
             raise SshError("the machine ended while it was booting")
         if time.monotonic() - began > timeout_s:
-            raise SshError(f"no SSH server showed a host key within {timeout_s:.0f} s")
-        time.sleep(1)
+            said = explain(stage) if stage else "its SSH server answers"
+            raise SshError(f"no SSH server showed a host key within {timeout_s:.0f} s: {said}")
+        time.sleep(0.2)
 
 
 def is_ready(target: Target) -> bool:
@@ -189,7 +212,7 @@ def _share(target: Target) -> proc.Result:
 
 def close(target: Target) -> None:
     """End the shared connection, if there is one."""
-    if (target.folder / f"ssh-{target.user}").exists():
+    if target.control.exists():
         proc.run(target.argv(options=["-O", "exit"]), timeout_s=10, check=False)
 
 

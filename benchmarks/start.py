@@ -1,0 +1,106 @@
+"""How much longer does `vmtasks start` take than QEMU and its guest by themselves? Prints both medians and their ratio.
+
+    python benchmarks/start.py [--rounds N] [--image tiny]
+
+`./doit guest=tiny auto_install` first. In turn, on one disk that was left in good order: the whole process `vmtasks
+start`, which ends when it has logged in; and the same QEMU, started as it is, until the guest's SSH server has said its
+first word, for which a connection is tried every half second. Exit status 1 when the ratio is above the limit.
+"""
+
+import argparse
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+from vmtasks.machine import argv, events
+from vmtasks.session import Machine, Project, Wants, launch
+
+LIMIT = 1.15
+EVERY_S, LISTEN_S = 0.5, 10.0
+BOOT_S = 300.0
+
+
+def start(machine: Machine) -> float:
+    """Seconds that `vmtasks start` takes; the machine is stopped again."""
+    words = [sys.executable, "-m", "vmtasks.cli", "start", machine.name]
+    began = time.perf_counter()
+    subprocess.run(words, check=True, stdin=subprocess.DEVNULL, capture_output=True)
+    took_s = time.perf_counter() - began
+    machine.stop(lambda _: None)
+    return took_s
+
+
+def raw(machine: Machine) -> float:
+    """Seconds from QEMU's start to the first word of the guest's server, on a copy of the machine's disk."""
+    record = machine.record()
+    assert record is not None
+    port = free_port()
+    copy = machine.folder / "raw.qcow2"
+    shutil.copyfile(machine.disk, copy)
+    events.prepare(machine.events)
+    words = argv.command(replace(launch.spec(machine, record, port), disk=copy.absolute()))
+    began = time.perf_counter()
+    with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as qemu:
+        try:
+            first_word(port, qemu)
+            return time.perf_counter() - began
+        finally:
+            qemu.kill()
+
+
+def free_port() -> int:
+    """A loopback port that nobody holds at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def first_word(port: int, qemu: "subprocess.Popen[bytes]") -> None:
+    """Wait until an SSH server has said its first word. There is a new connection every half second."""
+    spoken = threading.Event()
+
+    def listen() -> None:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), LISTEN_S) as sock:
+            if sock.recv(4) == b"SSH-":
+                spoken.set()
+
+    until = time.monotonic() + BOOT_S
+    while not spoken.wait(EVERY_S):
+        if qemu.poll() is not None or time.monotonic() > until:
+            raise SystemExit("QEMU did not come up by itself")
+        threading.Thread(target=listen, daemon=True).start()
+
+
+def main() -> int:
+    """Measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--image", default="tiny")
+    given = parser.parse_args()
+    machine = Project.find(Path.cwd()).create(Wants(image=given.image))
+    times: dict[str, list[float]] = {"QEMU and the guest": [], "vmtasks start": []}
+    try:
+        machine.start()  # what is only done once
+        machine.stop(lambda _: None)
+        for _ in range(given.rounds):
+            times["QEMU and the guest"].append(raw(machine))
+            times["vmtasks start"].append(start(machine))
+    finally:
+        machine.destroy(lambda _: None)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, values in times.items():
+        print(f"{name:20} {medians[name]:6.2f} s  ({', '.join(f'{value:.2f}' for value in values)})")
+    ratio = medians["vmtasks start"] / medians["QEMU and the guest"]
+    print(f"ratio {ratio:.2f}, limit {LIMIT}: {'ok' if ratio <= LIMIT else 'too slow'}")
+    return 0 if ratio <= LIMIT else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
