@@ -1,10 +1,97 @@
-"""Files that are whole or absent: write beside, fsync, rename."""
+"""Files that are whole or absent: write beside, fsync, rename. All temporary names are made and recognised here."""
 
+import fcntl
 import os
+import re
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+NAME_BYTES = 200
+"""How much of the name that a temporary file is going to have is in its own, which has room for 255 bytes."""
+
+TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.new")
+FORMER = re.compile(r"\..+\.[a-z0-9_]{8}|\.(?:fetch|new)-.+")
+"""As former versions named them. These held no lock."""
+FORMER_S = 24 * 3600.0
+"""After so long nobody writes to one of those any more."""
+
+
+@contextmanager
+def temporary(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """Give a new file or folder beside `path`. It is removed at the end, unless it was renamed.
+
+    While the block runs a lock on it is held, by which abandoned() tells it from one whose maker was killed. So a
+    program that writes it must not put another file in its place: give it a name in a temporary folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside, handle = _make(path, folder=folder)
+    try:
+        yield beside
+    finally:
+        try:
+            remove(beside)
+        finally:
+            os.close(handle)
+
+
+def _make(path: Path, *, folder: bool) -> tuple[Path, int]:
+    prefix = f".{os.fsdecode(os.fsencode(path.name)[:NAME_BYTES])}."
+    while True:
+        if folder:
+            name = tempfile.mkdtemp(prefix=prefix, suffix=".new", dir=path.parent)
+            handle = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
+        else:
+            handle, name = tempfile.mkstemp(prefix=prefix, suffix=".new", dir=path.parent)
+        beside, ours = Path(name), True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            ours = False
+        except OSError:
+            pass  # a file system without locks: abandoned() finds nothing there
+        if ours and os.path.lexists(beside):
+            return beside, handle
+        os.close(handle)  # somebody tidied up between two lines of ours
+        remove(beside)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file or folder of this name is one that is not finished."""
+    return bool(TEMPORARY.fullmatch(name) or FORMER.fullmatch(name))
+
+
+def abandoned(root: Path) -> Iterator[Path]:
+    """What is temporary below `root` and nobody writes to any more. Each may be removed until the next is asked for."""
+    for folder, folders, files in os.walk(root):
+        for name in sorted(filter(is_temporary, [*folders, *files])):
+            path = Path(folder, name)
+            with suppress(OSError), _locked(path):
+                if TEMPORARY.fullmatch(name) or time.time() - path.lstat().st_mtime > FORMER_S:
+                    yield path
+        folders[:] = [name for name in folders if not is_temporary(name)]
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """OSError where it is in use, and where that cannot be known."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder with all that is in it, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -13,19 +100,18 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
 
     On failure the temporary file is removed and `path` is as it was. OSError as the file system raises it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name[:60]}.", dir=path.parent)
-    os.close(handle)
-    beside = Path(name)
-    try:
+    with temporary(path) as beside:
         yield beside
-        with beside.open("rb+") as done:
-            os.fchmod(done.fileno(), mode)
-            os.fsync(done.fileno())
-        beside.rename(path)
-        sync_folder(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
+        publish(beside, path, mode)
+
+
+def publish(beside: Path, path: Path, mode: int = 0o644) -> None:
+    """Make a file that is complete durable, and give it its name."""
+    with beside.open("rb+") as done:
+        os.fchmod(done.fileno(), mode)
+        os.fsync(done.fileno())
+    beside.rename(path)
+    sync_folder(path.parent)
 
 
 def write(path: Path, data: bytes | str, mode: int = 0o644) -> None:

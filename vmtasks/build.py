@@ -35,12 +35,11 @@ class Builder(State):
                     atomic.write(self.public_key, made)
                 return
             self.key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            beside = self.key.with_name("new")
-            for old in (beside, beside.with_suffix(".pub")):
-                old.unlink(missing_ok=True)
-            proc.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "vmtasks", "-f", beside], timeout_s=60)
-            beside.with_suffix(".pub").rename(self.public_key)
-            beside.rename(self.key)
+            with atomic.temporary(self.key, folder=True) as place:
+                beside = place / self.key.name
+                proc.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "vmtasks", "-f", beside], timeout_s=60)
+                atomic.publish(beside.with_suffix(".pub"), self.public_key)
+                atomic.publish(beside, self.key, 0o600)
 
     def fetch(self, *, allow_unverified: bool = False) -> None:
         """Have the installer in the store and say in its record which file it is.

@@ -54,6 +54,17 @@ def lock(path: Path, what: str, *, timeout_s: float, waiting: Waiting | None = N
         held.release()
 
 
+def sweep(folder: Path) -> None:
+    """Remove the lock files in a folder that nobody holds: whoever comes next makes one anew."""
+    for path in folder.glob("*.lock"):
+        with contextlib.suppress(StateError), lock(path, path.name, timeout_s=0):
+            path.with_suffix(".owner").unlink(missing_ok=True)
+            path.unlink()
+    for owner in folder.glob("*.owner"):
+        if not owner.with_suffix(".lock").exists():
+            owner.unlink(missing_ok=True)
+
+
 def _is_at(descriptor: int | None, path: Path) -> bool:
     """Whether the open file still is what `path` names."""
     if descriptor is None:

@@ -177,8 +177,9 @@ class Store:
                 at = record.backing if record else ""
         gone = []
         for path in (*(self.root / "images").glob("*"), *(self.root / "failed").glob("*")):
-            # A name that begins with a dot is a file being written, or one whose writer was killed.
-            digest = path.name.lstrip(".").partition(".")[0]
+            if atomic.is_temporary(path.name):  # vmtasks.leftovers sees to these
+                continue
+            digest = path.name.partition(".")[0]
             if path.parent.name == "images" and digest in wanted and path.name in (f"{digest}.qcow2", f"{digest}.toml"):
                 continue
             with contextlib.suppress(StateError), self.lock(f"image-{digest}", timeout_s=0):

@@ -4,7 +4,7 @@ import hashlib
 from contextlib import suppress
 from pathlib import Path
 
-from vmtasks import atomic
+from vmtasks import atomic, leftovers
 from vmtasks.errors import StateError
 from vmtasks.state import MachineRecord, PhaseRecord
 from vmtasks.store import MediaRecord, Store, read_record
@@ -19,7 +19,8 @@ def register(store: Store, vm_dir: Path) -> None:
 def prune(store: Store) -> tuple[list[Path], int]:
     """Remove images and installers that no registered project names; returns what is gone, and its bytes.
 
-    What somebody is making at this moment is left alone. A project whose folder is gone names nothing.
+    So do leftovers of processes that were killed. What somebody is making at this moment is left alone. A project whose
+    folder is gone names nothing.
     """
     images: set[str] = set()
     installers: set[str] = set()
@@ -47,6 +48,9 @@ def prune(store: Store) -> tuple[list[Path], int]:
             iso.unlink()
             gone.append(iso)
             size += media.size
+    for path, bytes_ in leftovers.sweep(store.root):
+        gone.append(path)
+        size += bytes_
     return gone, size
 
 

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmtasks import atomic
+from vmtasks import atomic, leftovers, tidy
 from vmtasks.errors import StateError
+from vmtasks.lock import lock
 from vmtasks.store import ImageRecord, Store, read_record, write_record
 
 
@@ -250,15 +251,85 @@ def test_prune_keeps_what_is_named_and_all_below(store: Store):
 
 def test_prune_leaves_alone_what_is_being_made(store: Store):
     fill(store, "a")
-    half_written = store.root / "images/.a.toml.k3j4"
-    half_written.touch()
     with store.lock("image-a", timeout_s=0):
         assert store.prune([]) == []
-    assert set(store.prune(["a"])) == {half_written, store.partial("a")}
+    assert store.prune(["a"]) == [store.partial("a")]
 
 
 def test_prune_of_nothing(store: Store):
     assert store.prune(["a"]) == []
+
+
+# ---- what killed processes leave
+
+WRITER = """
+    import sys
+    from pathlib import Path
+    from vmtasks import atomic
+    with atomic.temporary(Path(sys.argv[1]), folder=sys.argv[2] == "folder") as beside:
+        (beside / "part" if beside.is_dir() else beside).write_bytes(b"half of it")
+        print(beside, flush=True)
+        sys.stdin.readline()
+        beside.rename(sys.argv[1])
+"""
+DIGEST = "0123456789abcdef" * 4
+
+
+def writer(path: Path, kind: str) -> tuple[subprocess.Popen[str], Path]:
+    """A process that is writing `path` until it gets a line, and what it writes to."""
+    argv = [sys.executable, "-c", textwrap.dedent(WRITER), str(path), kind]
+    process = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    return process, Path(process.stdout.readline().strip())
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("where", [f"images/{DIGEST}.toml", f"packages/unpacked/{DIGEST}", "keys/" + "é" * 120])
+def test_what_is_being_written_stays_and_what_a_killed_writer_left_goes(store: Store, kind: str, where: str):
+    path = store.root / where
+    process, beside = writer(path, kind)
+    with process:
+        assert beside.exists()
+        assert tidy.prune(store) == ([], 0)
+        process.communicate("go on\n", timeout=20)
+    assert process.returncode == 0
+    assert path.exists()
+    atomic.remove(path)
+    process, beside = writer(path.with_name("other"), kind)
+    process.kill()
+    process.communicate()
+    assert beside.exists()
+    assert list(leftovers.sweep(store.root, dry_run=True)) == [(beside, len("half of it"))]
+    assert tidy.prune(store) == ([beside], len("half of it"))
+    assert not beside.exists()
+
+
+def test_what_former_versions_left_goes_after_a_day(store: Store):
+    """They held no lock on what they were writing, and cut its name."""
+    images, packages = store.root / "images", store.root / "packages"
+    old = [images / f".{DIGEST[:60]}.ab_cd3f9", packages / "debs/.fetch-k3j4x_9a", packages / "unpacked/.new-k3j4x_9a"]
+    for path in old[1:]:
+        path.mkdir(parents=True)
+        (path / "file").touch()
+    images.mkdir()
+    old[0].touch()
+    assert tidy.prune(store) == ([], 0)
+    for path in old:
+        os.utime(path, (time.time() - 86401,) * 2)
+    assert sorted(tidy.prune(store)[0]) == sorted(old)
+
+
+def test_locks_that_nobody_holds_go(store: Store):
+    with store.lock("image-a", timeout_s=0), lock(store.root / "downloads/x.lock", "x", timeout_s=0):
+        pass
+    (store.root / "downloads/x.unpacked").write_bytes(b"12345")
+    with store.lock("image-b", timeout_s=0):
+        assert tidy.prune(store) == ([store.root / "downloads/x.unpacked"], 5)
+        assert sorted(path.name for path in (store.root / "locks").iterdir()) == ["image-b.lock", "image-b.owner"]
+    tidy.prune(store)
+    assert [*(store.root / "locks").iterdir(), *(store.root / "downloads").iterdir()] == []
+    with store.lock("image-b", timeout_s=0):
+        pass
 
 
 # ---- two at once

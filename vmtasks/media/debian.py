@@ -5,7 +5,6 @@ import hashlib
 import logging
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -165,14 +164,13 @@ class Apt:
     def download(self, packages: Sequence[Package]) -> list[Path]:
         """The .deb files, in the order of `packages`, from the cache where it has them; each has its digest."""
         store = self.folder.parent.parent / "debs"
-        store.mkdir(parents=True, exist_ok=True)
         places = [store / package.sha256 / package.file_name for package in packages]
         missing = [pair for pair in zip(packages, places, strict=True) if not _intact(pair[1], pair[0])]
         if missing:
-            with tempfile.TemporaryDirectory(dir=store, prefix=".fetch-") as place:
-                self._fetch([package for package, _ in missing], Path(place))
+            with atomic.temporary(store / "fetch", folder=True) as place:
+                self._fetch([package for package, _ in missing], place)
                 for package, kept in missing:
-                    _keep(Path(place) / package.sha256, kept, package)
+                    _keep(place / package.sha256, kept, package)
         return places
 
     def _fetch(self, packages: Sequence[Package], place: Path) -> None:

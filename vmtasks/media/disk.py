@@ -54,8 +54,10 @@ def reback(path: Path, backing: Path) -> None:
 
 def flatten(source: Path, target: Path) -> None:
     """Copy what `source` shows into a new image that needs no backing file; `target` appears whole."""
-    with atomic.replacing(target, 0o444) as beside:
+    with atomic.temporary(target, folder=True) as place:
+        beside = place / "disk"
         _img("convert", "-q", "-O", "qcow2", source, beside, timeout_s=COPY_S)
+        atomic.publish(beside, target, 0o444)
 
 
 def _img(command: str, *words: str | Path, fresh: Path | None = None, timeout_s: float = QUICK_S) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from vmtasks import atomic
 from vmtasks.config import Config
 from vmtasks.media import tree
 from vmtasks.model import Download
@@ -74,15 +75,11 @@ def _compose(config: Config, made: Recipe, store: Store, recipe: str, note: Call
 
     cache = store.root / "packages"
     note("compose it from Debian packages")
-    beside = store.root / "downloads" / f"{recipe}.partial"
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    composed = compose.compose(made, config.guest_dir, cache, beside)
-    path = store.download(composed.sha256)
-    beside.chmod(0o444)
-    if path.exists() and debian.digest(path) == composed.sha256:  # another recipe, the same bytes
-        beside.unlink()
-    else:
-        beside.rename(path)
+    with atomic.temporary(store.download(recipe), folder=True) as place:
+        composed = compose.compose(made, config.guest_dir, cache, place / "iso")
+        path = store.download(composed.sha256)
+        if not path.exists() or debian.digest(path) != composed.sha256:  # it may come from another recipe
+            atomic.publish(place / "iso", path, 0o444)
     local = {
         phase.name: [
             _keep(store, deb, debian.digest(deb)) for deb in compose.local_packages(made, phase.packages, cache)

@@ -1,7 +1,6 @@
 """A .deb file -> what it would install, without root and without its scripts: owns the cache of unpacked packages."""
 
 import shutil
-import tempfile
 import zlib
 from collections.abc import Iterator
 from lzma import LZMAError
@@ -11,6 +10,7 @@ from typing import IO
 
 import msgspec
 
+from vmtasks import atomic
 from vmtasks.errors import FetchError
 from vmtasks.media.tree import Entry, clean
 
@@ -33,9 +33,8 @@ def unpack(deb: Path, sha256: str, cache: Path) -> list[Entry]:
     place = cache.absolute() / "unpacked" / sha256
     listing = place / "entries.json"
     if not listing.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".new-") as work:
-            beside = Path(work) / sha256
+        with atomic.temporary(place, folder=True) as work:
+            beside = work / sha256
             beside.mkdir()
             kept = list(_extract(deb, beside))
             (beside / listing.name).write_bytes(msgspec.json.encode(kept))

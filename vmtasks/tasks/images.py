@@ -8,7 +8,7 @@ from typing import Any
 
 from doit.tools import config_changed
 
-from vmtasks import plan, progress
+from vmtasks import atomic, plan, progress
 from vmtasks.config import Config
 from vmtasks.media.template import shipped_path
 from vmtasks.state import State
@@ -201,8 +201,9 @@ def task_auto_install() -> Task:
 def task_clean_phases() -> Task:
     """Remove rendered phases and phase ISOs; images stay.
 
-    Also the copies of disks that a killed `doit look:N` has left. Nothing has to boot afterwards: the same files are
-    made again when they are needed. `vmtasks prune` removes images that no project needs.
+    Also what killed runs have left: unfinished files, and the copies of disks of `doit look:N`. Nothing has to
+    boot afterwards: the same files are made again when they are needed. `vmtasks prune` removes images that no project
+    needs.
 
     Exit status: 0.
     Example: doit clean_phases
@@ -214,6 +215,8 @@ def task_clean_phases() -> Task:
         for number in _numbers(CONFIG):
             for path in (state.folder(number), state.iso(number), state.look_disk(number)):
                 gone += _remove(path)
+        for path in atomic.abandoned(state.home):
+            gone += _remove(path)
         progress.say(f"clean_phases: {gone} removed below {state.home}")
 
     return {"actions": [action(clean)], "io": {"capture": False}}
