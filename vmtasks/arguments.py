@@ -99,9 +99,11 @@ class Bind:
     host: str
     guest: str
     read_only: bool = False
+    exclude: tuple[str, ...] = ()
+    """rsync patterns; one that begins with / is anchored at the folder."""
 
     @classmethod
-    def parse(cls, text: str) -> "Bind":
+    def parse(cls, text: str, exclude: tuple[str, ...] = ()) -> "Bind":
         """`HOST:GUEST` or `HOST:GUEST:ro`. ConfigError that names the side that is wrong; looks at no file system.
 
         The host's side may hold colons, the guest's side none.
@@ -120,11 +122,20 @@ class Bind:
         path = PurePosixPath(guest)
         if not path.is_absolute() or ".." in path.parts or not guest.isprintable() or str(path) in ("/", "//"):
             raise ConfigError(f"--bind {text!r}: the guest's side, {guest!r}, must be an absolute path below /")
-        return cls(host, _one_way(guest), mode == "ro")
+        for pattern in exclude:
+            if fault := pattern_fault(pattern):
+                raise ConfigError(f"--exclude {pattern!r}: {fault}")
+        return cls(host, _one_way(guest), mode == "ro", exclude)
 
     def __str__(self) -> str:
         """As parse() takes it."""
         return f"{self.host}:{self.guest}{':ro' if self.read_only else ''}"
+
+
+def pattern_fault(pattern: str) -> str:
+    """Why that is no pattern for rsync to exclude; empty when it is."""
+    empty = not pattern.removeprefix("+ ").removeprefix("- ").strip()
+    return "an empty pattern or one with a line break; remove it" if empty or "\n" in pattern else ""
 
 
 def apart(binds: Sequence[Bind]) -> None:

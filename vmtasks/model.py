@@ -57,6 +57,10 @@ class SyncTable(Table, frozen=True, kw_only=True):
         list[str],
         Meta(description="rsync patterns; one that begins with / is anchored at the source"),
     ] = []
+    gitignore: Annotated[
+        bool,
+        Meta(description="leave alone in the guest what .gitignore files name, and do not send it if git is used"),
+    ] = True
     delete: Annotated[bool, Meta(description="remove files in the guest that are gone from the source")] = True
 
 

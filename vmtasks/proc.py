@@ -172,6 +172,7 @@ def stream(
     sink: Callable[[bytes], object],
     *,
     timeout_s: float,
+    env: Mapping[str, str] | None = None,
     errors: IO[bytes] | None = None,
     stdin: IO[bytes] | None = None,
 ) -> int:
@@ -181,7 +182,7 @@ def stream(
     """
     deadline = time.monotonic() + timeout_s
     with (
-        spawn(argv, pipe=True, merge=errors is None, errors=errors, stdin=stdin or False) as child,
+        spawn(argv, env=env, pipe=True, merge=errors is None, errors=errors, stdin=stdin or False) as child,
         selectors.DefaultSelector() as ready,
     ):
         if child.stdout is None:

@@ -7,8 +7,10 @@ import msgspec
 
 from vmtasks import plan
 from vmtasks.config import Config
+from vmtasks.errors import ConfigError
+from vmtasks.private import Private
 from vmtasks.progress import seconds
-from vmtasks.remote.tree import tree_digest
+from vmtasks.remote.tree import Walk, tree_digest
 from vmtasks.state import CLEAN, PhaseRecord, State
 from vmtasks.store import read_record
 
@@ -56,11 +58,16 @@ class Results:
         """The tree to sync."""
         return self.config.root / self.config.sync.source
 
-    def excludes(self) -> list[str]:
-        """The user's patterns, and our own state if it lies in the tree."""
-        vm_dir, source = self.config.vm_dir.resolve(), self.source().resolve()
-        own = [f"/{vm_dir.relative_to(source)}/"] if vm_dir.is_relative_to(source) and vm_dir != source else []
-        return [*own, *self.config.sync.exclude]
+    def walk(self) -> Walk:
+        """A look at the tree to sync. ConfigError when it is in a place that never goes into a guest."""
+        private, source, table = Private(self.config), self.source(), self.config.sync
+        place = private.around(source)
+        if place is not None:
+            raise ConfigError(
+                f"sync.source = {table.source!r}: it is in {place}, where vmtasks keeps disks and keys, and never goes "
+                "into a guest; name another folder, or put that elsewhere with VM_DIR or VMTASKS_STORE"
+            )
+        return Walk(source, table.exclude, gitignore=table.gitignore, hidden=private)
 
     def parts(self, name: str) -> dict[str, str]:
         """What decides the suite's result, each as a short text that changes when it does."""
@@ -78,7 +85,7 @@ class Results:
     @cached_property
     def tree(self) -> str:
         """Digest of the tree to sync, as it was when first asked for: what is edited later is tested next time."""
-        return tree_digest(self.source(), self.excludes(), self.config.vm_dir / "tree.json")
+        return tree_digest(self.walk(), self.config.vm_dir / "tree.json")
 
     def _system(self) -> str:
         """Which system the machine runs: its image, and what was done to it since."""

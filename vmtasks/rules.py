@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
-from vmtasks.arguments import Forward
+from vmtasks.arguments import Forward, pattern_fault
 from vmtasks.config import Config, Setting, show, show_size
 from vmtasks.errors import ConfigError
 from vmtasks.explain import key_path, suggest
@@ -95,8 +95,8 @@ def tree(config: Config) -> Iterator[str]:
         yield f"sync.source = {config.sync.source!r}: there is no folder {show(source)}; name the tree to sync"
     yield from destination(config.sync.dest)
     for pattern in config.sync.exclude:
-        if not pattern.removeprefix("+ ").removeprefix("- ").strip() or "\n" in pattern:
-            yield f"sync.exclude = {pattern!r}: an empty pattern or one with a line break; remove it"
+        if fault := pattern_fault(pattern):
+            yield f"sync.exclude = {pattern!r}: {fault}"
     for name in config.vars:
         if name not in config.guest.vars:
             where = key_path(["vars", config.guest.name, name])

@@ -31,12 +31,17 @@ class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BindRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder of this host that a machine has. `how` is `9p` or `rsync`; empty before the guest was asked."""
+    """A folder of this host that a machine has. `how` is `9p` or `rsync`; empty before the guest was asked.
+
+    `exclude`: rsync patterns of what is not copied either way. `copied`: why it must be, whatever the guest has.
+    """
 
     host: str
     guest: str
     read_only: bool = False
     how: str = ""
+    exclude: list[str] = []
+    copied: str = ""
 
 
 class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):

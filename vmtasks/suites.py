@@ -8,20 +8,19 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from vmtasks import atomic, plan, proc
+from vmtasks import atomic, plan, proc, progress
 from vmtasks.errors import CommandError, CommandTimeoutError, ConfigError, SshError, StateError
 from vmtasks.model import SuiteTable
+from vmtasks.progress import Say
 from vmtasks.remote import job, ssh
 from vmtasks.remote.link import Link
-from vmtasks.remote.sync import Synced, sync
+from vmtasks.remote.sync import FULL, VANISHED, NoRoomError, Rules, Synced, refused, sync, taken, unreadable
 from vmtasks.results import ResultRecord, Results
 from vmtasks.session import Machine
 from vmtasks.store import write_record
 
 ARTIFACTS_S = 600.0
 CHOWN_S = 300.0
-RSYNC_PARTIAL = 23
-"""rsync's status when some files could not be written or removed; see rsync(1), EXIT VALUES."""
 
 
 class Suites:
@@ -33,18 +32,26 @@ class Suites:
         self.results = results
         self.machine = Machine(results.config)
 
-    def sync(self) -> Synced:
+    def sync(self, say: Say = progress.say) -> Synced:
         """Bring the tree into the machine. What a suite that ran as root has left there is taken back if need be."""
-        target = self.machine.running()
+        target, dest = self.machine.running(), self.config.sync.dest
         self._ready.unlink(missing_ok=True)
         try:
-            return self._send(target)
-        except CommandError as error:
-            if error.status != RSYNC_PARTIAL:
-                raise
-            take = ssh.script(f"chown -R -h {target.user} .", cwd=self.config.sync.dest, env={}, user="root")
+            try:
+                return self._send(target, say)
+            except CommandError as error:
+                if not refused(error):
+                    raise
+            take = ssh.script(f"chown -R -h {target.user} .", cwd=dest, env={}, user="root")
             proc.run(target.argv(ssh.remote_line(take)), timeout_s=CHOWN_S, check=False)
-            return self._send(target)
+            return self._send(target, say)
+        except CommandError as error:
+            hint = f"doit ssh, and look at {dest}"
+            if isinstance(error, NoRoomError) or FULL in error.stderr:
+                hint = "name in sync.exclude what is not needed there, or give it a larger disk_size (installs it anew)"
+            elif unreadable(error) or error.status == VANISHED:
+                hint = "make it readable, or name it in sync.exclude"
+            raise CommandError(f"sync: {error.message}", status=error.status, stderr=error.stderr, hint=hint) from error
 
     def build(self, sink: Callable[[bytes], None]) -> None:
         """Run the build command, if there is one. CommandError when it fails."""
@@ -110,10 +117,9 @@ class Suites:
         """There while the machine holds the tree and it was built; gone as soon as either is begun anew."""
         return self.machine.folder / "ready"
 
-    def _send(self, target: ssh.Target) -> Synced:
-        table, crashed = self.config.sync, self.machine.crashed
-        thorough, exclude = crashed.exists(), self.results.excludes()
-        done = sync(target, self.results.source(), table.dest, exclude, delete=table.delete, thorough=thorough)
+    def _send(self, target: ssh.Target, say: Say) -> Synced:
+        crashed = self.machine.crashed
+        done = send(self.results, target, say, thorough=crashed.exists())
         crashed.unlink(missing_ok=True)
         return done
 
@@ -187,6 +193,22 @@ class Suites:
                 sys.stdout.write(f"artifacts: not all could be fetched: {got.stderr.strip()}\n")
         own = folder / suite.junit
         return own.read_bytes() if suite.junit and own.is_file() else None
+
+
+def send(results: Results, target: ssh.Target, say: Say, *, thorough: bool = False) -> Synced:
+    """Bring the project's tree to `target`; raises what sync() does."""
+    table, walk = results.config.sync, results.walk()
+    size = sum(taken(info) for _, _, info in walk)
+    return sync(
+        target,
+        results.source(),
+        table.dest,
+        Rules(walk.hidden, table.exclude, walk.ignored, size),
+        delete=table.delete,
+        keep=walk.names if any(walk.rules.values()) else None,
+        say=lambda text: say(f"sync {table.source}: {text}"),
+        thorough=thorough,
+    )
 
 
 def _end_leftover(link: Link, note: Path) -> None:

@@ -7,6 +7,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import nearby
 import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
@@ -14,33 +15,22 @@ from hypothesis import strategies as st
 from vmtasks.errors import CommandError, SshError
 from vmtasks.remote import tree
 from vmtasks.remote.ssh import Target
-from vmtasks.remote.sync import PARTIAL, Synced, copy, itemised, sync
-from vmtasks.remote.tree import excluder, tree_digest
+from vmtasks.remote.sync import PARTIAL, Rules, Synced, copy, itemised
+from vmtasks.remote.sync import sync as sync_by_rules
+from vmtasks.remote.tree import Walk
+from vmtasks.remote.tree import tree_digest as digest_of
 
 pytestmark = pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
 
 GO_SYNTH = Path(__file__).parents[2] / "examples/go-synth/vm.toml"
-REMOTE = """#!/bin/sh
-# In the place of ssh: runs the command here, as sshd would in the user's home. Arguments: -F config name command...
-test "$1" = -F || exit 98
-test "$2" = "$EXPECTED_CONFIG" || exit 99
-shift 3
-cd "$HOME" && exec ${LOGIN_SHELL:-/bin/sh} -c "$*"
-"""
 
 
 @pytest.fixture(params=["plain", "odd 'name', $x \"y\""])
 def target(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/ssh").write_text(REMOTE)
-    (tmp_path / "bin/ssh").chmod(0o755)
     folder = tmp_path / request.param
     folder.mkdir()
     target = Target("vm", 22220, "dev", folder / "key", (), folder)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
-    monkeypatch.setenv("EXPECTED_CONFIG", str(target.config))
+    nearby.lead_here(tmp_path, monkeypatch, target.config)
     return target
 
 
@@ -53,6 +43,18 @@ def source(tmp_path: Path) -> Path:
     (root / "link").symlink_to("a")
     (root / "empty").mkdir()
     return root
+
+
+def sync(target: Target, source: Path, dest: str, exclude: list[str], *, delete: bool = True) -> Synced:
+    return sync_by_rules(target, source, dest, Rules(exclude=exclude), delete=delete)
+
+
+def tree_digest(root: Path, exclude: list[str], cache: Path | None = None) -> str:
+    return digest_of(Walk(root, exclude), cache)
+
+
+def seen(walk: Walk) -> set[str]:
+    return {os.fsdecode(name) for name, _, _ in walk}
 
 
 def listing(root: Path) -> list[str]:
@@ -240,19 +242,17 @@ def sent_by_rsync(root: Path, patterns: list[str], to: Path) -> set[str] | None:
 def test_the_digest_never_omits_what_rsync_sends(patterns: list[str], forest: Path, tmp_path: Path):
     sent = sent_by_rsync(forest, patterns, tmp_path / "to")
     assume(sent is not None)
-    seen = {name for name, _ in tree._walk(forest, excluder(patterns))}
-    assert sent - seen == set(), "a change of these would not be noticed"
+    known = seen(Walk(forest, patterns))
+    assert sent - known == set(), "a change of these would not be noticed"
     if all(p in {"*.o", "/build/", "build", "a/", "/a/b", "?"} for p in patterns):
-        assert seen - sent == set(), "usual patterns are understood exactly"
+        assert known - sent == set(), "usual patterns are understood exactly"
 
 
 @pytest.mark.parametrize(
     "pattern", ["*.o", "/build/", "build", "a/", "/a/b", "b", "a/b", "?", "/*", "*/", "é*", "a*", "/a/*"]
 )
 def test_usual_patterns_are_understood_exactly(pattern: str, forest: Path, tmp_path: Path):
-    assert {name for name, _ in tree._walk(forest, excluder([pattern]))} == sent_by_rsync(
-        forest, [pattern], tmp_path / "to"
-    )
+    assert seen(Walk(forest, [pattern])) == sent_by_rsync(forest, [pattern], tmp_path / "to")
 
 
 # ---- the digest of a tree

@@ -46,9 +46,19 @@ def test_b16_binds(cli: Cli, tmp_path: Path) -> None:
     for name in ("ours", "readonly"):
         (root / name).mkdir()
         (root / name / "from host").write_text(f"{name}\n")
-    cli.make("a", "--bind", f"{root}/ours:/work/o u r s", "--bind", f"{root}/readonly:/work/readonly:ro")
+    ours, ro, all_of_it = (
+        f"{root}/ours:/work/o u r s",
+        f"{root}/readonly:/work/readonly:ro",
+        f"{root}/project:/work/all",
+    )
+    cli.make("a", "--bind", ours, "--bind", ro, "--bind", all_of_it, "--exclude", "/dodo.py")
     how = {bind["guest"]: bind["how"] for bind in cli.machine("a")["binds"]}  # type: ignore[attr-defined]
-    assert how == {"/work/o u r s": "rsync", "/work/readonly": "rsync"}
+    assert how == {"/work/o u r s": "rsync", "/work/readonly": "rsync", "/work/all": "rsync"}
+    assert (root / "project/.vm/run/a/id_ed25519").is_file()
+    assert cli.good("ssh", "a", "cd /work/all && find . -name .vm; ls dodo.py config 2>&1").splitlines()[1:] == [
+        "config:",
+        "vm.toml",
+    ]
     assert cli.good("ssh", "a", "cat '/work/o u r s/from host' '/work/readonly/from host'") == "ours\nreadonly\n"
     (root / "ours" / "from host").write_text("new\n")
     (root / "readonly" / "more").write_text("more\n")

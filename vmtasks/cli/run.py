@@ -43,6 +43,10 @@ def run(
     bind: Annotated[
         list[str] | None, typer.Option(metavar="HOST:GUEST[:ro]", help="Have a folder of this host in it; repeatable.")
     ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Leave out of --bind what this rsync pattern matches; repeatable."),
+    ] = None,
     publish: Annotated[
         list[str] | None,
         typer.Option("-p", "--port", metavar="HOST:GUEST", help="Forward a loopback port to it; repeatable."),
@@ -65,7 +69,12 @@ def run(
     words: list[str] = ctx.meta.get(COMMAND, [])
     if rm and not detach:
         raise ConfigError("--rm goes with -d: without -d the machine is always removed")
-    given = _wants(name=name, memory=memory, disk=disk, bind=bind or [], publish=publish or [], ssh_key=ssh_key or [])
+    if exclude and not bind:
+        raise ConfigError("--exclude goes with --bind: without --bind there is nothing to leave out")
+    given = _wants(
+        name=name, memory=memory, disk=disk, bind=bind or [], exclude=exclude or [], publish=publish or [],
+        ssh_key=ssh_key or [],
+    )  # fmt: skip
     wants = Wants(
         image=image, cpus=cpus, network=_network(network), ssh_port=_ssh_port(ssh_port), user=_user(user),
         throwaway=rm or not detach, **given,
@@ -104,7 +113,7 @@ def _detached(wants: "Wants", words: list[str], *, as_json: bool) -> None:
 
 
 def _wants(
-    *, name: str, memory: str, disk: str, bind: list[str], publish: list[str], ssh_key: list[Path]
+    *, name: str, memory: str, disk: str, bind: list[str], exclude: list[str], publish: list[str], ssh_key: list[Path]
 ) -> dict[str, Any]:
     from vmtasks import arguments  # noqa: PLC0415
 
@@ -112,7 +121,7 @@ def _wants(
         "name": arguments.machine_name(name) if name else "",
         "memory": arguments.memory(memory) if memory else None,
         "disk_size": arguments.size(disk) if disk else None,
-        "binds": tuple(arguments.Bind.parse(text) for text in bind),
+        "binds": tuple(arguments.Bind.parse(text, tuple(exclude)) for text in bind),
         "forwards": tuple(arguments.Forward.parse(text) for text in publish),
         "authorized": tuple(key for path in ssh_key for key in read_keys(path, "--ssh-key")),
     }

@@ -1,90 +1,324 @@
 """Which files a sync would send, and one digest that tells whether any of them has changed."""
 
+import errno
 import hashlib
 import json
 import os
 import re
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
-from vmtasks import atomic
+from vmtasks import atomic, proc
+from vmtasks.errors import StateError, VmTasksError
+from vmtasks.remote.gitignore import FILE, Rules, read
 
 SETTLED_NS = 2_000_000_000
 """A file that has not changed for so long is known by its times."""
+GIT_S = 120.0
 
 
-def excluder(patterns: Sequence[str]) -> re.Pattern[bytes] | None:
-    """An expression for the whole paths, as bytes (folders end in `/`), that simple rsync patterns exclude.
+class Hidden(Protocol):
+    """What never goes into a guest; see vmtasks.private."""
 
-    What is not simple is left out, after a `+` also what follows, which it may keep, and what is before a `!`, which
-    clears the list. A digest that sees too much only runs a suite once more.
+    @property
+    def places(self) -> Collection[tuple[int, int]]:
+        """Device and inode of what is known."""
+
+    def looks(self, folder: bytes, names: Collection[bytes]) -> bool:
+        """Whether a folder with these `names` in it looks like such a place."""
+
+    def named(self, folder: bytes, names: Collection[bytes]) -> Collection[bytes]:
+        """Which names in a folder are those of such places, whether or not they are there."""
+
+
+@dataclass(frozen=True)
+class Excluder:
+    """What simple rsync patterns say of a whole path, as bytes (folders end in `/`)."""
+
+    runs: tuple[tuple[bool, re.Pattern[bytes]], ...] = ()
+    whole: bool = True
+    """Whether all patterns are understood; else what no run matches may be kept by one that is not."""
+
+    def verdict(self, path: bytes) -> bool | None:
+        """True: excluded. False: kept, or perhaps so. None: no pattern speaks of it."""
+        for excluded, expression in self.runs:
+            if expression.fullmatch(path):
+                return excluded
+        return None if self.whole else False
+
+
+def excluder(patterns: Sequence[str]) -> Excluder:
+    """Of the patterns that rsync is given, those that are simple, in their order: the first that matches decides.
+
+    What is not simple is left out, after such a `+` also what follows, which it may keep, and what is before a `!`,
+    which clears the list. A digest that sees too much only runs a suite once more.
     """
-    parts = []
-    cleared = max((n for n, pattern in enumerate(patterns, 1) if pattern == "!"), default=0)
-    for pattern in map(os.fsencode, patterns[cleared:]):
-        if pattern.startswith(b"+ "):
+    runs: list[tuple[bool, list[bytes]]] = []
+    whole = True
+    for pattern in map(os.fsencode, effective(patterns)):
+        excluded = not pattern.startswith(b"+ ")
+        expression = _simple(pattern.removeprefix(b"+ "))
+        if expression is None and not excluded:
+            whole = False
             break
-        body = pattern.removeprefix(b"/").removesuffix(b"/")
-        if not body or body.startswith((b"/", b"- ", b"!")) or re.search(rb"\*\*|[\[\\]|//|/\Z", body):
-            continue
-        words = {b"*": b"[^/]*", b"?": b"[^/]"}
-        simple = b"".join(words.get(c, re.escape(c)) for c in (body[i : i + 1] for i in range(len(body))))
-        start = b"" if pattern.startswith(b"/") else b"(?:.*/)?"
-        parts.append(start + simple + rb"(?<!/)" + (b"/" if pattern.endswith(b"/") else b"/?"))
-    return re.compile(b"|".join(parts), re.DOTALL) if parts else None
+        if expression is not None:
+            if not runs or runs[-1][0] != excluded:
+                runs.append((excluded, []))
+            runs[-1][1].append(expression)
+    made = ((excluded, re.compile(b"|".join(parts), re.DOTALL)) for excluded, parts in runs)
+    return Excluder(tuple(made), whole)
 
 
-def tree_digest(source: Path, exclude: Sequence[str], cache: Path | None = None) -> str:
+def effective(patterns: Sequence[str]) -> Sequence[str]:
+    """The patterns that count for rsync: those after the last `!`, which clears its list."""
+    return patterns[max((n for n, pattern in enumerate(patterns, 1) if pattern == "!"), default=0) :]
+
+
+def _simple(pattern: bytes) -> bytes | None:
+    """The pattern as an expression for whole paths; None when it is not simple."""
+    body = pattern.removeprefix(b"/").removesuffix(b"/")
+    if not body or body.startswith((b"/", b"- ", b"!")) or re.search(rb"\*\*|[\[\\]|//|/\Z", body):
+        return None
+    words = {b"*": b"[^/]*", b"?": b"[^/]"}
+    simple = b"".join(words.get(c, re.escape(c)) for c in (body[i : i + 1] for i in range(len(body))))
+    start = b"" if pattern.startswith(b"/") else b"(?:.*/)?"
+    return start + simple + rb"(?<!/)" + (b"/" if pattern.endswith(b"/") else b"/?")
+
+
+def literal(path: bytes) -> bytes:
+    """The rsync pattern for just this path of the tree. A backslash is one only where there is a wildcard."""
+    return b"/" + (re.sub(rb"([\\*?\[])", rb"\\\1", path) if re.search(rb"[*?\[]", path) else path)
+
+
+class Repository:
+    """A git work tree: what it tracks although a `.gitignore` names it."""
+
+    def __init__(self, base: bytes, folder: bytes) -> None:
+        """`folder` is the walk's root, or the repository's own in it, whose name there is `base` (it ends in `/`)."""
+        self.base = base
+        self.folder = folder
+
+    def tracks(self, path: bytes) -> bool:
+        """Whether it does so with a path, or a folder (ending in `/`) that leads to one. True where git cannot say."""
+        return self.tracked is None or path in self.tracked
+
+    @cached_property
+    def tracked(self) -> frozenset[bytes] | None:
+        """Those paths and folders; None where git cannot say."""
+        words = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", "-C", os.fsdecode(self.folder)]
+        words += ["ls-files", "-z", "-c", "-i", "--exclude-per-directory=.gitignore"]
+        try:
+            said = os.fsencode(proc.run(words, timeout_s=GIT_S).stdout)
+        except VmTasksError:
+            return None
+        found: set[bytes] = set()
+        for name in said.split(b"\0")[:-1]:
+            path = self.base + name
+            found.add(path)
+            while b"/" in path.rstrip(b"/"):
+                path = path.rstrip(b"/").rpartition(b"/")[0] + b"/"
+                found.add(path)
+        return frozenset(found)
+
+
+class Walk:
+    """One look at a tree. Iterating gives what would be sent: name, path and lstat of each, folders before their own.
+
+    Then `hidden` has what never goes into a guest, `ignored` what `.gitignore` names and git does not track (relative
+    paths, folders end in `/`), and names() tells what else it would name. What vanishes meanwhile is as if it had not
+    been there. StateError for what cannot be read.
+    """
+
+    def __init__(
+        self, source: Path, exclude: Sequence[str] = (), *, gitignore: bool = False, hidden: Hidden | None = None
+    ) -> None:
+        """`exclude` as rsync takes it."""
+        self.root = os.path.realpath(os.fsencode(source))
+        self.excluder = excluder(exclude)
+        self.gitignore = gitignore
+        self.private = hidden
+        self.lead = b""
+        self.hidden: list[bytes] = []
+        self.ignored: list[bytes] = []
+        self.rules: dict[bytes, Rules | None] = {}
+        self.repositories: list[Repository] = []
+
+    def __iter__(self) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
+        """Walk the tree. Sorted, so that two looks at one tree give the same."""
+        self.hidden, self.ignored, self.rules, self.repositories, self.lead = [], [], {}, [], b""
+        rules, repository = self._outside() if self.gitignore else (None, None)
+        places = self.private.places if self.private is not None else ()
+        stack = [(b"", self.root, rules, repository, False)]
+        while stack:
+            base, folder, rules, repository, inside = stack.pop()
+            entries = _list(folder)
+            if base and self.private is not None and self.private.looks(folder, entries):
+                self.hidden.append(base)
+                continue
+            hidden = self.private.named(folder, entries) if self.private is not None else ()
+            self.hidden += [base + name + b"/" for name in hidden]
+            if self.gitignore:
+                rules, repository = self._enter(base, folder, entries, rules, repository)
+            below = []
+            for name in sorted(entries):
+                path = base + name
+                try:
+                    info = entries[name].stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                end = b"/" if stat.S_ISDIR(info.st_mode) else b""
+                if (end or info.st_nlink > 1) and (info.st_dev, info.st_ino) in places:
+                    self.hidden.append(path + end)
+                    continue
+                said = self.excluder.verdict(path + end)
+                if said or name in hidden:
+                    continue
+                named = said is None and (
+                    inside or (rules is not None and rules.names(self.lead + path, folder=bool(end)))
+                )
+                if named and repository is not None and not repository.tracks(path + end):
+                    self.ignored.append(path + end)
+                    continue
+                yield path, entries[name].path, info
+                if end:
+                    below.append((path + end, entries[name].path, rules, repository, named))
+            stack += reversed(below)
+
+    def names(self, path: bytes) -> bool:
+        """Whether `.gitignore` names what the guest has at `path` (a folder ends in `/`), and git does not track it."""
+        rules, base = None, b""
+        parts = path.removesuffix(b"/").split(b"/")
+        for number, part in enumerate(parts, 1):
+            rules = self.rules.get(base, rules)
+            folder = number < len(parts) or path.endswith(b"/")
+            if rules is not None and rules.names(self.lead + base + part, folder=folder):
+                return not any(path in (repository.tracked or ()) for repository in self.repositories)
+            base += part + b"/"
+        return False
+
+    def _enter(
+        self,
+        base: bytes,
+        folder: bytes,
+        entries: Collection[bytes],
+        rules: Rules | None,
+        repository: "Repository | None",
+    ) -> tuple[Rules | None, "Repository | None"]:
+        """What holds in a folder: a repository inside another knows nothing of the outer one's rules."""
+        if b".git" in entries and base:
+            rules, repository = None, Repository(base, folder)
+            self.repositories.append(repository)
+        if FILE in entries:
+            rules = read(_text(folder + b"/" + FILE), self.lead + base, rules)
+        self.rules[base] = rules
+        return rules, repository
+
+    def _outside(self) -> tuple[Rules | None, "Repository | None"]:
+        """What holds in the whole tree because of the repository around it. None of it where that ignores the tree."""
+        top = root = self.root
+        while not os.path.lexists(top + b"/.git"):
+            if top == b"/":
+                return None, None
+            top = os.path.dirname(top)  # noqa: PTH120 - bytes
+        rules, base = None, b""
+        for part in os.path.relpath(root, top).split(b"/") if root != top else ():
+            rules = read(_text(top + b"/" + base + FILE), base, rules)
+            if rules is not None and rules.names(base + part, folder=True):
+                return None, None
+            base += part + b"/"
+        self.lead = base
+        repository = Repository(b"", root)
+        self.repositories.append(repository)
+        return rules, repository
+
+
+def tree_digest(walk: Walk, cache: Path | None = None) -> str:
     """SHA-256 over names, kinds, modes, link targets and contents of the tree that sync() would send.
 
     `cache` remembers contents by size, times and inode, so that only changed files are read. What was changed just now
     is not remembered: a second change in the same tick of the clock would not show.
     """
     known = _load(cache)
-    seen: dict[str, list[object]] = {}
+    seen: dict[str, str] = {}
     settled_ns = time.time_ns() - SETTLED_NS
     digest = hashlib.sha256()
-    for name, path in _walk(source, excluder(exclude)):
-        info = path.lstat()
+    for name, path, info in walk:
         content = ""
-        if stat.S_ISLNK(info.st_mode):
-            content = str(path.readlink())
-        elif stat.S_ISREG(info.st_mode):
-            key = [info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino]
-            old = known.get(name)
-            content = str(old[-1]) if isinstance(old, list) and old[:-1] == key else _sha256(path)
+        if stat.S_ISREG(info.st_mode):
+            key = f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino} "
+            text = name.decode(errors="surrogateescape")
+            old = known.get(text)
+            content = old[len(key) :] if isinstance(old, str) and old.startswith(key) else _sha256(path)
             if info.st_ctime_ns < settled_ns:
-                seen[name] = [*key, content]
-        digest.update(json.dumps([name, info.st_mode, content]).encode())
+                seen[text] = key + content
+        elif stat.S_ISLNK(info.st_mode):
+            content = _target(path)
+        # No name and no target holds a NUL.
+        digest.update(b"%b\0%o %b\0" % (name, info.st_mode, content.encode(errors="surrogateescape")))
     if cache is not None and seen != known:
         atomic.write(cache, json.dumps(seen))
     return digest.hexdigest()
 
 
-def _walk(source: Path, excluded: re.Pattern[bytes] | None) -> Iterator[tuple[str, Path]]:
-    for folder, folders, files in os.walk(source):
-        base = os.path.relpath(folder, source)
-        prefix = "" if base == "." else base + "/"
-
-        def kept(name: str, end: str, prefix: str = prefix) -> bool:
-            return not (excluded and excluded.fullmatch(os.fsencode(prefix + name + end)))
-
-        links = [f for f in folders if Path(folder, f).is_symlink()]  # a pattern that ends in / does not mean them
-        folders[:] = sorted(f for f in folders if f not in links and kept(f, "/"))
-        for name in sorted([*folders, *(f for f in [*files, *links] if kept(f, ""))]):
-            yield prefix + name, Path(folder) / name
+def _list(folder: bytes) -> dict[bytes, "os.DirEntry[bytes]"]:
+    try:
+        with os.scandir(folder) as entries:
+            return {entry.name: entry for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except OSError as error:
+        raise _unreadable(error) from error
 
 
-def _load(cache: Path | None) -> dict[str, list[object]]:
+def _sha256(path: bytes) -> str:
+    """Of the file's content; what has just gone has none."""
+    try:
+        with open(path, "rb") as data:  # noqa: PTH123 - bytes
+            return hashlib.file_digest(data, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError):
+        return ""
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _target(path: bytes) -> str:
+    try:
+        return os.fsdecode(os.readlink(path))  # noqa: PTH115 - bytes
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL):  # it has gone, or is no link any more
+            return ""
+        raise _unreadable(error) from error
+
+
+def _text(path: bytes) -> bytes:
+    """What a `.gitignore` says; git does not follow a link there either."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+            return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            return b""
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> StateError:
+    where = os.fsdecode(error.filename or b"the tree")
+    return StateError(
+        f"{where}: cannot be read: {error.strerror}", hint="let yourself read it, or name it in sync.exclude"
+    )
+
+
+def _load(cache: Path | None) -> dict[str, object]:
     try:
         data = json.loads(cache.read_text()) if cache is not None else {}
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()

@@ -1,7 +1,8 @@
 """Folders of this host in a machine: mounted by 9p where the guest's kernel has it, else copied by rsync, and said so.
 
 A copy goes to the guest when the machine starts and before each command, and what is newer in the guest comes back
-after it; nothing is deleted on either side. A copy that is read-only is mounted so, on top of itself.
+after it; nothing is deleted on either side. A copy that is read-only is mounted so, on top of itself. A folder of which
+not all may be in the guest is always copied: by 9p the guest has all of it.
 
 What cannot be copied back is said, and keeps no command from its status and no machine from its end.
 """
@@ -17,13 +18,16 @@ from vmtasks import interrupts, proc, progress
 from vmtasks.arguments import Bind
 from vmtasks.errors import BindError, CommandError, ConfigError, SshError, VmTasksError
 from vmtasks.lock import lock
+from vmtasks.private import Private
 from vmtasks.remote import ssh
-from vmtasks.remote.sync import PARTIAL, copy
+from vmtasks.remote.sync import PARTIAL, NoRoomError, Rules, copy, taken
+from vmtasks.remote.tree import Walk
 from vmtasks.session.place import Place
 from vmtasks.state import BindRecord, MachineRecord
 
 COPY_S = 3600.0
 MOUNT_S = 60.0
+ROOM_HINT = "leave out what is not needed there with --exclude PATTERN, or give it a larger --disk"
 STAGE = "/var/lib/vmtasks/binds"
 """Where the copy of a read-only bind stands in the guest; root's alone."""
 
@@ -50,8 +54,8 @@ mount -o bind "$stage" "$guest" && mount -o remount,bind,ro "$guest"
 """
 
 
-def check(bind: Bind) -> BindRecord:
-    """The bind with its folder's whole path. ConfigError, naming the host's side, when there is no such folder."""
+def check(bind: Bind, private: Private) -> BindRecord:
+    """The bind with its folder's whole path. ConfigError, naming the host's side, for a folder that cannot be bound."""
     try:
         folder = Path(bind.host).expanduser().resolve()
     except RuntimeError:
@@ -64,7 +68,33 @@ def check(bind: Bind) -> BindRecord:
     mode = os.R_OK | os.X_OK | (0 if bind.read_only else os.W_OK)
     if not os.access(folder, mode):
         raise ConfigError(f"{where} may not be {'read' if bind.read_only else 'written to'} by you; use :ro or another")
-    return BindRecord(host=str(folder), guest=bind.guest, read_only=bind.read_only)
+    place = private.around(folder)
+    if place is not None:
+        raise ConfigError(
+            f"{where} is in {place}, where vmtasks keeps disks and keys, and never goes into a guest; use another"
+        )
+    return BindRecord(host=str(folder), guest=bind.guest, read_only=bind.read_only, exclude=list(bind.exclude))
+
+
+def choose(place: Place, record: MachineRecord) -> MachineRecord:
+    """The record with the reason why each bind must be copied, if there is one. To be asked before QEMU is started."""
+    return msgspec.structs.replace(
+        record, binds=[msgspec.structs.replace(bind, copied=_why_copied(place, bind)) for bind in record.binds]
+    )
+
+
+def _why_copied(place: Place, bind: BindRecord) -> str:
+    hidden = _look(place, bind).hidden
+    if hidden:
+        return f"{os.fsdecode(hidden[0]).rstrip('/')} in it never goes into a guest"
+    return "not all of it is wanted there" if bind.exclude else ""
+
+
+def _look(place: Place, bind: BindRecord) -> Rules:
+    """What of the bind is not copied, and what the rest takes, as it is now."""
+    walk = Walk(Path(bind.host), bind.exclude, hidden=Private(place.config))
+    size = sum(taken(info) for _, _, info in walk)
+    return Rules(walk.hidden, bind.exclude, size=size)
 
 
 def attach(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRecord:
@@ -74,10 +104,11 @@ def attach(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRe
     """
     if not record.binds:
         return record
-    has_9p = _root(target, PROBE).status == 0
+    shared = any(not bind.copied for bind in record.binds)
+    has_9p = shared and _root(target, PROBE).status == 0
     done = []
     for number, bind in enumerate(record.binds):
-        why = "its kernel has no 9p" if not has_9p else _mount(target, number, bind)
+        why = bind.copied or ("its kernel has no 9p" if not has_9p else _mount(target, number, bind))
         if why:
             _place(target, number, bind)
             _fill(place, target, number, bind)
@@ -109,12 +140,13 @@ def _fill(place: Place, target: ssh.Target, number: int, bind: BindRecord) -> No
             hint=f"choose another path of the guest{other}",
         )
     try:
-        push(target, number, bind)
+        push(place, target, number, bind)
     except CommandError as error:
         if new:
+            hint = "mend what is named, or choose another folder or another path of the guest"
             raise BindError(
                 f"{shown(bind)}: cannot all be copied to the guest: {error.message}",
-                hint="mend what is named, or choose another folder or another path of the guest",
+                hint=ROOM_HINT if isinstance(error, NoRoomError) else hint,
             ) from None
         progress.say(f"warning: machine {place.name}: {shown(bind)}: not all is up to date there: {error.message}")
 
@@ -137,9 +169,10 @@ def before(place: Place, record: MachineRecord) -> bool:
     with _alone(place, record):
         for number, bind in enumerate(record.binds):
             if bind.how != "rsync":
+                _heed(place, bind)
                 continue
             try:
-                push(target, number, bind)
+                push(place, target, number, bind)
             except (CommandError, SshError) as error:
                 if isinstance(error, SshError) and not ssh.is_ready(target):
                     return False
@@ -162,7 +195,7 @@ def after(place: Place, record: MachineRecord, *, last: bool = False) -> None:
             for number, bind in enumerate(back):
                 left = back[number:]
                 try:
-                    copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", back=True)
+                    copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", _look(place, bind), back=True)
                 except SshError as error:  # nor would the others be reached
                     _warn(place, left, f"{NOT_BACK}: {error.message}", last=last)
                     return
@@ -185,10 +218,20 @@ def shown(bind: BindRecord) -> str:
     return f"--bind {Bind(bind.host, bind.guest, bind.read_only)}"
 
 
-def push(target: ssh.Target, number: int, bind: BindRecord) -> None:
+def push(place: Place, target: ssh.Target, number: int, bind: BindRecord) -> None:
     """Copy what is newer on the host."""
     into = f"{STAGE}/{number}" if bind.read_only else bind.guest
-    copy(target, f"{bind.host}/", f"{into}/", as_root=bind.read_only)
+    copy(target, f"{bind.host}/", f"{into}/", _look(place, bind), as_root=bind.read_only)
+
+
+def _heed(place: Place, bind: BindRecord) -> None:
+    """Warn of what was put into a folder that the guest has all of: that was looked at when the machine started."""
+    why = _why_copied(place, bind)
+    if why:
+        progress.say(
+            f"warning: machine {place.name}: {shown(bind)}: {why}, and the guest can read it, as it came there "
+            f"since the machine was started; stop and start the machine, or put it elsewhere"
+        )
 
 
 def _alone(place: Place, record: MachineRecord) -> contextlib.AbstractContextManager[object]:

@@ -33,6 +33,7 @@ AGAIN_S = 30.0
 def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> ssh.Target:
     """Start QEMU and wait until SSH answers; afterwards the record says so. On failure nothing is left running."""
     config, accel = place.config, place.state.accel
+    record = binds.choose(place, record)
     vm.end_stray(place.qmp)
     for old in (*place.sockets.glob("ssh-*"), place.qmp, place.serial):
         old.unlink(missing_ok=True)
@@ -216,7 +217,9 @@ def spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
         ssh_port=port,
         forwards=tuple((forward.host, forward.guest) for forward in asked(record)),
         shares=tuple(
-            Share(f"bind{number}", bind.host, read_only=bind.read_only) for number, bind in enumerate(record.binds)
+            Share(f"bind{number}", bind.host, read_only=bind.read_only)
+            for number, bind in enumerate(record.binds)
+            if not bind.copied
         ),
         console_socket=place.serial,
         console_log=place.console_log.absolute(),

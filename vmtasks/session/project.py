@@ -17,6 +17,7 @@ from vmtasks.config import CONFIG_PATH, Config, show_size
 from vmtasks.errors import ConfigError, MachineError, StateError
 from vmtasks.explain import nearest
 from vmtasks.machine import vm
+from vmtasks.private import Private
 from vmtasks.progress import Say
 from vmtasks.session import binds
 from vmtasks.session.machine import Machine
@@ -121,8 +122,9 @@ class Project:
         guest, snapshot = arguments.image(wants.image)
         arguments.apart(wants.binds)
         arguments.distinct(wants.ssh_port, wants.forwards)
-        bound = [binds.check(bind) for bind in wants.binds]
         base = self.config(guest)
+        private = Private(base)
+        bound = [binds.check(bind, private) for bind in wants.binds]
         possible(base, wants)
         state = State(base)
         tidy.register(state.store, base.vm_dir)

@@ -10,6 +10,7 @@ from doit.tools import config_changed
 
 from vmtasks import atomic, plan, progress
 from vmtasks.config import Config
+from vmtasks.errors import VmTasksError
 from vmtasks.media.template import shipped_path
 from vmtasks.state import State
 from vmtasks.tasks.context import CONFIG, action
@@ -33,11 +34,18 @@ class Intact:
 
     def __call__(self, task: Any, values: Any) -> bool:  # noqa: ARG002 - doit passes them by name
         """What doit asks."""
-        return not self._check()
+        return not self._why()
 
     def __repr__(self) -> str:
         """What `doit info` prints."""
-        return self._check() or "in the store, intact"
+        return self._why() or "in the store, intact"
+
+    def _why(self) -> str:
+        """What cannot be looked at is stale; the task's action then says so as an error of its own."""
+        try:
+            return self._check()
+        except VmTasksError as error:
+            return error.message
 
 
 def run_step(name: str, *arguments: int, **options: bool) -> None:

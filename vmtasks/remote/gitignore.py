@@ -1,0 +1,153 @@
+"""What `.gitignore` files name, as git reads them: gitignore(5). Paths are bytes, relative to the tree's root."""
+
+import re
+from dataclasses import dataclass, field
+
+FILE = b".gitignore"
+CLASSES = {
+    b"alnum": b"0-9A-Za-z",
+    b"alpha": b"A-Za-z",
+    b"blank": rb" \t",
+    b"cntrl": rb"\x00-\x1f\x7f",
+    b"digit": b"0-9",
+    b"graph": rb"\x21-\x7e",
+    b"lower": b"a-z",
+    b"print": rb"\x20-\x7e",
+    b"punct": rb"\x21-/:-@\x5b-`{-~",
+    b"space": rb"\t-\r ",
+    b"upper": b"A-Z",
+    b"xdigit": b"0-9A-Fa-f",
+}
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line. `path`: it is held against the path below the file's folder, and not against the last name."""
+
+    expression: re.Pattern[bytes]
+    path: bool
+    folders_only: bool
+    keeps: bool
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules of one file, which stands in the folder `base` (empty, or ending in `/`), below those of `above`."""
+
+    base: bytes
+    rules: tuple[Rule, ...]
+    above: "Rules | None" = None
+    any: re.Pattern[bytes] = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Most names match no rule at all, which one expression tells."""
+        wholes = [(b"" if rule.path else b"(?:.*/)?") + rule.expression.pattern for rule in self.rules]
+        object.__setattr__(self, "any", re.compile(b"|".join(wholes) or b"(?!)", re.DOTALL))
+
+    def names(self, path: bytes, *, folder: bool) -> bool:
+        """Whether `path` itself is ignored, when no folder above it is."""
+        level: Rules | None = self
+        while level is not None:
+            below = path[len(level.base) :]
+            if level.any.fullmatch(below):
+                name = below.rpartition(b"/")[2]
+                for rule in reversed(level.rules):
+                    if (folder or not rule.folders_only) and rule.expression.fullmatch(below if rule.path else name):
+                        return not rule.keeps
+            level = level.above
+        return False
+
+
+def read(text: bytes, base: bytes = b"", above: Rules | None = None) -> Rules | None:
+    """The rules of a file's text; `above` when it holds none."""
+    lines = text.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    rules = tuple(rule for line in lines if (rule := _rule(line.removesuffix(b"\r"))) is not None)
+    return Rules(base, rules, above) if rules else above
+
+
+def _rule(line: bytes) -> Rule | None:
+    line = line.partition(b"\0")[0]
+    if line.startswith(b"#"):
+        return None
+    while line.endswith(b" ") and not re.search(rb"(?<!\\)(\\\\)*\\ \Z", line):
+        line = line[:-1]
+    keeps = line.startswith(b"!")
+    line = line[1:] if keeps else line
+    folders_only = line.endswith(b"/")
+    line = line[:-1] if folders_only else line
+    path = b"/" in line
+    line = line.removeprefix(b"/")
+    expression = _expression(line) if line else None
+    if expression is None:
+        return None
+    return Rule(re.compile(expression, re.DOTALL), path, folders_only, keeps)
+
+
+def _expression(glob: bytes) -> bytes | None:
+    """The glob as a regular expression; None when it matches nothing. `**` is special only as a whole part."""
+    out, at = b"", 0
+    while at < len(glob):
+        char = glob[at : at + 1]
+        stars = re.compile(rb"\*+").match(glob, at)
+        if stars:
+            text, at = _stars(glob, stars.start(), stars.end())
+        elif char == b"?":
+            text, at = b"[^/]", at + 1
+        elif char == b"[":
+            found = _bracket(glob, at)
+            if found is None:
+                return None
+            text, at = found
+        elif char == b"\\":
+            if at + 1 == len(glob):
+                return None
+            text, at = re.escape(glob[at + 1 : at + 2]), at + 2
+        else:
+            text, at = re.escape(char), at + 1
+        out += text
+    return out
+
+
+def _stars(glob: bytes, start: int, end: int) -> tuple[bytes, int]:
+    whole = end - start > 1 and (start == 0 or glob[start - 1 : start] == b"/")
+    if whole and glob[end : end + 1] == b"/":
+        return b"(?:.*/)?", end + 1
+    return b".*" if whole and end == len(glob) else b"[^/]*", end
+
+
+def _bracket(glob: bytes, at: int) -> tuple[bytes, int] | None:
+    """A bracket expression and where it ends; None when it does not end."""
+    at += 1
+    negated = glob[at : at + 1] in (b"!", b"^")
+    at += negated
+    members: list[bytes] = []
+    first = True
+    while first or glob[at : at + 1] != b"]":
+        first = False
+        if at >= len(glob):
+            return None
+        if named := re.compile(rb"\[:([^\]]*):\]").match(glob, at):
+            if named[1] not in CLASSES:
+                return None
+            members.append(CLASSES[named[1]])
+            at = named.end()
+            continue
+        low, at = _member(glob, at)
+        if glob[at : at + 1] == b"-" and glob[at + 1 : at + 2] not in (b"]", b""):
+            high, at = _member(glob, at + 1)
+            members += [b"\\x%02x-\\x%02x" % (low, high)] if low <= high else []
+        else:
+            members.append(b"\\x%02x" % low)
+        if low < 0:
+            return None
+    inside = b"".join(members)
+    if negated:
+        return b"[^/" + inside + b"]", at + 1
+    return (b"(?!/)[" + inside + b"]" if inside else b"(?!)"), at + 1
+
+
+def _member(glob: bytes, at: int) -> tuple[int, int]:
+    """A character, perhaps escaped, and where the next one is."""
+    if glob[at : at + 1] == b"\\" and at + 1 < len(glob):
+        at += 1
+    return glob[at], at + 1
