@@ -1,5 +1,8 @@
 """What a connection that fails says: real sockets, and paramiko's own server where a fault is needed."""
 
+import io
+import os
+import signal
 import socket
 import subprocess
 import threading
@@ -10,6 +13,7 @@ from pathlib import Path
 import paramiko
 import pytest
 
+from unit.shellserver import serving
 from vmtasks.errors import (
     AuthFailedError,
     BannerError,
@@ -28,8 +32,6 @@ LIMIT_S = 20.0
 
 @pytest.fixture(scope="module")
 def keys() -> dict[str, paramiko.PKey]:
-    import io  # noqa: PLC0415
-
     from cryptography.hazmat.primitives import serialization  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
 
@@ -244,3 +246,43 @@ def test_commands_that_a_server_does_not_carry_out(serve: Serve, key: Path, keys
         with pytest.raises(CommandTimeoutError, match="it may still run"):
             connection.execute("true", timeout_s=1)
         assert time.monotonic() - began < LIMIT_S
+
+
+def waiting_shell() -> int:
+    """The child of ours that is a shell which waits for a command."""
+    until = time.monotonic() + LIMIT_S
+    while time.monotonic() < until:
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if parent == os.getpid() and b"vmtasks_line" in (folder / "cmdline").read_bytes():
+                    return int(folder.name)
+            except OSError:
+                continue
+        time.sleep(0.02)
+    raise AssertionError("no shell waits")
+
+
+def test_a_shell_that_dies_before_it_has_read_its_command_has_run_nothing(tmp_path: Path):
+    """The command is run all the same, once, by another shell."""
+
+    def die(pid: int) -> None:
+        time.sleep(0.5)  # by then the command lies in its stdin
+        os.kill(pid, signal.SIGKILL)
+
+    with serving(tmp_path / "home") as where, client.connect(where, timeout_s=LIMIT_S) as connection:
+        for number in range(1, 3):
+            connection.execute("true", timeout_s=LIMIT_S)
+            shell = waiting_shell()
+            os.kill(shell, signal.SIGSTOP)
+            threading.Thread(target=die, args=(shell,)).start()
+            done = connection.execute("echo once >>ran; exit 7", timeout_s=LIMIT_S)
+            assert (done.status, done.signal) == (7, "")
+            assert (tmp_path / "home/ran").read_text() == "once\n" * number
+        connection.execute("true", timeout_s=LIMIT_S)
+        shell = waiting_shell()
+        os.kill(shell, signal.SIGSTOP)
+        assert connection.execute("cat", stdin=io.BytesIO(b"data"), timeout_s=LIMIT_S).stdout == b"data"
+        os.kill(shell, signal.SIGKILL)
+        done = connection.execute("kill -KILL $$", timeout_s=LIMIT_S)
+        assert (done.status, done.signal) == (137, "KILL"), "one that dies while it runs is a result"

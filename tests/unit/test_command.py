@@ -97,12 +97,14 @@ def test_a_shell_that_waits_runs_what_comes_and_reads_no_byte_more(shell: str, v
         plain = run(shell, command.wire(text, "1", via), tmp_path, leads=via == "sh")
         assert given(text, stdin=False).stdout == plain.stdout
     done = given("ps -o pgid= -p $$ >&2; cat; exit 9", stdin=True)
-    header = Header("0f0f")
+    header = Header("0f0f", 2)
     assert int(header.feed(done.stderr)) == header.group
     assert (done.stdout, done.returncode) == (data, 9)
     assert given("cat", stdin=False).stdout == b""
     never = run(shell, command.Wire(line, b"", "0f0f"), tmp_path, leads=via == "sh")
     assert (never.stdout, never.returncode) == (b"", 0)
+    header = Header("0f0f", 2)
+    assert (header.feed(never.stderr), header.group > 0, header.seen) == (b"", True, False)
     killed = given(command.script(["sh", "-c", "kill -KILL $$"]), stdin=False)
     assert killed.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL)  # some login shells make an exit of it
 
@@ -122,6 +124,9 @@ def test_the_header_is_found_in_pieces_and_behind_what_a_login_shell_says():
     header = Header("12")
     out = b"".join(header.feed(whole[n : n + 1]) for n in range(len(whole)))
     assert (out, header.group, header.via) == (b"err\n::vmtasks:12:78:sh\n", 77, "setsid")
+    again = Header("12", 2)
+    assert b"".join(again.feed(whole[n : n + 1]) for n in range(len(whole))) == b""
+    assert (again.seen, again.group, again.rest()) == (True, 78, b"")
     never = Header("12")
     assert never.feed(b"sh: not found\n") == b""
     assert never.rest() == b"sh: not found\n"

@@ -125,15 +125,18 @@ class Connection:
     ) -> Executed:
         """One try of execute()."""
         deadline = time.monotonic() + timeout_s
-        channel, wire = self._start(text, deadline, stdin=stdin != b"", detached=detached != b"")
+        # What goes on without us gets a shell of its own, by whose command line it can be told from others later, see
+        # job.py; and so does what reads a stream, which could not be read again for a second try.
+        fresh = detached != b"" or not isinstance(stdin, bytes)
+        channel, wire = self._start(text, deadline, stdin=stdin != b"", fresh=fresh)
         try:
-            pump = Pump(channel, wire.token, **more)
+            pump = Pump(channel, wire.token, heralds=wire.heralds, **more)
             feed(channel, wire.preamble, stdin)
             outcome = pump.until_end(deadline, idle_s, detached=detached)
             self._via = self._via or pump.header.via
             if outcome == "ended":
                 pump.finish()
-                done = self._result(channel, pump, detached, waited=not wire.line)
+                done = self._result(channel, pump, detached, waited=wire.heralds > 1)
                 if self._via:
                     self._channels.prepare(self._via)
                 return done
@@ -143,23 +146,24 @@ class Connection:
             self._channels.leave(channel)
         raise _late(outcome, timeout_s if outcome == "overall" else idle_s or 0.0, pump, ended=ended)
 
-    def _start(self, text: str, deadline: float, *, stdin: bool, detached: bool) -> tuple[Any, Wire]:
-        """A channel on which a command was begun, by the shell that waits for one or by a new one.
-
-        What goes on without us gets a new one, by whose command line it can be told from others later; see job.py.
-        """
-        waiting = None if detached else self._channels.take(deadline)
+    def _start(self, text: str, deadline: float, *, stdin: bool, fresh: bool) -> tuple[Any, Wire]:
+        """A channel on which a command was begun, by the shell that waits for one or by a new one."""
+        waiting = None if fresh else self._channels.take(deadline)
         if waiting is not None:
-            return waiting.channel, Wire("", commands.order(text, stdin=stdin), waiting.token)
+            return waiting.channel, Wire("", commands.order(text, stdin=stdin), waiting.token, heralds=2)
         wire = commands.wire(text, secrets.token_hex(4), self._via, stdin=stdin)
         return self._channels.open(wire.line, deadline), wire
 
     def _result(self, channel: Any, pump: Pump, detached: bytes, *, waited: bool) -> Executed:
         if detached and pump.stdout.endswith(detached):
             return Executed(pump.stdout, pump.stderr, 0)
+        name = getattr(channel, "exit_signal", "")
+        over = channel.exit_status >= 0 or name != ""
+        # An exit may also be that of a login shell that lets nobody run anything.
+        if over and not pump.header.seen and (waited or name):
+            raise NotStartedError("the shell that was to run the command in the guest was killed before it had begun")
         if channel.exit_status >= 0:
             return Executed(pump.stdout, pump.stderr, channel.exit_status)
-        name = getattr(channel, "exit_signal", "")
         if name:
             number = getattr(signal.Signals, f"SIG{name}", 0)
             return Executed(pump.stdout, pump.stderr, 128 + number, name)

@@ -21,12 +21,12 @@ GROUP_FIRST = "kill -0 -$$ 2>/dev/null || ! command -v setsid >/dev/null 2>&1 ||
 not lead its group, setsid needs no fork, so that the status stays that of the command."""
 
 NO_INPUT = "exec </dev/null; "
-WAIT = (
-    "IFS= read -r vmtasks_line || exit 0; "
+READ = "IFS= read -r vmtasks_line || exit 0; "
+RUN = (
     'case $vmtasks_line in =*) eval "unset vmtasks_line;${vmtasks_line#=}" ;; '
     '*) eval "unset vmtasks_line;$(printf %b "$vmtasks_line")" ;; esac'
 )
-"""A shell reads no byte beyond the line, so that the rest is the command's. printf would cost a fork."""
+"""What READ has read. A shell reads no byte beyond the line, so that the rest is the command's. printf costs a fork."""
 
 Command = str | Sequence[str]
 """A script for sh, or a program with its arguments, which are then taken as they are."""
@@ -51,11 +51,15 @@ class Executed:
 
 @dataclass(frozen=True)
 class Wire:
-    """A command as it is sent: the command line, what goes through stdin before anything else, and the token."""
+    """A command as it is sent: the command line, what goes through stdin before anything else, and the token.
+
+    `heralds`: how often the line with the token comes. Before the last of them nothing of the command has run.
+    """
 
     line: str
     preamble: bytes
     token: str
+    heralds: int = 1
 
 
 def script(command: Command, *, cwd: str = "", env: Mapping[str, str] | None = None, user: str = "") -> str:
@@ -93,12 +97,16 @@ def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
     line = ssh.remote_line(body, program)
     if len(line) <= LINE_BYTES:
         return Wire(line, b"", token)
-    return Wire(ssh.remote_line(WAIT, program), ssh.plain(body).encode() + b"\n", token)
+    return Wire(ssh.remote_line(READ + RUN, program), ssh.plain(body).encode() + b"\n", token)
 
 
 def waiting(token: str, via: Via) -> str:
-    """The command line of a shell that names its group and then waits on stdin for its text, which order() makes."""
-    text = f"echo ::vmtasks:{token}:$$:{via} >&2; {WAIT}"
+    """The command line of a shell that names its group and then waits on stdin for its text, which order() makes.
+
+    It names its group again once it has the text: one that ends before has run nothing.
+    """
+    herald = f"echo ::vmtasks:{token}:$$:{via} >&2; "
+    text = herald + READ + herald + RUN
     return ssh.remote_line(text, "setsid /bin/sh" if via == "setsid" else "/bin/sh")
 
 
@@ -112,26 +120,33 @@ def order(text: str, *, stdin: bool) -> bytes:
 class Header:
     """Takes the line that names the group out of stderr, and what a login shell has said before it."""
 
-    def __init__(self, token: str) -> None:
-        """The token of the command; `group` and `via` are known once the line has come."""
+    def __init__(self, token: str, times: int = 1) -> None:
+        """The token of the command; `group` and `via` are known once the line has come, `seen` after `times` lines."""
         self._line = re.compile(rb"::vmtasks:" + token.encode() + rb":(\d+):(\w*)\n")
         self._held = b""
-        self.seen = False
+        self._left = times
         self.group = 0
         self.via: Via = ""
+
+    @property
+    def seen(self) -> bool:
+        """Whether the command may have begun."""
+        return not self._left
 
     def feed(self, data: bytes) -> bytes:
         """What of stderr so far is not held back."""
         if self.seen:
             return data
         self._held += data
-        found = self._line.search(self._held)
-        if found is None:
+        while self._left and (found := self._line.search(self._held)):
+            self.group = int(found[1])
+            self.via = "setsid" if found[2] == b"setsid" else "sh"
+            self._held = self._held[found.end() :]
+            self._left -= 1
+        if not self.seen:
             return b""
-        self.seen = True
-        self.group = int(found[1])
-        self.via = "setsid" if found[2] == b"setsid" else "sh"
-        return self._held[found.end() :]
+        rest, self._held = self._held, b""
+        return rest
 
     def rest(self) -> bytes:
         """What is still held at the end: the command never came to run."""

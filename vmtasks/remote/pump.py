@@ -20,12 +20,13 @@ class Pump:
         channel: Any,
         token: str,
         *,
+        heralds: int = 1,
         on_line: OnLine | None = None,
         on_data: OnData | None = None,
         keep: bool = True,
     ) -> None:
-        """`channel` is paramiko's; `token` that of the command, whose first line on stderr is taken out."""
-        self.header = Header(token)
+        """`channel` is paramiko's; `token` that of the command, whose first lines on stderr are taken out."""
+        self.header = Header(token, heralds)
         self._channel = channel
         self._keep = keep
         self._on_data = on_data
