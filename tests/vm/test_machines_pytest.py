@@ -12,6 +12,24 @@ from conftest import Project
 
 PASSING = """
 import socket
+import time
+
+import pytest
+
+LIMIT_S = 30.0  # OpenSSH gives a dead connection up after 60 s
+
+
+def ways_in(vm, tmp_path):
+    (tmp_path / "in").write_text("x")
+    for way in (
+        lambda: vm.put(tmp_path / "in", "way/in"),
+        lambda: vm.get("way/in", tmp_path / "out"),
+        lambda: vm.wait_for_port(22),
+        lambda: vm.succeed("true"),
+    ):
+        began = time.monotonic()
+        way()
+        assert time.monotonic() - began < LIMIT_S, vm.journal
 
 
 def test_commands(vm_session):
@@ -36,32 +54,46 @@ def test_files_and_ports(vm_session, tmp_path):
     (tmp_path / "folder/inside/file").write_text("x")
     vm.put(tmp_path / "folder", "folder")
     assert vm.succeed("cat folder/inside/file") == "x"
-    vm.succeed("(sleep 1; echo hello | nc -l -p 7777 127.0.0.1; echo hello | nc -l -p 7778) >/dev/null 2>&1 &")
-    vm.wait_for_port(7777)
-    vm.wait_until_succeeds("netstat -ltn | grep -q :7778")
+    vm.put(tmp_path / "folder/inside/file", "app/deep/x")
+    assert vm.succeed("cat app/deep/x; stat -c %a app app/deep") == "x755\\n755\\n"
+    vm.put(tmp_path / "folder", "more/folder")
+    vm.get("more/folder/inside/file", tmp_path / "new/x")
+    assert (tmp_path / "new/x").read_text() == "x"
+    vm.succeed("(sleep 1; echo hello | nc -l -p 7778) >/dev/null 2>&1 &")
+    vm.wait_for_port(7778)
+    vm.wait_for_port(7778)
+    with pytest.raises(AssertionError, match="nothing listened on port 7779 .*something listens on 22"):
+        vm.wait_for_port(7779, timeout_s=1)
     with socket.create_connection(("127.0.0.1", vm.forward(7778)), timeout=20) as there:
         assert there.recv(6) == b"hello\\n"
 
 
-def test_moments(vm_session):
+def test_moments(vm_session, tmp_path):
     vm = vm_session
+    ways_in(vm, tmp_path)
     vm.succeed("echo before >state; sync; (while :; do sleep 1; done) >/dev/null 2>&1 & echo $! >pid")
     vm.snapshot("moment")
     vm.succeed("echo after >state; kill $(cat pid)")
     vm.wait_until_succeeds("! kill -0 $(cat pid)")
     vm.restore("moment")
+    ways_in(vm, tmp_path)
     assert vm.succeed("cat state") == "before\\n"
     vm.succeed("kill -0 $(cat pid)")
 
 
-def test_its_life(vm_session):
+def test_its_life(vm_session, tmp_path):
     vm = vm_session
     first = vm.succeed("cat /proc/sys/kernel/random/boot_id")
     vm.succeed("echo kept >state; sync")
     vm.reboot()
+    ways_in(vm, tmp_path)
     second = vm.succeed("cat /proc/sys/kernel/random/boot_id")
+    with pytest.raises(Exception, match="has rebooted"):
+        vm.execute("echo kept >state; sync; reboot -f; sleep 60", user="root")
+    ways_in(vm, tmp_path)
     vm.crash()
     vm.start()
+    ways_in(vm, tmp_path)
     third = vm.succeed("cat /proc/sys/kernel/random/boot_id")
     assert len({first, second, third}) == 3
     assert vm.succeed("cat state") == "kept\\n"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import posixpath
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -10,19 +11,17 @@ from typing import Any, TypeVar
 
 from vmtasks import proc
 from vmtasks.errors import CommandTimeoutError, ConnectionLostError, MachineError, SshError
-from vmtasks.machine import checkpoint
 from vmtasks.machine.console import read_log
 from vmtasks.machine.ports import port_free
 from vmtasks.machine.vm import wait_until
 from vmtasks.progress import seconds
-from vmtasks.remote import boot, files
+from vmtasks.remote import boot, files, listeners, ssh
 from vmtasks.remote.command import Command, Executed
 from vmtasks.session import Machine, Project, Wants, ephemeral
 
 T = TypeVar("T")
 
 COMMAND_S = 60.0
-PORT_S = 5.0
 POLL_S = 0.3
 SHOWN_CHARS = 200
 
@@ -115,35 +114,45 @@ class Vm:
             time.sleep(POLL_S)
 
     def wait_for_port(self, port: int, *, host: str = "127.0.0.1", timeout_s: float = COMMAND_S) -> None:
-        """Wait until something in the guest listens on a TCP port of its address `host`."""
-        target, said = self.machine.running(), ""
+        """Wait until something in the guest listens on a TCP port of its address `host`; it is not called.
+
+        AssertionError with the ports that something listens on after `timeout_s`.
+        """
         with self._noted(f"wait for port {port} of {host}"):
             until = time.monotonic() + timeout_s
             while True:
-                # What listens may wait for us to speak, so that running into the limit means that it took the call.
-                words = target.argv(options=["-W", f"{host}:{port}"])
-                tried = proc.run(words, timeout_s=PORT_S, check=False)
-                if tried.status in (0, proc.TIMED_OUT):
+                left = max(1.0, until - time.monotonic())
+                # Not by a call: what listens may take only one.
+                table = self._link.execute(listeners.SCRIPT, timeout_s=min(COMMAND_S, left)).stdout
+                found = listeners.parse(table.decode(errors="replace"))
+                if any(one.serves(host, port) for one in found):
                     return
-                said = tried.stderr.strip()
                 if time.monotonic() > until:
-                    raise AssertionError(f"nothing listened on port {port} of {host} within {timeout_s:g} s: {said}")
+                    others = ", ".join(map(str, found)) or "no port"
+                    what = f"nothing listened on port {port} of {host} within {timeout_s:g} s"
+                    raise AssertionError(f"{what}; something listens on {others}")
                 time.sleep(POLL_S)
 
     # -- files and ports
 
     def put(self, source: str | os.PathLike[str], dest: str) -> None:
-        """Copy a file into the guest, whole or not at all, or a folder; `dest` is relative to the login user's home."""
+        """Copy a file into the guest, whole or not at all, or a folder; `dest` is relative to the login user's home.
+
+        Folders above it that are not there are made.
+        """
         with self._noted(f"put {os.fspath(source)} {dest}"):
             target = self.machine.running()
             if Path(source).is_dir():
+                folder = posixpath.dirname(dest.rstrip("/")) or "."
+                self._link.execute(["mkdir", "-p", "--", folder], timeout_s=COMMAND_S)
                 self._copy(str(Path(source).absolute()), f"{target.name}:{dest}")
             else:
                 files.put(target, Path(source), dest)
 
     def get(self, source: str, dest: str | os.PathLike[str]) -> None:
-        """Copy a file out of the guest, whole or not at all."""
+        """Copy a file out of the guest, whole or not at all. Folders above `dest` that are not there are made."""
         with self._noted(f"get {source} {os.fspath(dest)}"):
+            Path(dest).parent.mkdir(parents=True, exist_ok=True)
             files.get(self.machine.running(), source, Path(dest))
 
     def forward(self, port: int, *, host: str = "127.0.0.1", timeout_s: float = 30.0) -> int:
@@ -196,6 +205,7 @@ class Vm:
                 with contextlib.suppress(SshError):
                     self._link.open(wait_s=max(1.0, until - time.monotonic()))
                     if boot.compare(before, self._link.boot()) == "rebooted":
+                        ssh.close(self.machine.running())
                         return
                 if time.monotonic() > until:
                     raise MachineError(
@@ -206,13 +216,13 @@ class Vm:
     def snapshot(self, tag: str) -> None:
         """Keep this moment, RAM and disk, under a name; the machine runs on."""
         with self._noted(f"snapshot {tag}"):
-            checkpoint.save(self.machine.qmp, tag)
+            self.machine.keep_moment(tag)
 
     def restore(self, tag: str) -> None:
         """Go back to a moment that snapshot() has kept: in a second or so, with all that ran then running again."""
         with self._noted(f"restore {tag}"):
             self.close()
-            checkpoint.load(self.machine.qmp, tag)
+            self.machine.back_to_moment(tag)
             self._link = self.machine.link()
             self._link.open(wait_s=COMMAND_S)
 

@@ -5,6 +5,7 @@ receiving side writes beside the place, makes it durable, and renames.
 """
 
 import posixpath
+import re
 import secrets
 import shlex
 import tempfile
@@ -19,6 +20,7 @@ TIMEOUT_S = 3600.0
 
 # Not every cat has a way to make a file durable, but dd has where it knows conv=fsync, and sync always does.
 PUT = """
+mkdir -p @FOLDER@ || exit 1
 umask 077
 cat >@BESIDE@ && chmod @MODE@ @BESIDE@ || { rm -f @BESIDE@; exit 1; }
 dd if=/dev/null of=@BESIDE@ conv=notrunc,fsync 2>/dev/null || sync
@@ -36,14 +38,17 @@ exec cat @PLACE@
 def put(target: Target, source: Path, dest: str, *, mode: int | None = None, timeout_s: float = TIMEOUT_S) -> None:
     """Copy a local file to `dest` in the guest, absolute or relative to the login user's home; `/` at its end: into it.
 
+    Folders that are not there are made.
     `mode` is by default that of `source`. OSError when `source` cannot be read, CommandError when `dest` cannot be
     written, ConnectionLostError when the connection broke; then `dest` is as it was, or complete.
     """
     place = posixpath.join(dest, source.name) if dest.endswith("/") else dest
-    beside = posixpath.join(posixpath.dirname(place), f".vmtasks-{secrets.token_hex(8)}")
+    folder = posixpath.dirname(place)
+    beside = posixpath.join(folder, f".vmtasks-{secrets.token_hex(8)}")
     with source.open("rb") as data:
         bits = source.stat().st_mode & 0o777 if mode is None else mode
-        text = PUT.replace("@BESIDE@", _word(beside)).replace("@PLACE@", _word(place)).replace("@MODE@", f"{bits:o}")
+        words = {"FOLDER": _word(folder), "BESIDE": _word(beside), "PLACE": _word(place), "MODE": f"{bits:o}"}
+        text = re.sub("@([A-Z]+)@", lambda found: words[found[1]], PUT)
         said = bytearray()
         status = proc.stream(target.argv(ssh.remote_line(text)), said.extend, timeout_s=timeout_s, stdin=data)
     _check(status, said.decode(errors="replace"), f"{source} could not be put to {target.name}:{place}", timeout_s)

@@ -22,7 +22,7 @@ from vmtasks.errors import (
     RebootedError,
     SshError,
 )
-from vmtasks.remote import boot, client
+from vmtasks.remote import boot, client, ssh
 from vmtasks.remote.boot import Boot, Verdict
 from vmtasks.remote.client import Connection, Console
 from vmtasks.remote.command import Command, Executed
@@ -34,6 +34,7 @@ T = TypeVar("T")
 CONNECT_S = 20.0
 PROBE_S = 30.0
 RETRY_S = 0.5
+TRIES = 5
 WINDOW_S = 180.0
 """How long a guest may take to come back; a reboot under emulation takes 30 to 120 s."""
 
@@ -162,7 +163,7 @@ class Link:
         self.close()
         try:
             self.open()
-            verdict = boot.compare(before, self.boot())
+            verdict = boot.compare(before, self.standing())
         except ConnectionLostError:
             raise
         except SshError as error:
@@ -170,6 +171,7 @@ class Link:
             message = f"{lost.message}; the guest did not come back{when}: {error.message}"
             raise lost.but(message=message, console=error.console, explained=True) from error
         if verdict == "rebooted":
+            ssh.close(self.target)  # OpenSSH would not learn for a minute that its connections are dead
             raise RebootedError(
                 f"{self.target.name} has rebooted: what ran there was ended by that",
                 console=self._console() if self._console else (),
@@ -177,12 +179,15 @@ class Link:
         return verdict
 
     def standing(self) -> Boot:
-        """The boot identity; a connection that broke while it was idle is replaced first."""
-        try:
-            return self.boot()
-        except ConnectionLostError:
-            self.close()
-            return self.boot()
+        """The boot identity; a connection that broke while it was idle, or breaks meanwhile, is replaced."""
+        for left in reversed(range(TRIES)):
+            try:
+                return self.boot()
+            except ConnectionLostError:
+                self.close()
+                if not left:
+                    raise
+        raise AssertionError("the last try returns or raises")
 
 
 def resilient(function: Callable[Concatenate[Link, P], T]) -> Callable[Concatenate[Link, P], T]:

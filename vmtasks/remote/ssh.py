@@ -211,9 +211,10 @@ def _share(target: Target) -> proc.Result:
 
 
 def close(target: Target) -> None:
-    """End the shared connection, if there is one."""
-    if target.control.exists():
-        proc.run(target.argv(options=["-O", "exit"]), timeout_s=10, check=False)
+    """End the shared connections of all users, also those whose other end is gone: who waits for one learns it now."""
+    for shared in sorted(target.folder.glob("ssh-*")):
+        path = f"ControlPath={_quoted(shared)}"
+        proc.run(target.argv(options=["-o", path, "-O", "exit"]), timeout_s=10, check=False)
 
 
 def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pidfile: str = "") -> str:

@@ -19,7 +19,7 @@ import msgspec
 from vmtasks import progress, snapshots
 from vmtasks.config import show_size
 from vmtasks.errors import StateError
-from vmtasks.machine import qmp
+from vmtasks.machine import checkpoint, qmp
 from vmtasks.machine.console import read_log
 from vmtasks.machine.events import Events
 from vmtasks.media import disk
@@ -234,6 +234,21 @@ class Machine(Place):
             if self.pid(record) is not None:
                 raise StateError(f"machine {self.name} is running: its disk is not at rest", hint=self.command("stop"))
             return snapshots.save(self.state, self.disk, record, name, self.keys_inside(record))
+
+    def keep_moment(self, tag: str) -> None:
+        """Keep RAM, devices and disk of the running machine under a name, inside its disk; it runs on."""
+        self.running()
+        checkpoint.save(self.qmp, tag)
+
+    def back_to_moment(self, tag: str) -> ssh.Target:
+        """Go back to what keep_moment() has kept. Connections are not part of it: those that OpenSSH shares are ended.
+
+        Who has a link() must close it.
+        """
+        target = self.running()
+        checkpoint.load(self.qmp, tag)
+        ssh.close(target)
+        return target
 
     def destroy(self, note: Say = progress.say, *, lock_s: float = LOCK_S) -> list[Path]:
         """Stop the machine and remove all that belongs to it; returns what was removed.
