@@ -19,8 +19,9 @@ from vmtasks.remote.ssh import Target
 class _Login(paramiko.ServerInterface):
     """Lets anybody in who has a key."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, cuts: list[str]) -> None:
         self._home = home
+        self._cuts = cuts
 
     def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002
         return "publickey"
@@ -32,6 +33,10 @@ class _Login(paramiko.ServerInterface):
         return paramiko.OPEN_SUCCEEDED
 
     def check_channel_exec_request(self, channel: paramiko.Channel, command: bytes) -> bool:
+        if self._cuts:
+            self._cuts.pop()
+            channel.get_transport().close()
+            return True
         child = subprocess.Popen(
             ["/bin/sh", "-c", command],
             cwd=self._home,
@@ -94,13 +99,17 @@ def _tell(channel: paramiko.Channel, child: "subprocess.Popen[bytes]") -> None:
 
 
 @contextmanager
-def serving(home: Path) -> Iterator[Target]:
-    """A machine, as its SSH client sees it, whose commands run here below `home`."""
+def serving(home: Path, *, refuse: int = 0, cut: int = 0) -> Iterator[Target]:
+    """A machine, as its SSH client sees it, whose commands run here below `home`.
+
+    The first `refuse` connections are closed at once; later ones `cut` times as soon as a command comes.
+    """
     key = paramiko.ECDSAKey.generate()
     home.mkdir(exist_ok=True)
     key.write_private_key_file(str(home.parent / "key"))
     listener = socket.create_server(("127.0.0.1", 0))
     transports: list[paramiko.Transport] = []
+    refused, cuts = ["refuse"] * refuse, ["cut"] * cut
 
     def loop() -> None:
         while True:
@@ -108,10 +117,14 @@ def serving(home: Path) -> Iterator[Target]:
                 peer, _ = listener.accept()
             except OSError:
                 return
+            if refused:
+                refused.pop()
+                peer.close()
+                continue
             transport = paramiko.Transport(peer)
             transport.set_log_channel("quiet")
             transport.add_server_key(key)
-            transport.start_server(event=threading.Event(), server=_Login(home))
+            transport.start_server(event=threading.Event(), server=_Login(home, cuts))
             transports.append(transport)
 
     threading.Thread(target=loop, daemon=True).start()

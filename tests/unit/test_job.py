@@ -181,3 +181,23 @@ def test_nobody_else_can_look_into_jobs(link: Link, home: Path):
     job.run(link, "true", timeout_s=LIMIT_S)
     for folder in (home / ".vmtasks", home / JOBS):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+# ---- patience
+
+
+def test_a_job_is_followed_however_its_first_connections_end(link: Link, home: Path):
+    """A guest that lets nobody in for a while, and connections that break before a word of the job has come."""
+    which = job.run(link, "echo done; exit 5", timeout_s=LIMIT_S).view.job
+    for refuse, cut in ((3, 0), (0, 3), (2, 2)):
+        with serving(home, refuse=refuse, cut=cut) as target, Link(target, window_s=LIMIT_S) as late:
+            end = job.follow(late, which, timeout_s=LIMIT_S)
+            assert (end.stdout, end.status) == (b"done\n", 5)
+    for cut in (1, 3):
+        with serving(home, cut=cut) as target, Link(target, window_s=LIMIT_S) as late:
+            assert [view.job for view in job.listing(late)] == [which]
+    with serving(home, refuse=100) as target, Link(target, window_s=2) as late:
+        began = time.monotonic()
+        with pytest.raises(SshError, match="closed before a server spoke"):
+            job.follow(late, which, timeout_s=LIMIT_S)
+        assert time.monotonic() - began < LIMIT_S

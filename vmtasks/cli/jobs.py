@@ -58,6 +58,7 @@ def attach(name: Name, which: Job) -> None:
     found = machine(name)
     found.wait()
     with found.link() as link, using(found, "attach", which) as outcome:
+        link.open(wait_s=link.window_s)  # what is lost before a word was shown is waited for as what is lost later
         known = _find(link, which)
         end = job.follow(link, known, timeout_s=FOREVER_S, on_data=_pass_on, keep=False)
         outcome.status = end.status

@@ -33,6 +33,7 @@ READ_S = 600.0
 GRACE_S = 5.0
 START_S = 60.0
 TITLE_BYTES = 120
+TRIES = 5
 GONE = 4
 """The status of a script that found no folder of that name."""
 
@@ -116,7 +117,7 @@ def start(
         boot=boot.to_text(before),
         split=split,
     )
-    for _ in range(5):
+    for _ in range(TRIES):
         try:
             done = link.open().execute(script, stdin=text, timeout_s=START_S, detached=jobscript.STARTED)
         except ConnectionLostError as lost:
@@ -144,12 +145,13 @@ def follow(
 ) -> JobEnd:
     """Hand on what a job has written from byte `offset` on, and what it writes, until it is over.
 
-    Each byte comes once, in order, whatever happens to the connection. CommandTimeoutError after `timeout_s`, or after
+    Each byte comes once, in order, whatever happens to the connection, from the first one on. CommandTimeoutError after `timeout_s`, or after
     `idle_s` without output; the job goes on. RebootedError when the guest has rebooted, SshError when the job's runner
     was killed: in both cases after all that is in the log was handed on. StateError when there is no such job.
     """
     tap = _Tap(_valid(job), {"stdout": offset, "stderr": err_offset}, on_data, on_line, keep=keep)
     deadline = time.monotonic() + timeout_s
+    link.open(wait_s=min(timeout_s, link.window_s))  # the first connection has the patience of all that follow
     before = link.standing()
     while True:
         try:
@@ -344,8 +346,18 @@ def _end_late(link: Link, job: str, error: BaseException) -> None:
 
 
 def _show(link: Link, which: str) -> list[View]:
-    done = link.execute(jobscript.fill(jobscript.SHOW, WHICH=which), timeout_s=ASK_S)
-    return _views(done.stdout.decode(errors="replace"), link)
+    """Look at jobs, and look again when the connection broke meanwhile and stands again: nothing is changed by that."""
+    for left in reversed(range(TRIES)):
+        try:
+            done = link.execute(jobscript.fill(jobscript.SHOW, WHICH=which), timeout_s=ASK_S)
+            return _views(done.stdout.decode(errors="replace"), link)
+        except RebootedError:
+            if not left:
+                raise
+        except ConnectionLostError as lost:
+            if not left or not lost.explained:
+                raise
+    raise AssertionError("the last try returns or raises")
 
 
 def _views(text: str, link: Link) -> list[View]:
