@@ -145,9 +145,10 @@ def follow(
 ) -> JobEnd:
     """Hand on what a job has written from byte `offset` on, and what it writes, until it is over.
 
-    Each byte comes once, in order, whatever happens to the connection, from the first one on. CommandTimeoutError after `timeout_s`, or after
-    `idle_s` without output; the job goes on. RebootedError when the guest has rebooted, SshError when the job's runner
-    was killed: in both cases after all that is in the log was handed on. StateError when there is no such job.
+    Each byte comes once, in order, whatever happens to the connection, from the first one on. CommandTimeoutError after
+    `timeout_s`, or after `idle_s` without output; the job goes on. RebootedError when the guest has rebooted, SshError
+    when the job's runner was killed or its status cannot be read: each after all that is in the log was handed on.
+    StateError when there is no such job.
     """
     tap = _Tap(_valid(job), {"stdout": offset, "stderr": err_offset}, on_data, on_line, keep=keep)
     deadline = time.monotonic() + timeout_s
