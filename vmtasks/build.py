@@ -4,10 +4,14 @@ Each step leaves a small record in the guest's state folder; the next step depen
 A finished phase is published in the store at once, so that no kill, and no loss of doit's database, costs it.
 """
 
+import functools
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Concatenate, ParamSpec
 
 from vmtasks import atomic, image, plan, proc, progress, tidy
+from vmtasks.lock import lock
 from vmtasks.media import installer, template
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
@@ -17,6 +21,20 @@ from vmtasks.store import MediaRecord, read_record, write_record
 
 LOCK_S = 4 * 3600.0
 PROGRAM, PLAIN = 0o555, 0o444
+P = ParamSpec("P")
+
+
+def alone(step: Callable[Concatenate["Builder", int, P], None]) -> Callable[Concatenate["Builder", int, P], None]:
+    """One run at a time carries out a phase's steps in a state folder: they share its files, its CD and its logs."""
+
+    @functools.wraps(step)
+    def held(self: "Builder", number: int, /, *args: P.args, **options: P.kwargs) -> None:
+        what = self.title(number)
+        path = self.home / f".phase-{number}.lock"
+        with lock(path, f"{what} in {self.home}", timeout_s=LOCK_S, waiting=self._waiting(what)):
+            step(self, number, *args, **options)
+
+    return held
 
 
 class Builder(State):
@@ -64,6 +82,7 @@ class Builder(State):
                     self.store.history.record(f"fetch {recipe[:12]}", step.elapsed_s)
         write_record(self.installer_record, record)
 
+    @alone
     def render(self, number: int) -> None:
         """Write the phase's files; those that are as they were are left alone, and so is what depends on them."""
         self.make_key()
@@ -92,8 +111,12 @@ class Builder(State):
             if path not in rendered:
                 path.unlink(missing_ok=True)
 
+    @alone
     def phase_iso(self, number: int) -> None:
         """Put the phase's files, its packages and its token on an ISO."""
+        self._write_iso(number)
+
+    def _write_iso(self, number: int) -> None:
         sources = self.sources(number)
         token = plan.token(self._iso_files(sources))
         entries = [Entry(path, "file", mode, source) for path, (mode, source) in sources.items()]
@@ -102,15 +125,16 @@ class Builder(State):
             entries.append(Entry("packages", "dir", 0o555))
         write_iso(self.iso(number), entries, label=f"PHASE{number}")
 
+    @alone
     def build(self, number: int, *, anew: bool = False) -> None:
         """Have the image of phase `number` in the store and say in its record which it is.
 
         Boots a guest only if the store holds no intact image for the digest, or `anew`. PhaseError when it fails.
         """
-        digest, title = self.digest(number), f"phase {self.phase(number).name} of {self.config.label}"
+        digest, title = self.digest(number), self.title(number)
         record, why = self.store.find(digest)
         if record is None or anew:
-            with self.store.lock(f"image-{digest}", timeout_s=LOCK_S, waiting=self._waiting(title)) as lock:
+            with self.store.lock(f"image-{digest}", timeout_s=LOCK_S, waiting=self._waiting(title)) as held:
                 record, why = self.store.find(digest)
                 if record is None or anew:
                     why = why or "asked for anew"
@@ -118,7 +142,7 @@ class Builder(State):
                         progress.say(f"{title}: {why}; building it again")
                     if record is None:
                         self.store.drop(digest)
-                    record = image.make(self._job(number, digest), lock)
+                    record = image.make(self._job(number, digest), held)
         write_record(self.record(number), PhaseRecord(digest=record.digest, sha256=record.sha256))
 
     def snapshot(self) -> None:
@@ -167,10 +191,15 @@ class Builder(State):
 
     # -- small things
 
+    def title(self, number: int) -> str:
+        """`phase 1-install of tiny`."""
+        return f"phase {self.phase(number).name} of {self.config.label}"
+
     def _waiting(self, what: str) -> progress.Say:
         return lambda holder: progress.say(f"{what}: {holder} is making it; waiting")
 
     def _job(self, number: int, digest: str) -> image.Job:
+        self._write_iso(number)  # another run may have rendered anew since `phase_iso`, and `digest` is of these files
         below = self.phase_record(number - 1).digest if number > 1 else ""
         return image.Job(
             config=self.config,

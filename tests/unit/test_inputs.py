@@ -4,7 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -34,21 +35,26 @@ class Built(Guest):
         shutil.copytree(PACKAGE, self.package, ignore=shutil.ignore_patterns("__pycache__"))
         (root / "dodo.py").write_text("from vmtasks.tasks import *\n")
 
-    def doit(self, *words: str, status: int = 0) -> str:
+    def start(self, *words: str) -> subprocess.Popen[str]:
         env = {"PATH": os.environ["PATH"], "HOME": str(self.root), "PYTHONPATH": str(self.package.parent)}
-        env |= {"VMTASKS_STORE": str(self.root / "store"), "VM_ACCEL": "tcg"}
-        done = subprocess.run(
-            [sys.executable, "-B", "-m", "doit", *words],
-            cwd=self.root,
-            env=env,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
+        env |= {"VMTASKS_STORE": str(self.root / "store"), "VM_ACCEL": "tcg", "PYTHONUNBUFFERED": "1"}
+        argv = [sys.executable, "-B", "-m", "doit", *words]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(
+            argv, cwd=self.root, env=env, stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.STDOUT, text=True
         )
-        assert done.returncode == status, done.stdout + done.stderr
-        return done.stdout
+
+    def doit(self, *words: str, status: int = 0) -> str:
+        with self.start(*words) as run:
+            said, _ = run.communicate(timeout=60)
+        assert run.returncode == status, said
+        return said
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
 
     def stale(self) -> list[str]:
         """The steps that doit would carry out, by itself or because of another."""
@@ -138,3 +144,20 @@ def test_in_a_new_store_the_second_run_renders_nothing(project: Built):
     project.doit("render")
     assert private.is_file()
     assert "render:1" not in project.stale()
+
+
+def test_two_runs_in_one_folder_take_turns(tmp_path: Path):
+    """What they make are two images, but the phase's files, its CD, its console and its log are the same files."""
+    made = Built(tmp_path / "project")
+    made.prepare(ticks=60)
+    one = made.start("phase:1")
+    made.wait_for(lambda: made.boots() == ["1-install"])
+    two = made.start("disk=8M", "phase:1")
+    said = two.stdout.readline()
+    assert f"phase 1-install of sector: process {one.pid} is making it; waiting" in said
+    assert one.poll() is None
+    assert made.boots() == ["1-install"]
+    assert [run.wait(60) for run in (one, two)] == [0, 0]
+    assert made.boots() == ["1-install", "1-install"]
+    logs = made.builder.home / "logs"
+    assert all("exit 0 done" in (logs / f"1-install.console.log{which}").read_text() for which in ("", ".1"))
