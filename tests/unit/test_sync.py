@@ -3,6 +3,8 @@
 import os
 import shutil
 import subprocess
+import sys
+import threading
 import time
 import tomllib
 from pathlib import Path
@@ -12,13 +14,18 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
+from vmtasks import proc
+from vmtasks.config import load
 from vmtasks.errors import CommandError, SshError
 from vmtasks.remote import tree
 from vmtasks.remote.ssh import Target
-from vmtasks.remote.sync import PARTIAL, Rules, Synced, copy, itemised
+from vmtasks.remote.sync import PARTIAL, VANISHED, Rules, Synced, Told, copy, itemised
 from vmtasks.remote.sync import sync as sync_by_rules
 from vmtasks.remote.tree import Walk
 from vmtasks.remote.tree import tree_digest as digest_of
+from vmtasks.results import Results
+from vmtasks.scaffold import scaffold
+from vmtasks.suites import Suites
 
 pytestmark = pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
 
@@ -362,3 +369,155 @@ def test_what_ssh_has_said_is_the_reason(target: Target, tmp_path: Path):
     (tmp_path / "bin/ssh").write_text("#!/bin/sh\necho 'ssh: Connection refused' >&2; exit 255\n")
     with pytest.raises(SshError, match=r"to vm: ssh: Connection refused\Z"):
         copy(target, "x/", f"{tmp_path}/", back=True)
+
+
+# ---- a tree that changes, or cannot all be read
+
+
+def test_what_goes_during_the_scan_is_as_if_it_had_not_been_there(source: Path):
+    (source / "z").write_text("z")
+    names = []
+    for name, path, _ in Walk(source):
+        names.append(name)
+        if name == b"a":
+            (source / "z").unlink()
+            (source / "link").unlink()
+        if name == b"sub":
+            shutil.rmtree(path)
+    assert names == [b"a", b"empty", b"sub"]
+
+
+def test_a_digest_of_files_that_come_and_go(source: Path):
+    def churn() -> None:
+        while not over.is_set():
+            for n in range(20):
+                (source / f"sub/new{n}").write_text("x")
+                (source / f"sub/new{n}").rename(source / f"sub/old{n}")
+            shutil.rmtree(source / "deep", ignore_errors=True)
+            (source / "deep/er").mkdir(parents=True)
+
+    over = threading.Event()
+    thread = threading.Thread(target=churn)
+    thread.start()
+    try:
+        digests = {tree_digest(source, []) for _ in range(300)}
+    finally:
+        over.set()
+        thread.join()
+    assert len(digests) > 1
+
+
+def without_privilege(code: str, *words: str) -> str:
+    """What Python code prints that may not override permissions, also when root runs the tests."""
+    with proc.spawn([sys.executable, "-c", code, *words], pipe=True, merge=True, unprivileged=True) as child:
+        return child.communicate(timeout=60)[0].decode()
+
+
+DIGEST = """
+import sys, pathlib
+from vmtasks.errors import StateError
+from vmtasks.remote.tree import Walk, tree_digest
+try:
+    tree_digest(Walk(pathlib.Path(sys.argv[1])))
+except StateError as error:
+    print(error)
+"""
+SYNC = """
+import sys, pathlib
+from vmtasks.errors import CommandError
+from vmtasks.remote.ssh import Target
+from vmtasks.remote.sync import refused, sync, unreadable
+folder = pathlib.Path(sys.argv[2])
+try:
+    sync(Target("vm", 22220, "dev", folder / "key", (), folder), pathlib.Path(sys.argv[1]), "src")
+except CommandError as error:
+    print(error.message, refused(error), unreadable(error), sep="\\n")
+"""
+
+
+@pytest.mark.parametrize("name", ["a", "sub"])
+def test_what_cannot_be_read_is_named(name: str, source: Path):
+    (source / name).chmod(0)
+    said = without_privilege(DIGEST, str(source))
+    (source / name).chmod(0o755)
+    assert said.startswith(f"{source}/{name}: cannot be read: Permission denied\nhint: ")
+    assert "sync.exclude" in said
+
+
+def test_what_a_sync_may_not_read_is_told_apart(target: Target, source: Path):
+    (source / "a").chmod(0)
+    said = without_privilege(SYNC, str(source), str(target.folder)).splitlines()
+    (source / "a").chmod(0o644)
+    assert said[0].endswith(f'failed to open "{source}/a": Permission denied (13)')
+    assert "rsync" not in said[0]
+    assert said[1:] == ["False", "True"], "nothing is wrong with the guest"
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to somebody else")
+def test_what_a_sync_may_not_write_is_told_apart(target: Target, source: Path, tmp_path: Path):
+    sync(target, source, "src", [])
+    os.chown(tmp_path / "home/src", 65534, 65534)
+    (source / "a").write_text("new")
+    said = without_privilege(SYNC, str(source), str(target.folder)).splitlines()
+    assert "Permission denied" in said[0] or "Operation not permitted" in said[0]
+    assert said[1:] == ["True", "False"]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_rsync_runs_once_more_when_files_have_gone(times: int, target: Target, source: Path, tmp_path: Path):
+    real, calls = shutil.which("rsync"), tmp_path / "calls"
+    (tmp_path / "bin/rsync").write_text(
+        f'#!/bin/sh\ncase $* in *--server*) exec {real} "$@";; esac\necho >>\'{calls}\'\n{real} "$@" || exit\n'
+        f"test $(wc -l <'{calls}') -gt {times} || {{ echo 'file has vanished: \"x\"' >&2; exit 24; }}\n"
+    )
+    (tmp_path / "bin/rsync").chmod(0o755)
+    if times == 1:
+        assert len(sync(target, source, "src", []).sent) == 3
+    else:
+        with pytest.raises(CommandError, match=r'\Afile has vanished: "x"\Z') as error:
+            sync(target, source, "src", [])
+        assert error.value.status == VANISHED
+    assert len(calls.read_text().splitlines()) == 2
+
+
+def test_holes_stay_holes(target: Target, source: Path, tmp_path: Path):
+    with (source / "sparse").open("wb") as file:
+        file.truncate(64 << 20)
+    sync(target, source, "src", [])
+    copied = (tmp_path / "home/src/sparse").stat()
+    assert copied.st_size == 64 << 20
+    assert copied.st_blocks * 512 < 1 << 20
+
+
+def test_a_long_sync_says_how_far_it_is(target: Target, source: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Told, "EVERY_S", 0.0)
+    said: list[str] = []
+    sync_by_rules(target, source, "src", keep=lambda _: False, say=said.append)
+    assert said
+    assert said[-1] == "3 of 3 files sent"
+
+
+@pytest.mark.parametrize(
+    ("stderr", "status", "hint"),
+    [
+        ('rsync: [sender] send_files failed to open "/s/a": Permission denied (13)', 23, "make it readable"),
+        ('rsync: [receiver] write failed on "/h/a": No space left on device (28)', 11, "larger disk_size"),
+        ('file has vanished: "/s/a"', 24, "make it readable, or name it in sync.exclude"),
+        ('rsync: [generator] recv_generator: mkdir "/h/a" failed: Read-only file system (30)', 23, "doit ssh"),
+    ],
+)
+def test_a_sync_that_fails_says_one_sentence_and_what_to_do(
+    stderr: str, status: int, hint: str, target: Target, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    scaffold(source, "tiny")
+    (tmp_path / "bin/rsync").write_text(f"#!/bin/sh\necho '{stderr}' >&2\nexit {status}\n")
+    (tmp_path / "bin/rsync").chmod(0o755)
+    suites = Suites(Results(load(source, {}, {"HOME": str(tmp_path), "VMTASKS_STORE": str(tmp_path / "store")})))
+    suites.machine.folder.mkdir(parents=True)
+    monkeypatch.setattr(suites.machine, "running", lambda: target)
+    with pytest.raises(CommandError) as error:
+        suites.sync(lambda _: None)
+    assert error.value.message.startswith("sync: ")
+    assert "\n" not in error.value.message
+    assert "rsync" not in error.value.message
+    assert hint in error.value.hint
