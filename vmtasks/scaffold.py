@@ -4,12 +4,13 @@ import re
 import shutil
 from pathlib import Path
 
-from vmtasks import atomic
+from vmtasks import atomic, proc
 from vmtasks.config import CONFIG_PATH, PHASES_PATH, schema, shipped
-from vmtasks.errors import ConfigError, StateError
+from vmtasks.errors import ConfigError, MissingToolError, StateError
 from vmtasks.explain import suggest
 from vmtasks.model import GuestFile, VmFile
 
+GIT_S = 60.0
 DODO = '''"""`doit list` shows the tasks, `doit help_vars` the variables; config/vm.toml is what to edit."""
 
 from vmtasks.tasks import *  # noqa: F403
@@ -32,9 +33,10 @@ def scaffold(folder: Path, guest: str) -> list[Path]:
             raise StateError(
                 f"{path} is there already; nothing was written", hint="choose another folder, or remove it"
             )
+    first = first_config(folder, guest)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(guests[guest], phases, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
-    atomic.write(config, "#:schema vm.schema.json\n" + tomli_w.dumps(first_config(folder, guest)))
+    atomic.write(config, "#:schema vm.schema.json\n" + tomli_w.dumps(first))
     guest_toml = phases / "guest.toml"
     text = re.sub(
         r"^#:schema .*$", "#:schema ../guest.schema.json", guest_toml.read_text(), count=1, flags=re.MULTILINE
@@ -51,15 +53,42 @@ def scaffold(folder: Path, guest: str) -> list[Path]:
 
 
 def first_config(folder: Path, guest: str) -> dict[str, object]:
-    """A vm.toml that works at once: syncs the project and runs its tests as far as they can be guessed."""
+    """A vm.toml that works at once: syncs the project and runs its tests as far as they can be guessed.
+
+    To be asked before anything is written: what is ours is left out of the sync, and what is the project's is not.
+    """
     name, command = first_suite(folder)
     return {
         "guest": guest,
         "machine": {"ssh_port": "auto"},
-        "sync": {"source": ".", "dest": "src", "exclude": ["/.git/", "/.venv/", "__pycache__/"]},
+        "sync": {"source": ".", "dest": "src", "exclude": first_excludes(folder, guest)},
         "suites": {name: {"command": command, "timeout_s": 600}},
         "quick": {"suites": [name]},
     }
+
+
+def first_excludes(folder: Path, guest: str) -> list[str]:
+    """What no guest needs: what scaffold() writes, or else an edit of vm.toml would change the tree; and products."""
+    ours = {
+        CONFIG_PATH.parent: [CONFIG_PATH.name, "vm.schema.json"],
+        PHASES_PATH: [f"{guest}/", "README.md", "guest.schema.json"],
+    }
+    written = ["/dodo.py"]
+    for place, names in ours.items():
+        written += [f"/{place}/{name}" for name in names] if (folder / place).exists() else [f"/{place}/"]
+    build = [] if _has_sources(folder, "build") else ["/build/"]
+    return ["/.git/", "/.venv/", "__pycache__/", *written, *build]
+
+
+def _has_sources(folder: Path, name: str) -> bool:
+    """Whether that folder is part of the project: git tracks something in it; without git: it is there."""
+    if not (folder / name).is_dir():
+        return False
+    try:
+        tracked = proc.run(["git", "-C", folder, "ls-files", "--", name], timeout_s=GIT_S, check=False)
+    except MissingToolError:
+        return True
+    return tracked.status != 0 or bool(tracked.stdout)
 
 
 def first_suite(folder: Path) -> tuple[str, str]:
