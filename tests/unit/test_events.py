@@ -39,6 +39,8 @@ def test_each_reset_and_start_is_another_boot_and_a_pause_is_not(tmp_path: Path)
         assert not record.stands()
         control.cmd("stop")
         assert vm.wait_until(record.stands, WAIT_S)
+        told = [line for line in (tmp_path / "the, events.out").read_bytes().splitlines() if b"event" in line]
+        assert all(line.startswith(events.EVENT) for line in told), told
         control.cmd("cont")
         assert vm.wait_until(lambda: not record.stands(), WAIT_S)
         assert (record.boot(), other.boot()) == (first, first)
@@ -64,3 +66,31 @@ def test_a_line_that_is_not_whole_yet_is_left_for_later(tmp_path: Path):
             out.write(text)
         seen.append(record.boot())
     assert seen[0] == seen[1] != seen[2] == seen[3]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b'{"timestamp": {"sec', b"\n", b"\xff\xfe\0\0", b"[]", b"7", b'{"event": ["STOP"]}', b'"event"', b"[" * 100_000],
+    ids=["cut", "empty", "binary", "list", "number", "no name", "text", "deep"],
+)
+def test_a_line_that_cannot_be_read_is_skipped(tmp_path: Path, damaged: bytes):
+    base = tmp_path / "events"
+    events.prepare(base)
+    record, path = Events(base), tmp_path / "events.out"
+    path.write_bytes(b'{"QMP": {}}\n' + damaged + b"\n")
+    assert (record.stands(), record.boot()) == (False, Events(base).boot())
+    before = record.boot()
+    with path.open("ab") as out:
+        out.write(b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}\n' + damaged + b"\n")
+        out.write(b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RESET", "data": {}}\n')
+    assert record.stands()
+    assert record.boot() != before
+
+
+def test_an_event_after_one_that_a_full_disk_has_cut_is_heard(tmp_path: Path):
+    base = tmp_path / "events"
+    events.prepare(base)
+    whole = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}\n'
+    for cut in range(len(whole) - 1):
+        (tmp_path / "events.out").write_bytes(whole[:cut] + whole)
+        assert Events(base).stands(), cut

@@ -10,6 +10,8 @@ from pathlib import Path
 
 HELLO = b'{"execute": "qmp_capabilities"}\n'
 """Without it a monitor tells no events; see QEMU's qmp-spec."""
+EVENT = b'{"timestamp":'
+"""How QEMU begins each event."""
 BOOT_ENDS = ("RESET", "SHUTDOWN", "GUEST_PANICKED")
 STANDS = {"STOP": True, "RESUME": False}
 
@@ -57,17 +59,29 @@ class Events:
         return True
 
     def _read(self) -> None:
-        """Take in what has come; the last line may not be whole yet."""
+        """Take in what has come; the last line may not be whole yet. A line that cannot be read tells nothing."""
         with _output(self._base).open("rb") as record:
             record.seek(self._offset)
             new = record.read()
         whole = new[: new.rfind(b"\n") + 1]
         self._offset += len(whole)
         for line in whole.splitlines():
-            name = json.loads(line).get("event") if line.strip() else None
+            name = _event(line)
             self._ended += name in BOOT_ENDS
-            if name in STANDS:
-                self._stands = STANDS[name]
+            self._stands = STANDS.get(name, self._stands)
+
+
+def _event(line: bytes) -> str:
+    """The name of the event that a line tells of; empty for all other lines.
+
+    On a full disk QEMU writes as much of a line as there is room for. The next one then follows on the same line.
+    """
+    try:
+        told = json.loads(line[max(0, line.rfind(EVENT)) :])
+    except (ValueError, RecursionError):
+        return ""
+    name = told.get("event") if isinstance(told, dict) else None
+    return name if isinstance(name, str) else ""
 
 
 def _input(base: Path) -> Path:
