@@ -1,9 +1,12 @@
 """The console however it is cut, interrupted, coloured or echoed; and typing over a real socket."""
 
+import os
 import re
+import resource
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmtasks.errors import MachineError
-from vmtasks.machine import console
+from vmtasks.machine import console, terminal
 from vmtasks.machine.console import Cleaner, Sentinel, Serial, Transcript, parse_sentinel
 
 TOKEN = "0123456789abcdef"  # noqa: S105
@@ -214,6 +217,43 @@ def test_reading_waits_for_what_comes_and_no_longer(ends: tuple[Serial, socket.s
     threading.Timer(0.1, guest.sendall, [b"x"]).start()
     assert serial.read(5) == b"x"
     assert time.monotonic() - began < 2
+
+
+@pytest.fixture
+def high() -> Iterator[int]:
+    """The number of a descriptor that select(2) does not know, as in a program that has many files open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2000), hard))
+    yield 1500
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_reading_from_a_high_descriptor(ends: tuple[Serial, socket.socket], high: int):
+    serial, guest = ends
+    with socket.socket(fileno=os.dup2(serial.fileno(), high)) as connection:
+        assert Serial(connection).read(0) == b""
+        guest.sendall(b"login: ")
+        assert Serial(connection).read(5) == b"login: "
+
+
+def test_a_terminal_on_high_descriptors(tmp_path: Path, high: int, monkeypatch: pytest.MonkeyPatch, capfdbinary):
+    """`vmtasks console` passes on what comes until both sides are silent."""
+    path = tmp_path / "serial"
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+        with (tmp_path / "typed").open("w+b", buffering=0) as typed:
+            typed.write(b"root\n")
+            typed.seek(0)
+            monkeypatch.setattr("sys.stdin", os.fdopen(os.dup2(typed.fileno(), high), "rb"))
+            asked = threading.Thread(target=terminal.attach, args=(path, "a"))
+            asked.start()
+            with server.accept()[0] as guest:
+                guest.sendall(b"login: ")
+                assert guest.recv(5) == b"root\n"
+                asked.join(10)
+    assert not asked.is_alive()
+    assert capfdbinary.readouterr().out == b"login: "
 
 
 def test_a_guest_that_is_gone(ends: tuple[Serial, socket.socket]):

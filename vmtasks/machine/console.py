@@ -7,7 +7,7 @@ import select
 import socket
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -170,6 +170,17 @@ def _twice(text: str) -> str:
     return "".join(character * 2 for character in text)
 
 
+def readable(descriptors: Sequence[int], timeout_s: float) -> list[int]:
+    """Which of these descriptors can be read without waiting, or are at their end; waits at most `timeout_s` for one.
+
+    Not select(2), which knows no descriptor above 1023.
+    """
+    ready = select.poll()
+    for descriptor in descriptors:
+        ready.register(descriptor, select.POLLIN)
+    return [descriptor for descriptor, _ in ready.poll(max(0.0, timeout_s) * 1000)]
+
+
 class Serial:
     """The socket behind COM1. QEMU records it to a file on its own; this is for reading along and typing."""
 
@@ -183,8 +194,7 @@ class Serial:
         if self._closed:
             time.sleep(timeout_s)
             return b""
-        ready, _, _ = select.select([self._socket], [], [], timeout_s)
-        if not ready:
+        if not readable([self._socket.fileno()], timeout_s):
             return b""
         try:
             data = self._socket.recv(65536)
@@ -194,7 +204,7 @@ class Serial:
         return data
 
     def fileno(self) -> int:
-        """For select()."""
+        """For poll()."""
         return self._socket.fileno()
 
     def send(self, data: bytes) -> None:

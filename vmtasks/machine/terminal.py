@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import select
 import sys
 import termios
 import tty
@@ -33,7 +32,7 @@ def attach(path: Path, name: str) -> None:
 def _pump(serial: console.Serial, source: int, sink: int) -> None:
     reading = True
     while True:
-        ready, _, _ = select.select([serial.fileno(), *([source] if reading else [])], [], [], AFTER_END_S)
+        ready = console.readable([serial.fileno(), *([source] if reading else [])], AFTER_END_S)
         if not ready and not reading:
             return
         if serial.fileno() in ready:
