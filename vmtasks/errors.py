@@ -18,7 +18,8 @@ VmTasksError
 │   ├── ConnectionLostError    the connection broke: how the command ended is not known
 │   ├── RebootedError          the guest has booted anew: the command was ended by that
 │   └── CommandTimeoutError    the command's own deadline passed, overall or without output
-└── StateError         what is on disk does not allow what was asked (a lock, a missing snapshot)
+└── StateError         what is on disk does not allow what was asked (a missing snapshot, a damaged record)
+    └── BusyError      another command is at work on the same thing
 """
 
 import errno
@@ -177,6 +178,10 @@ class CommandTimeoutError(SshError):
 
 class StateError(VmTasksError):
     """What is on disk does not allow what was asked."""
+
+
+class BusyError(StateError):
+    """Another command holds the lock, and did not let go of it in time."""
 
 
 @contextmanager

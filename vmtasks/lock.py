@@ -1,44 +1,86 @@
 """One writer at a time, across processes: a lock that dies with its holder, and tells who that is. Owns filelock."""
 
 import contextlib
+import hashlib
 import os
+import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from vmtasks import interrupts
-from vmtasks.errors import StateError
+from vmtasks import interrupts, proc
+from vmtasks.errors import BusyError, StateError
 
 Waiting = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who said that it holds a lock: the number and the start of its process, and the digest of its command line."""
+
+    pid: int
+    started: str
+    command_sha256: str
+
+    @classmethod
+    def of(cls, pid: int) -> "Holder":
+        """What can be known of a process."""
+        return cls(pid, proc.started(pid), hashlib.sha256(proc.command_line(pid).encode()).hexdigest())
+
+    def holds(self, path: Path) -> bool:
+        """Whether this is provably still the process that wrote so; on Linux also whether it has the lock file open."""
+        if not self.started or self != Holder.of(self.pid):
+            return False
+        return sys.platform != "linux" or _has_open(self.pid, path)
+
+    def signal(self, path: Path, number: signal.Signals) -> bool:
+        """Send a signal, if it provably holds the lock `path`. False when it does not, or when we may not."""
+        if self.pid == os.getpid() or not self.holds(path):
+            return False
+        try:
+            os.kill(self.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+
+    def __str__(self) -> str:
+        """As a message names it."""
+        return f"process {self.pid} ({proc.command_line(self.pid).strip()[:100] or 'gone'})"
 
 
 @contextlib.contextmanager
 def lock(path: Path, what: str, *, timeout_s: float, waiting: Waiting | None = None) -> Iterator[int]:
     """Hold the lock file `path` for the length of the block; gives a descriptor that a child may inherit.
 
-    `waiting` is told once who holds it, as `process 123`. StateError after `timeout_s` seconds, naming `what`. The
-    kernel drops the lock when its last holder dies, however that happens. The file stays, unless the holder of the lock
-    removes it while the block runs, together with what it guards.
+    `waiting` is told once who holds it, as `process 123`. BusyError after `timeout_s` seconds, naming `what`;
+    StateError when the file is another user's. The kernel drops the lock when its last holder dies, however that
+    happens. The file stays, unless the holder of the lock removes it while the block runs, with what it guards.
     """
     from filelock import FileLock, Timeout  # noqa: PLC0415 - 20 ms
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    owner = path.with_suffix(".owner")
     deadline = time.monotonic() + timeout_s
     while True:
         held = FileLock(path)
         try:
             held.acquire(timeout=0)
+        except PermissionError as error:
+            raise StateError(
+                f"{what} cannot be locked: {path}, of user {_user_of(path)}: {error.strerror}",
+                hint="do it as that user, or as root (sudo)",
+            ) from None
         except Timeout:
-            holder = _read(owner) or "another process"
+            holder = _told(path)
             if waiting is not None and timeout_s > 0:
                 waiting(holder)
             try:
                 with interrupts.cuttable():
                     held.acquire(timeout=max(0.0, deadline - time.monotonic()), poll_interval=0.1)
             except Timeout:
-                raise StateError(
-                    f"{what} is locked by {_read(owner) or 'another process'}, and was for {timeout_s:g} s",
+                raise BusyError(
+                    f"{what} is locked by {_told(path)}, and was for {timeout_s:g} s",
                     hint=f"wait for it, or end that process; the lock is {path}",
                 ) from None
         if _is_at(held._context.lock_file_fd, path):  # noqa: SLF001 - it has no other door
@@ -47,7 +89,7 @@ def lock(path: Path, what: str, *, timeout_s: float, waiting: Waiting | None = N
     # A copy of the descriptor, for a QEMU to inherit: filelock closes its own in every forked child.
     shared = os.dup(int(held._context.lock_file_fd))  # type: ignore[arg-type]  # noqa: SLF001 - it has no other door
     try:
-        owner.write_text(f"process {os.getpid()}")
+        _note(path)
         yield shared
     finally:
         os.close(shared)
@@ -76,8 +118,61 @@ def _is_at(descriptor: int | None, path: Path) -> bool:
     return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
 
 
-def _read(path: Path) -> str:
+def holder(path: Path) -> Holder | None:
+    """Who has written that it holds the lock `path`; Holder.holds() tells whether it does. None: nobody did."""
     try:
-        return path.read_text().strip()
+        first, started, digest = owner_file(path).read_text().split("\n")[:3]
+        return Holder(int(first.removeprefix("process ")), started, digest)
+    except (OSError, ValueError):
+        return None
+
+
+def drop(path: Path) -> None:
+    """Remove a lock file with what belongs to it; for who holds it, when what it guards is gone."""
+    for leftover in (owner_file(path), path):
+        leftover.unlink(missing_ok=True)
+
+
+def owner_file(path: Path) -> Path:
+    """Where the holder of the lock `path` writes who it is."""
+    return path.with_suffix(".owner")
+
+
+def _note(path: Path) -> None:
+    """Write who we are, where that can be written: it only advises others, and a full disk must not keep us waiting."""
+    us = Holder.of(os.getpid())
+    with contextlib.suppress(OSError):
+        owner_file(path).unlink(missing_ok=True)
+        owner_file(path).write_text(f"process {us.pid}\n{us.started}\n{us.command_sha256}\n")
+
+
+def _told(path: Path) -> str:
+    """Who holds the lock, as a message has it."""
+    try:
+        return owner_file(path).read_text().partition("\n")[0].strip() or "another process"
+    except (OSError, ValueError):
+        return "another process"
+
+
+def _user_of(path: Path) -> str:
+    """The name of the user who owns a file or the folder that it would be in; its number where it has no name."""
+    there = path if path.exists() else path.parent
+    try:
+        return there.owner()
+    except KeyError:
+        return str(there.stat().st_uid)
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    """Whether a process has the file open; see proc(5)."""
+    try:
+        wanted = path.stat()
+        handles = list(Path(f"/proc/{pid}/fd").iterdir())
     except OSError:
-        return ""
+        return False
+    for handle in handles:
+        with contextlib.suppress(OSError):
+            there = handle.stat()
+            if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+    return False

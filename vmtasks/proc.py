@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -278,6 +279,11 @@ def detach(
     return child
 
 
+def reap_when_over(child: Child) -> None:
+    """Reap a child that outlives what started it as soon as it ends, if we are there still: it is never a zombie."""
+    threading.Thread(target=child.wait, name=f"reap {child.pid}", daemon=True).start()
+
+
 def wait(child: Child, timeout_s: float) -> bool:
     """Whether the child ended within `timeout_s`."""
     try:
@@ -319,6 +325,37 @@ def started(pid: int) -> str:
         # A first thread may be a zombie while the others still hold the process's files.
         return "" if fields[0] in "ZX" and fields[17] in "01" else fields[19]
     return run(["ps", "-o", "lstart=", "-p", str(pid)], timeout_s=10, check=False).stdout.strip()
+
+
+def pids() -> list[int]:
+    """The numbers of all processes that can be seen."""
+    if sys.platform == "linux":
+        return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    listed = run(["ps", "-axo", "pid="], timeout_s=10, check=False).stdout
+    return [int(word) for word in listed.split() if word.isdigit()]
+
+
+def user(pid: int) -> int | None:
+    """The number of the user that a process runs as; None when it is gone."""
+    if sys.platform == "linux":
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return None
+        found = next((line.split() for line in status.splitlines() if line.startswith("Uid:")), [])
+        return int(found[2]) if len(found) > 2 else None
+    said = run(["ps", "-o", "uid=", "-p", str(pid)], timeout_s=10, check=False).stdout.strip()
+    return int(said) if said.isdigit() else None
+
+
+def words(pid: int) -> list[str]:
+    """The argv of a process; empty when it is gone. Elsewhere than on Linux a word is what stands between spaces."""
+    if sys.platform == "linux":
+        try:
+            return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
+        except OSError:
+            return []
+    return command_line(pid).split()
 
 
 def command_line(pid: int) -> str:

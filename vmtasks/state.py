@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from vmtasks.arguments import Forward
 from vmtasks.config import Config
 from vmtasks.errors import ConfigError, StateError, VmTasksError
 from vmtasks.model import PhaseTable
-from vmtasks.store import MediaRecord, Store, file_fault, read_record
+from vmtasks.store import MediaRecord, Store, file_fault, load_record, read_record
 
 SNAPSHOT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 CLEAN, MANUAL = "clean", "manual"
@@ -87,6 +88,15 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     binds: list[BindRecord] = []
     created: float = 0.0
     ready: bool = False
+
+    def __post_init__(self) -> None:
+        """ValueError for numbers that are none: a record that says so was damaged."""
+        try:
+            forwards = [Forward.parse(text) for text in self.forwards]
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        if min(self.pid, self.owner) < 0 or not all(0 <= n <= 65535 for n in (self.ssh_port, self.want_port)):
+            raise ValueError(f"pid, owner or port out of range; forwards {forwards}")
 
 
 class State:
@@ -216,6 +226,24 @@ class State:
         """The record of the machine `name`; None when there is no machine."""
         return read_record(self.machine_folder(name) / "machine.toml", MachineRecord)
 
+    def machine_fault(self, name: str) -> str:
+        """Why the record of a machine that is there cannot be read; empty when it can, or when there is no machine."""
+        folder = self.machine_folder(name)
+        try:
+            load_record(folder / "machine.toml", MachineRecord)
+        except (FileNotFoundError, NotADirectoryError):
+            return "it is gone" if any(not other.startswith(".") for other in _names(folder)) else ""
+        except OSError as error:
+            return error.strerror or str(error)
+        except ValueError as error:
+            return str(error).partition("\n")[0]
+        return ""
+
+    def machine_names(self) -> list[str]:
+        """The names of all machines, sorted; also of those whose record cannot be read."""
+        names = [name for name in _names(self.config.vm_dir / "run") if not name.startswith(".")]
+        return [name for name in names if self.machine(name) is not None or self.machine_fault(name)]
+
     def on_clean(self, name: str) -> bool:
         """Whether the machine `name` stands, or would, on what the phases make; not on a snapshot of its own, say."""
         record = self.machine(name)
@@ -234,3 +262,11 @@ class State:
         if record is None:
             raise StateError(f"there is no usable record {self.record(number)}", hint=f"doit phase:{number}")
         return record
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in the folder, sorted; nothing where it cannot be read."""
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return []

@@ -216,9 +216,14 @@ def file_fault(path: Path, size: int, mtime_ns: int, sha256: str = "") -> str:
 def read_record(path: Path, kind: type[R]) -> R | None:
     """A record as it was written; None when it is absent, damaged or of another format."""
     try:
-        return msgspec.convert(tomllib.loads(path.read_text()), kind)
+        return load_record(path, kind)
     except (OSError, ValueError):
         return None
+
+
+def load_record(path: Path, kind: type[R]) -> R:
+    """A record as it was written. OSError when it cannot be read, ValueError when it is damaged."""
+    return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), kind)
 
 
 def write_record(path: Path, record: msgspec.Struct) -> None:

@@ -27,10 +27,14 @@ def ps(as_json: AsJson = False) -> None:
     rows = []
     for item in found:
         alive = item["pid"] != 0
-        up = progress.seconds(time.time() - float(item["started"])) if alive else ""
+        up = progress.seconds(time.time() - float(item["started"])) if alive and item["started"] else ""
         ports = ", ".join(f"{port['host']}:{port['guest']}" for port in item["ports"])
         rows.append((item["name"], item["image"], item["status"], up, ports, str(len(item["sessions"]))))
     table(("NAME", "IMAGE", "STATUS", "UP", "PORTS", "SESSIONS"), rows)
+    for item in found:
+        if item["fault"]:
+            runs = f"its QEMU, process {item['pid']}, runs" if item["pid"] else "no QEMU of it was found"
+            progress.say(f"machine {item['name']}: its record cannot be read: {item['fault']}; {runs}")
 
 
 @app.command(rich_help_panel="Machines")
@@ -51,7 +55,8 @@ def start(name: AnyName = "", as_json: AsJson = False) -> None:
 def stop(
     name: AnyName = "",
     force: Annotated[
-        bool, typer.Option("--force", "-f", help="Do not ask the guest; as if its power was cut.")
+        bool,
+        typer.Option("--force", "-f", help="Do not ask the guest, nor wait for another command: cut its power."),
     ] = False,
     timeout: Annotated[
         float | None, typer.Option(help="Seconds for each of: power off in the guest, ACPI.", show_default=False)
@@ -61,7 +66,7 @@ def stop(
     from vmtasks import progress  # noqa: PLC0415
 
     found = machine(name)
-    record = found.record()
+    record = found.state.machine(found.name)
     rung = found.stop(gentle=not force, timeout_s=timeout)
     if rung == "already stopped":
         progress.say(f"machine {found.name} is not running")
@@ -75,30 +80,34 @@ def rm(
     names: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME]...", help="Machines.", show_default=False)
     ] = None,
-    every: Annotated[bool, typer.Option("--all", "-a", help="All machines of this project.")] = False,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Running ones too, and do not ask.")] = False,
+    every: Annotated[bool, typer.Option("--all", "-a", help="All of `vmtasks run`; not the project's own.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", "-f", help="Running ones too, ask nobody, wait for no other command.")
+    ] = False,
 ) -> None:
-    """Remove machines with their disks and keys; images and snapshots stay."""
+    """Remove machines with their disks and keys; images and snapshots stay.
+
+    --all leaves alone what `doit start` has made: only its name, given here, or `doit destroy` removes that.
+    """
     from vmtasks import progress  # noqa: PLC0415
     from vmtasks.errors import ConfigError, StateError, VmTasksError  # noqa: PLC0415
 
     if every == bool(names):
         raise ConfigError("rm: name machines, or give --all")
     here = project()
-    wanted = here.names() if every else names or []
-    found = [here.machine(name) for name in dict.fromkeys(wanted)]
+    found = here.own_machines() if every else [here.machine(name) for name in dict.fromkeys(names or [])]
     if not found:
-        progress.say("there are no machines; nothing was removed")
+        progress.say("there are no machines of `vmtasks run`; nothing was removed")
         return
     failed = 0
-    running = [one.name for one in found if (record := one.record()) is not None and one.pid(record) is not None]
+    running = [one.name for one in found if one.runs()]
     if running and not force:
         raise StateError(f"running: {', '.join(running)}; nothing was removed", hint="stop them first, or rm --force")
     if not force:
         confirm(f"Remove {', '.join(one.name for one in found)} with all that is on their disks?", "vmtasks rm --force")
     for one in found:
         try:
-            one.destroy(lambda _: None)
+            one.destroy(lambda _: None, force=force)
         except VmTasksError as error:
             progress.say(f"error: machine {one.name}: {error}")
             failed += 1
@@ -120,14 +129,10 @@ def wait(
 
     found = machine(name)
 
-    def ended() -> bool:
-        record = found.record()
-        return record is None or found.pid(record) is None
-
     def settled() -> bool:
-        return ended() or found.status().status == "running"
+        return not found.runs() or found.status().status == "running"
 
-    if not wait_until(ended if stopped else settled, timeout, every_s=0.5):
+    if not wait_until((lambda: not found.runs()) if stopped else settled, timeout, every_s=0.5):
         if stopped:
             raise StateError(f"machine {name} has not ended within {timeout:g} s")
         raise SshError(f"machine {name} does not let us in within {timeout:g} s: {health.is_alive(found).reason}")

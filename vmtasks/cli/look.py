@@ -24,9 +24,9 @@ def described(found: "Machine") -> dict[str, Any]:
     from vmtasks.session.use import uses  # noqa: PLC0415
 
     view = found.status()
+    if view.record is None:
+        return {**unknown(found), "status": view.status, "fault": view.fault}
     record = view.record
-    if record is None:
-        return {"name": found.name, "status": view.status}
     alive = view.status not in ("stale", "stopped")
     target = found.target(record)
     forwards = [Forward(record.ssh_port, 22), *map(Forward.parse, record.forwards)] if alive else []
@@ -52,6 +52,34 @@ def described(found: "Machine") -> dict[str, Any]:
         "ports": [asdict(forward) for forward in forwards],
         "binds": [msgspec.to_builtins(bind) for bind in record.binds],
         "sessions": [asdict(use) for use in uses(found)],
+        "fault": "",
+    }
+
+
+def unknown(found: "Machine") -> dict[str, Any]:
+    """The same keys for a machine of which nothing is recorded: the process that was found for it, and where it is."""
+    from vmtasks.errors import MachineError  # noqa: PLC0415
+
+    try:
+        process = found.process()
+    except MachineError:  # it is somebody else's
+        process = None
+    pid = process.number if process is not None else 0
+    texts = ("image", "digest", "accel", "network", "user", "key", "ssh_config", "ssh")
+    return {
+        "name": found.name,
+        **dict.fromkeys(texts, ""),
+        "created": 0.0,
+        "started": 0.0,
+        "removed_when_stopped": False,
+        "pid": pid,
+        "cpu_s": _cpu_s(pid) if pid else 0.0,
+        "rss": _rss(pid) if pid else 0,
+        "cpus": 0,
+        "memory": 0,
+        "ports": [],
+        "binds": [],
+        "sessions": [],
     }
 
 
@@ -93,17 +121,13 @@ def logs(
     cleaner = Cleaner()
     out = sys.stdout.buffer
 
-    def ended() -> bool:
-        record = found.record()
-        return record is None or found.pid(record) is None
-
-    while not path.exists() and follow and not ended():
+    while not path.exists() and follow and found.runs():
         time.sleep(POLL_S)
     if not path.exists():
         return
     with path.open("rb") as log:
         while True:
-            last = ended()  # asked first: what is said before the end is then still read
+            last = not found.runs()  # asked first: what is said before the end is then still read
             data = log.read(65536)
             out.write(data if raw else cleaner.feed(data).encode())
             out.flush()

@@ -74,9 +74,10 @@ def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda:
     while True:
         with whole():  # one that was half made complains when it is collected
             protocol = QEMUMonitorProtocol(str(path))
-        protocol.settimeout(max(1.0, deadline - time.monotonic()))
         try:
-            protocol.connect()
+            # Not its connect(): that waits for ever for a greeting, which QEMU owes while another client is served.
+            greeted = protocol._qmp.connect(protocol._address)  # noqa: SLF001 - it has no other door
+            protocol._sync(greeted, max(1.0, deadline - time.monotonic()))  # noqa: SLF001
             break
         except (TimeoutError, QMPError, OSError, EOFError) as error:
             with contextlib.suppress(Exception):

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from vmtasks import proc
@@ -103,7 +104,34 @@ def launch(spec: argv.Spec, output: Path, *, die_with_us: bool = False) -> Pid:
         if isinstance(error, MachineError):
             raise MachineError(f"QEMU did not start: {said or error.message}", log=output) from None
         raise
-    return Pid(child.pid, proc.started(child.pid))
+    pid = Pid(child.pid, proc.started(child.pid))
+    proc.reap_when_over(child)
+    return pid
+
+
+def find(pidfile: Path) -> Pid | None:
+    """The QEMU of ours that was started with this pid file, whatever is recorded of it, and whatever the file says.
+
+    MachineError for one that runs as somebody who neither we are nor the owner of the file's folder: it is not ours.
+    """
+    for number in proc.pids():
+        began, words = proc.started(number), proc.words(number)
+        if not words or Path(words[0]).name != argv.PROGRAM or not began or not _has_pidfile(words, pidfile):
+            continue
+        runs_as = proc.user(number)
+        if runs_as not in (os.geteuid(), pidfile.parent.stat().st_uid):
+            raise MachineError(
+                f"process {number} was started with {pidfile}, by user {runs_as}: it is not ours to end",
+                hint="ask that user, or root, to stop it",
+            )
+        if proc.started(number) == began:
+            return Pid(number, began)
+    return None
+
+
+def _has_pidfile(words: Sequence[str], pidfile: Path) -> bool:
+    wanted = pidfile.resolve()
+    return any(word == "-pidfile" and Path(value).resolve() == wanted for word, value in pairwise(words))
 
 
 def end_stray(qmp_socket: Path) -> bool:
@@ -176,29 +204,36 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, *, every_s: floa
     return True
 
 
-def socket_base() -> Path:
-    """A short folder of ours, mode 0700, for UNIX sockets. MachineError when somebody else owns it."""
+def socket_base(*, make: bool = True) -> Path:
+    """A short folder of ours, mode 0700, for UNIX sockets. MachineError when somebody else owns it.
+
+    With `make` False it may not be there.
+    """
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/") and os.access(runtime, os.W_OK) and len(os.fsencode(runtime)) <= 40:
         base = Path(runtime) / "vmtasks"
     else:
         base = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) <= 40 else "/tmp") / f"vmtasks-{os.getuid()}"  # noqa: S108
-    base.mkdir(mode=0o700, exist_ok=True)
-    stat = base.lstat()
+    if make:
+        base.mkdir(mode=0o700, exist_ok=True)
+    try:
+        stat = base.lstat()
+    except FileNotFoundError:
+        return base
     if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or base.is_symlink():
         raise MachineError(f"{base} is not a private folder of ours", hint=f"look who made it, then: rm -r {base}")
     return base
 
 
 def socket_place(machine: Path) -> Path:
-    """Where socket_folder() is or would be; it is not made."""
-    return socket_base() / hashlib.sha256(os.fsencode(machine.absolute())).hexdigest()[:12]
+    """Where socket_folder() is or would be; nothing is made."""
+    return socket_base(make=False) / hashlib.sha256(os.fsencode(machine.absolute())).hexdigest()[:12]
 
 
 def socket_folder(machine: Path) -> Path:
     """The folder for the sockets of the machine whose state is in `machine`; made if needed, and now in use."""
     folder = socket_place(machine)
-    with _alone(folder.parent):
+    with _alone(socket_base()):
         folder.mkdir(mode=0o700, exist_ok=True)
         os.utime(folder)
     return folder
@@ -209,8 +244,8 @@ def reap_sockets(idle_s: float = IDLE_S) -> list[Path]:
 
     They are left when a machine's folder is removed by hand. A machine that still is there gets its own anew.
     """
-    base, gone = socket_base(), []
-    for folder in base.iterdir():
+    base, gone = socket_base(make=False), []
+    for folder in base.iterdir() if base.is_dir() else ():
         if not re.fullmatch(r"[0-9a-f]{12}", folder.name) or not _idle(folder, idle_s) or _served(folder):
             continue
         with _alone(base):
@@ -239,13 +274,14 @@ def _idle(folder: Path, idle_s: float) -> bool:
 
 def _served(folder: Path) -> bool:
     """Whether anybody listens on a socket in the folder. One that cannot be asked counts as served."""
-    for path in sorted(folder.iterdir()):
-        if path.is_socket():
-            with socket.socket(socket.AF_UNIX) as probe:
-                probe.settimeout(0)
-                if probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT):
-                    return True
-    return False
+    return any(path.is_socket() and served(path) for path in sorted(folder.iterdir()))
+
+
+def served(path: Path) -> bool:
+    """Whether anybody listens on a socket. One that cannot be asked counts as served."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(0)
+        return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
 
 
 @contextlib.contextmanager

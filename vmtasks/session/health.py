@@ -62,7 +62,12 @@ def telling(machine: Machine, note: Say) -> Iterator[None]:
 
 def machine_layers(machine: Machine) -> Iterator[Layer]:
     """The layers of a machine, from its record to a command in the guest. Takes at most a minute."""
-    record = machine.record()
+    record = machine.state.machine(machine.name)
+    if record is None and (fault := machine.fault()):
+        runs = "its QEMU runs" if machine.runs() else "no QEMU of it was found"
+        says = f"it cannot be read: {fault}; {runs}; vmtasks stop {machine.name}, vmtasks rm {machine.name}"
+        yield Layer("record", passed=False, says=says, verdict="silent" if machine.runs() else "gone")
+        return
     if record is None:
         yield Layer("record", passed=False, says=f"there is no machine {machine.name}", verdict="gone")
         return

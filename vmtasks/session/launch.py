@@ -34,7 +34,9 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
     """Start QEMU and wait until SSH answers; afterwards the record says so. On failure nothing is left running."""
     config, accel = place.config, place.state.accel
     record = binds.choose(place, record)
-    vm.end_stray(place.qmp)
+    place.make_folder()
+    place.open_sockets()
+    ladder.end_stray(place)
     for old in (*place.sockets.glob("ssh-*"), place.qmp, place.serial):
         old.unlink(missing_ok=True)
     history, key = place.state.store.history, f"start {config.label}"
@@ -42,23 +44,23 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
         step.now(f"boot ({accel.name}, {config.cpus} CPU, {show_size(config.memory)})")
         start = place.console_log.stat().st_size if place.console_log.exists() else 0
         pid, port, forwards = launch(place, record, die_with_us=die_with_us)
-        record = place.write(
-            msgspec.structs.replace(
-                record,
-                pid=pid.number,
-                pid_started=pid.started,
-                ssh_port=port,
-                forwards=[*map(str, forwards)],
-                want_forwards=[*map(str, asked(record))],
-                memory=config.memory,
-                cpus=config.cpus,
-                accel=accel.name,
-                network=config.network,
-                started=round(time.time(), 1),
-                ready=False,
-            )
-        )
         try:
+            record = place.write(
+                msgspec.structs.replace(
+                    record,
+                    pid=pid.number,
+                    pid_started=pid.started,
+                    ssh_port=port,
+                    forwards=[*map(str, forwards)],
+                    want_forwards=[*map(str, asked(record))],
+                    memory=config.memory,
+                    cpus=config.cpus,
+                    accel=accel.name,
+                    network=config.network,
+                    started=round(time.time(), 1),
+                    ready=False,
+                )
+            )
             target = wait(place, record, start)
         except BaseException as error:
             end = partial(ladder.stop, place, record, lambda _: None, gentle=False)
@@ -89,6 +91,7 @@ def wait(place: Place, record: MachineRecord, console_from: int = 0) -> ssh.Targ
     target = place.target(record)
     if record.key == "changing":
         target = replace(target, also=(place.own_key,))
+    place.open_sockets()
     ssh.write_config(target)
     links(place, record)
     ssh.wait_ready(target, timeout_s=deadline_s, alive=watch)
@@ -248,5 +251,6 @@ def links(place: Place, record: MachineRecord) -> None:
 
 def on_terminal(place: Place, record: MachineRecord, display: str, **more: Any) -> int:
     """Run the machine in the foreground with its console here; returns QEMU's status."""
+    place.open_sockets()
     port = place.config.ssh_port or next(filter(port_free, (FIRST_PORT, *FALLBACK_PORTS)), ANY_PORT)
     return proc.attach(argv.on_terminal(spec(place, record, port, **more), display))

@@ -5,28 +5,30 @@
                id_ed25519    its own key, if it has one     sessions/   who uses it now
 """
 
+import contextlib
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from vmtasks import progress, snapshots
+from vmtasks import proc, progress, snapshots
 from vmtasks.config import show_size
 from vmtasks.errors import StateError
+from vmtasks.lock import drop
 from vmtasks.machine import checkpoint, qmp
 from vmtasks.machine.console import read_log
 from vmtasks.machine.events import Events
 from vmtasks.media import disk
 from vmtasks.progress import Say
 from vmtasks.remote import ssh
-from vmtasks.session import binds, ladder, launch
-from vmtasks.session.place import LOCK_S, Place
+from vmtasks.session import binds, breakin, ladder, launch
+from vmtasks.session.place import Place
 from vmtasks.state import CLEAN, MANUAL, MachineRecord, PhaseRecord
 from vmtasks.store import ImageRecord, read_record
 
@@ -35,8 +37,9 @@ WINDOW_S = 180.0
 if TYPE_CHECKING:
     from vmtasks.remote.link import Link
 
-Status = Literal["absent", "booting", "running", "unreachable", "paused", "panicked", "stale", "stopped"]
-"""`unreachable`: SSH has answered since the start and does not now. `paused`: its CPU stands, whoever stopped it."""
+Status = Literal["absent", "booting", "damaged", "running", "unreachable", "paused", "panicked", "stale", "stopped"]
+"""`damaged`: its record cannot be read, so that only `stop` and `rm` work. `unreachable`: SSH has answered since the
+start and does not now. `paused`: its CPU stands, whoever stopped it."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class View:
     status: Status
     record: MachineRecord | None
     ssh: str
+    fault: str = ""
+    """Why its record cannot be read."""
 
 
 class Machine(Place):
@@ -56,9 +61,10 @@ class Machine(Place):
 
     def status(self) -> View:
         """What the machine is doing now. Takes no lock and waits at most for one try of SSH."""
-        record = self.record()
+        record = self.state.machine(self.name)
         if record is None:
-            return View(self.name, "absent", None, "")
+            fault = self.fault()
+            return View(self.name, "damaged" if fault else "absent", None, "", fault)
         if self.pid(record) is None:
             return View(self.name, "stale" if record.pid else "stopped", record, "")
         return View(self.name, self._running(record), record, self.ssh_line())
@@ -154,10 +160,9 @@ class Machine(Place):
             record = self.ours()
             if record is not None:
                 ladder.stop(self, record, note)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.make_folder()
             for old in (self.disk, self.folder / "ready", self.crashed):
                 old.unlink(missing_ok=True)
-            disk.create(self.disk, self.config.disk_size)
             self.write(
                 MachineRecord(
                     name=self.name,
@@ -170,6 +175,7 @@ class Machine(Place):
                     changed=secrets.token_hex(8),
                 )
             )
+            disk.create(self.disk, self.config.disk_size)
 
     def attend(self, cds: Sequence[Path], *, boot: str, display: str, note: Say = progress.say) -> int:
         """Boot the machine from `boot`, cd or disk, with its console on our terminal; returns QEMU's status.
@@ -200,17 +206,23 @@ class Machine(Place):
         """Stop the machine, gently first; returns the rung of the ladder that was needed.
 
         `timeout_s`: how long each gentle rung may take. What is newer in copied binds comes back first; what cannot is
-        said.
+        said. Not `gentle`: another command that is at work on the machine is ended. Without a record that can be read,
+        what can be found of the machine is stopped.
         """
-        with self.lock():
-            record = self.record()
-            if record is None:
+        with self._alone(force=not gentle) as cut:
+            record, fault = self.state.machine(self.name), self.fault()
+            if record is None and not fault:
+                if cut:  # who was at work on it has removed it
+                    return cut
                 raise StateError(f"there is no machine {self.name}", hint=self.command("start"))
-            if gentle and self.pid(record) is not None:
+            if fault:
+                self._say_fault(fault)
+            if gentle and record is not None and self.pid(record) is not None:
                 gentle = ladder.roused(self, note)
                 if gentle and record.ready:
                     binds.after(self, record, last=record.throwaway)
-            return ladder.stop(self, record, note, gentle=gentle, timeout_s=timeout_s)
+            rung = ladder.stop(self, record, note, gentle=gentle, timeout_s=timeout_s)
+            return cut if rung == ladder.AT_REST and cut else rung
 
     def restore(self, snapshot: str = "", note: Say = progress.say) -> ImageRecord:
         """Throw away what the machine has written and go back to `snapshot`, by default the one it came from."""
@@ -250,41 +262,69 @@ class Machine(Place):
         ssh.close(target)
         return target
 
-    def destroy(self, note: Say = progress.say, *, lock_s: float = LOCK_S) -> list[Path]:
+    def destroy(self, note: Say = progress.say, *, force: bool = False) -> list[Path]:
         """Stop the machine and remove all that belongs to it; returns what was removed.
 
         Nothing is kept of its disk, so that its power is simply cut; what is newer in copied binds comes back first,
-        and what cannot is said.
-        StateError when another command is at work on it for `lock_s` seconds.
+        and what cannot is said. `force`: another command that is at work on the machine is ended. MachineError, and
+        nothing is removed, when something of it runs that is not ours to end.
         """
         if not self.folder.exists():
             return []
-        with self.lock(lock_s):
-            record = self.record()
-            try:
-                # Nobody has tried yet where it was ours: not even if it has ended by itself.
-                there = record is not None and (record.owner == os.getpid() or self.pid(record) is not None)
-                if record is not None and record.ready and record.binds and there and ladder.roused(self, note):
-                    binds.after(self, record, last=True)
-            finally:  # who interrupts the copying is rid of the machine all the same
-                gone = self._remove(record, note)
+        with self._alone(force=force):
+            return self.remove(note)
+
+    def remove(self, note: Say) -> list[Path]:
+        """As destroy(), for who holds the machine's lock."""
+        if not self.folder.exists():  # somebody else was first
+            return []
+        record = self.state.machine(self.name)
+        if record is None and (fault := self.fault()):
+            self._say_fault(fault)
+        try:
+            # Nobody has tried yet where it was ours: not even if it has ended by itself.
+            there = record is not None and (record.owner == os.getpid() or self.pid(record) is not None)
+            if record is not None and record.ready and record.binds and there and ladder.roused(self, note):
+                binds.after(self, record, last=True)
+        finally:  # who interrupts the copying is rid of the machine all the same
+            gone = self._remove(record, note)
         return gone
 
     def _remove(self, record: MachineRecord | None, note: Say) -> list[Path]:
         """Cut its power, and remove all that belongs to it."""
-        if record is not None:
-            ladder.stop(self, record, note, gentle=False)
+        ladder.stop(self, record, note, gentle=False)
         gone = sorted(self.folder.iterdir())
         shutil.rmtree(self.sockets, ignore_errors=True)
         # The record goes last: what a kill leaves half removed can still be listed, and removed again.
         for path in sorted(gone, key=lambda path: path.name == "machine.toml"):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         self.folder.rmdir()
-        for leftover in (self.lock_file.with_suffix(".owner"), self.lock_file):
-            leftover.unlink(missing_ok=True)
         return gone
 
     # -- parts
+
+    @contextlib.contextmanager
+    def _alone(self, *, force: bool) -> Iterator[str]:
+        """Hold the machine's lock. Gives the rung that has ended the machine, where that was needed to have it."""
+        with contextlib.ExitStack() as stack:
+            if force:
+                cut = stack.enter_context(breakin.lock(self))
+            else:
+                cut = ""
+                stack.enter_context(self.lock())
+            yield cut
+            if not self.folder.exists():
+                drop(self.lock_file)
+
+    def _say_fault(self, fault: str) -> None:
+        """What is not known without the record, and therefore not done."""
+        progress.say(
+            f"machine {self.name}: its record cannot be read: {fault}; what runs of it is looked for, and nothing is "
+            "copied back from its binds"
+        )
+        number, found = self.number_told(), self.process()
+        if number and proc.started(number) and (found is None or found.number != number):
+            progress.say(f"machine {self.name}: process {number}, which its pid file names, is not provably its QEMU")
 
     def ours(self) -> MachineRecord | None:
         """The record. StateError when the machine is of another guest or version, whose disk would be lost."""
@@ -316,11 +356,9 @@ class Machine(Place):
 
     def make(self, snapshot: str, image: ImageRecord, like: MachineRecord | None = None) -> MachineRecord:
         """A fresh overlay and a record: a stopped machine that was never started. It keeps to what `like` was asked."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.make_folder()
         for old in (self.disk, self.folder / "ready", self.crashed, self.key_cd):
             old.unlink(missing_ok=True)
-        size = max(image.virtual_size, self.config.disk_size)
-        disk.overlay(self.disk, self.state.store.image(image.digest), size=size)
         fresh = MachineRecord(
             name=self.name,
             guest=self.config.label,
@@ -338,7 +376,10 @@ class Machine(Place):
             more = ("binds", "memory", "cpus", "network", "created")
             same = {name: getattr(like, name) for name in (*kept, *more)}
             fresh = msgspec.structs.replace(fresh, **same, want_forwards=[*map(str, launch.asked(like))])
-        return self.write(fresh)
+        self.write(fresh)  # first: a disk without a record would be nobody's
+        size = max(image.virtual_size, self.config.disk_size)
+        disk.overlay(self.disk, self.state.store.image(image.digest), size=size)
+        return fresh
 
     def keys_inside(self, record: MachineRecord) -> Path | None:
         """The private key that the machine's disk lets in, if it is not the store's."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from vmtasks import proc, progress
 from vmtasks.config import Config
+from vmtasks.errors import MachineError, StateError
 from vmtasks.lock import lock
 from vmtasks.machine import vm
 from vmtasks.remote import ssh
@@ -57,13 +58,18 @@ class Place:
         return self.folder / "id_ed25519"
 
     @property
+    def pidfile(self) -> Path:
+        """Where QEMU writes its process id. Only this machine's QEMU has this path in its command line."""
+        return (self.folder / f"{self.name}.pid").absolute()
+
+    @property
     def sockets(self) -> Path:
-        """The short folder of the machine's sockets."""
-        return vm.socket_folder(self.folder)
+        """The short folder of the machine's sockets, which need not be there; see open_sockets()."""
+        return vm.socket_place(self.folder)
 
     @property
     def qmp(self) -> Path:
-        """QEMU's control socket. Only this machine's QEMU has this path in its command line."""
+        """QEMU's control socket."""
         return self.sockets / "qmp"
 
     @property
@@ -76,11 +82,31 @@ class Place:
         """The socket of the guest's serial console."""
         return self.sockets / "serial"
 
+    def make_folder(self) -> None:
+        """Have the machine's folder: for us alone, because its disk holds all that is secret in the guest."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+
+    def open_sockets(self) -> None:
+        """Have the folder of the sockets, which is then in use. MachineError when it would not be private."""
+        vm.socket_folder(self.folder)
+
     # -- the record, and what it says
 
     def record(self) -> MachineRecord | None:
-        """The machine's record; None when there is no machine."""
-        return self.state.machine(self.name)
+        """The machine's record; None when there is no machine. StateError when there is one that cannot be read."""
+        record = self.state.machine(self.name)
+        if record is None and (why := self.fault()):
+            raise StateError(
+                f"the record of machine {self.name} cannot be read: {why}",
+                hint=f"vmtasks stop {self.name} ends what runs of it; vmtasks rm {self.name} removes it with its disk",
+                log=self.folder / "machine.toml",
+            )
+        return record
+
+    def fault(self) -> str:
+        """Why the record of a machine that is there cannot be read; empty when it can, or when there is no machine."""
+        return self.state.machine_fault(self.name)
 
     def write(self, record: MachineRecord) -> MachineRecord:
         """Publish the record; returns it."""
@@ -90,7 +116,32 @@ class Place:
     def pid(self, record: MachineRecord) -> vm.Pid | None:
         """The machine's process, if it still is that process."""
         pid = vm.Pid(record.pid, record.pid_started)
-        return pid if record.pid and pid.alive(str(self.qmp)) else None
+        return pid if record.pid and pid.alive(str(self.pidfile)) else None
+
+    def process(self) -> vm.Pid | None:
+        """The machine's process, whatever its record says, or if it says nothing.
+
+        MachineError for one that is not ours to end.
+        """
+        record = self.state.machine(self.name)
+        return (self.pid(record) if record is not None else None) or vm.find(self.pidfile)
+
+    def runs(self) -> bool:
+        """Whether QEMU runs: as the record says, and without one that can be read by QEMU's command line."""
+        record = self.state.machine(self.name)
+        if record is not None:
+            return self.pid(record) is not None
+        try:
+            return vm.find(self.pidfile) is not None
+        except MachineError:
+            return True
+
+    def number_told(self) -> int:
+        """The process id that QEMU's pid file names; 0 where there is none. It proves nothing."""
+        try:
+            return int(self.pidfile.read_text())
+        except (OSError, ValueError):
+            return 0
 
     def door_key(self, record: MachineRecord) -> Path:
         """The private key that the machine's image lets in: the store's, or the one that was saved with a snapshot."""
@@ -104,19 +155,22 @@ class Place:
 
     def command(self, verb: str) -> str:
         """What a user types to `start` or `stop` this machine."""
-        record = self.record()
+        record = self.state.machine(self.name)
         return f"vmtasks {verb} {self.name}" if record is not None and record.own else f"doit {verb}"
 
     # -- one command at a time
 
-    def lock(self, timeout_s: float = LOCK_S) -> contextlib.AbstractContextManager[int]:
-        """Be the only command at work on the machine. The lock is beside its folder, which destroy() removes."""
+    def lock(self, timeout_s: float = LOCK_S, *, say: bool = True) -> contextlib.AbstractContextManager[int]:
+        """Be the only command at work on the machine. The lock is beside its folder, which destroy() removes.
+
+        BusyError after `timeout_s` seconds; `say` who is waited for.
+        """
         what = f"machine {self.name}"
         return lock(
             self.lock_file,
             what,
             timeout_s=timeout_s,
-            waiting=lambda holder: progress.say(f"{what}: {holder} is at work on it; waiting"),
+            waiting=(lambda holder: progress.say(f"{what}: {holder} is at work on it; waiting")) if say else None,
         )
 
     @property

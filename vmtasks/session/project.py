@@ -1,6 +1,8 @@
 """The machines of one project, or of no project at all: list them, make one, find one, reap those left by the dead."""
 
+import errno
 import os
+import re
 import secrets
 import shutil
 import time
@@ -14,8 +16,9 @@ import msgspec
 from vmtasks import arguments, config, proc, rules, tidy
 from vmtasks.arguments import Bind, Forward, PublicKey
 from vmtasks.config import CONFIG_PATH, Config, show_size
-from vmtasks.errors import ConfigError, MachineError, StateError
+from vmtasks.errors import BusyError, ConfigError, MachineError, StateError, VmTasksError
 from vmtasks.explain import nearest
+from vmtasks.lock import drop
 from vmtasks.machine import vm
 from vmtasks.private import Private
 from vmtasks.progress import Say
@@ -83,8 +86,13 @@ class Project:
     # -- looking
 
     def names(self) -> list[str]:
-        """The names of all machines, sorted."""
-        return sorted(path.parent.name for path in self._run().glob("[!.]*/machine.toml"))
+        """The names of all machines, sorted; also of those whose record cannot be read."""
+        return State(self.config()).machine_names()
+
+    def own_machines(self) -> list[Machine]:
+        """The machines that `vmtasks run` has made. One whose record cannot be read may be anybody's."""
+        found = [self._open(name) for name in self.names()]
+        return [one for one in found if (record := one.state.machine(one.name)) is not None and record.own]
 
     def machine(self, name: str = "") -> Machine:
         """The machine of this name, by default the configured one. StateError when there is none."""
@@ -168,67 +176,89 @@ class Project:
         run = self._run()
         run.mkdir(parents=True, exist_ok=True)
         staged = run / f"{STAGED}{os.getpid()}-{secrets.token_hex(4)}"
-        staged.mkdir()
+        staged.mkdir(mode=0o700)
         try:
             number = 0
             while True:
                 number += 1
                 chosen = name or f"{base.guest.name}-{number}"
                 write_record(staged / "machine.toml", msgspec.structs.replace(record, name=chosen))
-                try:
-                    staged.rename(run / chosen)  # fails on a folder that is not empty
-                except OSError:
-                    if name:
-                        raise StateError(
-                            f"there is a machine {name!r} already", hint=f"vmtasks rm {name}, or choose another --name"
-                        ) from None
-                else:
+                if self._take(staged, Machine(base, chosen)):
                     return chosen
+                if name:
+                    raise StateError(
+                        f"there is a machine {name!r} already", hint=f"vmtasks rm {name}, or choose another --name"
+                    )
         finally:
             shutil.rmtree(staged, ignore_errors=True)
+
+    def _take(self, staged: Path, machine: Machine) -> bool:
+        """Give what is staged the machine's name; False when it is taken, or somebody is at work on it."""
+        try:
+            with machine.lock(0, say=False):
+                staged.rename(machine.folder)  # fails on a folder that is not empty
+        except BusyError:
+            return False
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            return False
+        return True
 
     # -- reaping
 
     def reap(self, note: Say) -> list[str]:
-        """Remove machines that went with a process which is gone, and what half-made ones have left; their names."""
-        gone = []
+        """Remove machines that went with a process which is gone, and what half-made ones have left; their names.
+
+        What somebody is at work on is left alone. A machine that cannot be removed is a warning: nothing here may keep
+        a command from its own work.
+        """
         with suppress(MachineError, OSError):
             vm.reap_sockets()
-        for path in sorted(self._run().glob(f"{STAGED}*")):
-            if not proc.started(int(path.name.removeprefix(STAGED).partition("-")[0] or 0)):
-                shutil.rmtree(path, ignore_errors=True)
-        for path in self._run().glob("[!.]*"):
-            with suppress(OSError):
-                path.rmdir()  # only an empty one goes
-        for lock in self._run().glob(".*.lock"):
-            self._drop_lock(lock)
-        for machine in self.machines():
-            record = machine.record()
-            if record is None:
+        run, gone = self._run(), []
+        for path in sorted(run.iterdir()) if run.is_dir() else ():
+            if path.name.startswith("."):
+                self._drop_leftover(path)
                 continue
-            if record.owner:
-                why, over = (
-                    "the command that it belonged to is gone",
-                    proc.started(record.owner) != record.owner_started,
-                )
-            else:
-                why, over = "it has ended", record.throwaway and bool(record.pid) and machine.pid(record) is None
-            with suppress(StateError):  # somebody is at work on it
-                if over:
-                    machine.destroy(lambda _: None, lock_s=0)
-                    gone.append(machine.name)
-                    note(f"machine {machine.name}: removed, because {why}")
+            try:
+                why = self._reap_machine(path)
+            except BusyError:
+                continue
+            except (VmTasksError, OSError) as error:
+                note(f"warning: machine {path.name} is over and could not be removed: {error}")
+                continue
+            if why:
+                gone.append(path.name)
+                note(f"machine {path.name}: removed, because {why}")
         return gone
 
-    def _drop_lock(self, lock: Path) -> None:
-        """Remove the lock of a machine that is gone."""
-        name = lock.name.removeprefix(".").removesuffix(".lock")
-        if (self._run() / name).exists():
+    def _reap_machine(self, folder: Path) -> str:
+        """Remove a machine that is over; returns why it was, or nothing. An empty folder goes too."""
+        machine = self._open(folder.name)
+        if not why_over(machine) and not _empty(folder):
+            return ""
+        with machine.lock(0, say=False):  # and again: it may be another machine of that name by now
+            if why := why_over(machine):
+                machine.remove(lambda _: None)
+            elif _empty(folder):
+                folder.rmdir()
+            if not folder.exists():
+                drop(machine.lock_file)
+            return why
+
+    def _drop_leftover(self, path: Path) -> None:
+        """Remove what was staged by a process that is gone, or the lock of a machine that is."""
+        staged = re.fullmatch(rf"{re.escape(STAGED)}(\d+)-.*", path.name)
+        if staged is not None and not proc.started(int(staged[1])):
+            shutil.rmtree(path, ignore_errors=True)
+        if path.suffix != ".lock":
             return
-        with suppress(StateError, OSError), Machine(self.config(), name).lock(0):
-            if not (self._run() / name).exists():
-                lock.with_suffix(".owner").unlink(missing_ok=True)
-                lock.unlink()
+        machine = Machine(self.config(), path.stem.removeprefix("."))
+        if machine.folder.exists():
+            return
+        with suppress(StateError, OSError), machine.lock(0, say=False):
+            if not machine.folder.exists():
+                drop(path)
 
     # -- parts
 
@@ -242,6 +272,24 @@ class Project:
             with suppress(ConfigError):  # a guest that is not there any more: the machine can still be removed
                 base = self.config(record.family, record.version)
         return Machine(base if record is None else adapted(base, record), name)
+
+
+def why_over(machine: Machine) -> str:
+    """Why a machine is of no more use, as its record tells; empty when it is, or when that cannot be known."""
+    record = machine.state.machine(machine.name)
+    if record is None:
+        return ""
+    if record.owner:
+        over = proc.started(record.owner) != record.owner_started
+        return "the command that it belonged to is gone" if over else ""
+    return "it has ended" if record.throwaway and record.pid and machine.pid(record) is None else ""
+
+
+def _empty(folder: Path) -> bool:
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def possible(base: Config, wants: Wants) -> None:

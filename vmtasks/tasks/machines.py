@@ -26,6 +26,7 @@ EXIT = {
     "unreachable": 7,
     "paused": 8,
     "panicked": 9,
+    "damaged": 10,
 }
 """Exit status of `status` by state."""
 
@@ -152,7 +153,7 @@ def task_destroy() -> Task:
 
     def destroy(yes: bool) -> None:  # noqa: FBT001 - doit passes parameters by name
         machine = the_machine()
-        if machine.record() is None and not machine.folder.exists():
+        if not machine.folder.exists():
             progress.say(f"there is no machine {machine.name}; nothing was removed")
             return
         if not yes:
@@ -196,8 +197,8 @@ def task_status() -> Task:
     Stale: it ended without being stopped. Unreachable: SSH has answered, and does not now. The task changes nothing and
     waits for nobody, and may be asked at any time, also while another command works on the machine.
 
-    Exit status: 0 running, SSH answers; 3 booting; 4 stopped; 5 stale; 6 absent; 7 unreachable; 8 paused; 9 panicked; 2
-    wrong configuration.
+    Exit status: 0 running, SSH answers; 3 booting; 4 stopped; 5 stale; 6 absent; 7 unreachable; 8 paused; 9 panicked;
+    10 its record cannot be read; 2 wrong configuration.
     Example: doit status || doit start
     """
 
@@ -220,6 +221,8 @@ def describe(view: "View") -> list[str]:
         "unreachable": "unreachable: QEMU runs, and SSH, which has answered before, does not; vmtasks doctor says why",
         "paused": "paused: its CPU stands still; vmtasks doctor says why, vmtasks resume lets it go on",
         "panicked": "panicked: the guest's kernel has given up",
+        "damaged": f"damaged: its record cannot be read: {view.fault}; `doit stop` ends what runs of it, `doit destroy`"
+        " removes it",
         "stale": "stale: it ended without being stopped; `doit start` starts it again",
         "stopped": "stopped",
     }
