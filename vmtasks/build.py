@@ -4,6 +4,7 @@ Each step leaves a small record in the guest's state folder; the next step depen
 A finished phase is published in the store at once, so that no kill, and no loss of doit's database, costs it.
 """
 
+import contextlib
 import functools
 import hashlib
 from collections.abc import Callable
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 from vmtasks import atomic, image, plan, proc, progress, tidy
+from vmtasks.errors import StateError
 from vmtasks.lock import lock
 from vmtasks.media import installer, template
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
 from vmtasks.model import Download
 from vmtasks.state import PhaseRecord, State
-from vmtasks.store import MediaRecord, read_record, write_record
+from vmtasks.store import ImageRecord, Look, MediaRecord, read_record, write_record
 
 LOCK_S = 4 * 3600.0
 PROGRAM, PLAIN = 0o555, 0o444
@@ -65,13 +67,10 @@ class Builder(State):
         FetchError for a download that nothing is known to hold against, unless `allow_unverified` says yes, or did so
         in this project before.
         """
-        tidy.register(self.store, self.config.vm_dir)
         recipe = self.recipe()
-        record = self._media(recipe, allow_unverified=allow_unverified)
-        if record is None:
+        if not self._use_media(recipe, allow_unverified=allow_unverified):
             with self.store.lock(f"media-{recipe[:32]}", timeout_s=LOCK_S, waiting=self._waiting("the installer")):
-                record = self._media(recipe, allow_unverified=allow_unverified)
-                if record is None:
+                if not self._use_media(recipe, allow_unverified=allow_unverified):
                     with progress.step(
                         "fetch: the installer", expected_s=self.store.history.expected_s(f"fetch {recipe[:12]}")
                     ) as step:
@@ -80,7 +79,8 @@ class Builder(State):
                         )
                     write_record(self.store.root / "media" / f"{recipe}.toml", record)
                     self.store.history.record(f"fetch {recipe[:12]}", step.elapsed_s)
-        write_record(self.installer_record, record)
+                    with self.naming():
+                        write_record(self.installer_record, record)
 
     @alone
     def render(self, number: int) -> None:
@@ -132,24 +132,78 @@ class Builder(State):
         Boots a guest only if the store holds no intact image for the digest, or `anew`. PhaseError when it fails.
         """
         digest, title = self.digest(number), self.title(number)
-        record, why = self.store.find(digest)
-        if record is None or anew:
-            with self.store.lock(f"image-{digest}", timeout_s=LOCK_S, waiting=self._waiting(title)) as held:
-                record, why = self.store.find(digest)
-                if record is None or anew:
-                    why = why or "asked for anew"
-                    if why != "not built yet":
-                        progress.say(f"{title}: {why}; building it again")
-                    if record is None:
-                        self.store.drop(digest)
-                    record = image.make(self._job(number, digest), held)
-        write_record(self.record(number), PhaseRecord(digest=record.digest, sha256=record.sha256))
+        if not anew and not self._use_image(number, digest):
+            return
+        with self.store.lock(f"image-{digest}", timeout_s=LOCK_S, waiting=self._waiting(title)) as held:
+            why = "asked for anew" if anew else self._use_image(number, digest)
+            if not why:
+                return
+            if why != "not built yet":
+                progress.say(f"{title}: {why}; building it again")
+            below = self.below(number, look="sample")
+            with self.store.explaining(below, "doit auto_install"):
+                made = image.make(self._job(number, digest, below), held)
+            with self.naming():
+                write_record(self.record(number), PhaseRecord(digest=digest, sha256=made.sha256))
 
     def snapshot(self) -> None:
         """Name the last phase's image `clean`."""
-        tidy.register(self.store, self.config.vm_dir)
-        last = self.phase_record(len(self.config.guest.phases))
-        write_record(self.clean_record, last)
+        with self.naming():
+            write_record(self.clean_record, self.phase_record(len(self.config.guest.phases)))
+
+    def adopt(self) -> str:
+        """Let the records of all steps say what the store holds for them; returns what it lacks, or ''.
+
+        Downloads nothing and boots nothing.
+        """
+        if not self._use_media(self.recipe(), allow_unverified=True):
+            return "the installer"
+        for number in range(1, len(self.config.guest.phases) + 1):
+            self.render(number)
+            if self._use_image(number, self.digest(number)):
+                return f"the image of phase {self.phase(number).name}"
+        if read_record(self.clean_record, PhaseRecord) != self.phase_record(len(self.config.guest.phases)):
+            self.snapshot()
+        return ""
+
+    def naming(self) -> contextlib.AbstractContextManager[None]:
+        """Write records that name what is in the store; see vmtasks.tidy."""
+        return tidy.naming(self.store, self.config.vm_dir)
+
+    def _use_media(self, recipe: str, *, allow_unverified: bool) -> bool:
+        """Whether the store has the installer; our record names it then."""
+        with self.naming():
+            record = self._media(recipe, allow_unverified=allow_unverified)
+            if record is not None and record != read_record(self.installer_record, MediaRecord):
+                write_record(self.installer_record, record)
+        return record is not None
+
+    def _use_image(self, number: int, digest: str) -> str:
+        """Let our record of phase `number` name an image that the store holds; why there is none, or ''.
+
+        It stands on the very bytes that our record before it names: another project may have built its own.
+        """
+        below = self.below(number)
+        with self.naming():
+            found, why = self.store.find(digest, chain=below.chain if below else "")
+            if found is not None:
+                ours = PhaseRecord(digest=found.digest, sha256=found.sha256)
+                if ours != read_record(self.record(number), PhaseRecord):
+                    write_record(self.record(number), ours)
+        return why
+
+    def below(self, number: int, *, look: Look = "time") -> ImageRecord | None:
+        """The image that phase `number` grows from; None for the first phase. StateError when it is invalid."""
+        if number == 1:
+            return None
+        named = self.phase_record(number - 1)
+        found, why = self.store.find(named.digest, named.sha256, look=look)
+        if found is None:
+            raise StateError(
+                f"phase {self.phase(number).name} of {self.config.label} grows from image {named.digest[:12]}: {why}",
+                hint=f"doit phase:{number - 1}",
+            )
+        return found
 
     # -- what the steps look at
 
@@ -198,9 +252,8 @@ class Builder(State):
     def _waiting(self, what: str) -> progress.Say:
         return lambda holder: progress.say(f"{what}: {holder} is making it; waiting")
 
-    def _job(self, number: int, digest: str) -> image.Job:
+    def _job(self, number: int, digest: str, below: ImageRecord | None) -> image.Job:
         self._write_iso(number)  # another run may have rendered anew since `phase_iso`, and `digest` is of these files
-        below = self.phase_record(number - 1).digest if number > 1 else ""
         return image.Job(
             config=self.config,
             store=self.store,
@@ -210,7 +263,7 @@ class Builder(State):
             digest=digest,
             token=plan.token(self._iso_files(self.sources(number))),
             isos={"installer": self.installer(), "phase": self.iso(number)},
-            below=self.store.record(below) if below else None,
+            below=below,
         )
 
 

@@ -114,10 +114,12 @@ def look(builder: Builder, number: int, *, cd: bool, live: bool, display: str, s
     copy = builder.look_disk(number)
     with lock(builder.home / f".look-{number}.lock", f"look:{number}", timeout_s=0):
         copy.unlink(missing_ok=True)
-        if number == 1:
-            disk.create(copy, config.disk_size)
-        else:
-            disk.overlay(copy, builder.store.image(builder.phase_record(number - 1).digest))
+        below = builder.below(number, look="sample")
+        with builder.store.explaining(below, "doit auto_install"):
+            if below is None:
+                disk.create(copy, config.disk_size)
+            else:
+                disk.overlay(copy, builder.store.image(below))
         isos = {"installer": builder.installer(), "phase": builder.iso(number)}
         boot, drives = ("cd", ["installer", "phase"]) if live else (phase.boot, list(phase.cds))
         machine = hardware.spec(

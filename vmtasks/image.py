@@ -58,7 +58,7 @@ def make(job: Job, lock: int) -> ImageRecord:
     if job.below is None:
         disk.create(partial, job.config.disk_size)
     else:
-        disk.overlay(partial, job.store.image(job.below.digest), relative=True)
+        disk.overlay(partial, job.store.image(job.below), relative=True)
     history = job.store.history
     try:
         with progress.step(job.title, expected_s=history.expected_s(job.title)) as step:
@@ -182,7 +182,7 @@ def _look(job: Job) -> Path:
     """Move the partial image to the kept disks; returns the script that boots it."""
     kept = job.store.keep_failed(job.digest)
     if job.below is not None:
-        disk.reback(kept, job.store.image(job.below.digest))
+        disk.reback(kept, job.store.image(job.below))
     look = job.config.guest_state / f"look-{job.number}"
     disk_only = replace(spec(job, kept, job.logs, None), cds=(), boot="disk")
     live = replace(disk_only, cds=(job.isos["installer"],), boot="cd")

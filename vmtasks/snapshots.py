@@ -4,7 +4,7 @@ import hashlib
 import time
 from pathlib import Path
 
-from vmtasks import atomic
+from vmtasks import atomic, tidy
 from vmtasks.media import disk
 from vmtasks.state import MachineRecord, PhaseRecord, State
 from vmtasks.store import ImageRecord, write_record
@@ -41,5 +41,6 @@ def save(state: State, overlay: Path, record: MachineRecord, name: str, key: Pat
                 created=round(time.time(), 3),
             ),
         )
-    write_record(state.snapshot_record(name), PhaseRecord(digest=digest, sha256=saved.sha256))
+        with tidy.naming(store, config.vm_dir):
+            write_record(state.snapshot_record(name), PhaseRecord(digest=digest, sha256=saved.sha256))
     return saved

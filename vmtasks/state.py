@@ -186,7 +186,7 @@ class State:
         return self.store.download(self.media().sha256)
 
     def why_stale(self, number: int) -> str:
-        """Why the record of phase `number` (0: the installer) cannot be believed; empty when it can. Reads no image."""
+        """Why the record of phase `number` (0: the installer) is invalid, or ''. Reads no image whose time is right."""
         if number:
             return self.image_fault(self.record(number))
         media = read_record(self.installer_record, MediaRecord)
@@ -210,17 +210,14 @@ class State:
             for sha256, _, name in (item.partition(" ") for item in items):
                 if not self.store.download(sha256).is_file():
                     return f"the package {name} is gone"
-        return file_fault(self.store.download(media.sha256), media.size, media.mtime_ns)
+        return file_fault(self.store.download(media.sha256), media.size, media.mtime_ns, media.sha256)
 
     def image_fault(self, record: Path) -> str:
-        """Why the image that `record` names cannot be believed; empty when it can."""
+        """Why the image that `record` names is invalid, or ''."""
         named = read_record(record, PhaseRecord)
         if named is None:
             return f"there is no record {record.name}"
-        image, why = self.store.find(named.digest)
-        if image is None:
-            return why
-        return "" if image.sha256 == named.sha256 else "the image was built anew"
+        return self.store.find(named.digest, named.sha256)[1]
 
     def machine(self, name: str) -> MachineRecord | None:
         """The record of the machine `name`; None when there is no machine."""

@@ -3,33 +3,44 @@
 downloads/<sha256>           what was fetched; its name is its digest
 downloads/<sha256>.json      where it came from, if it was downloaded
 media/<recipe>.toml          which download an installer recipe led to
-images/<digest>.qcow2        read-only, backed by the image before it (named relatively: the store can be moved)
-images/<digest>.toml         its record, written last: no record, no image
+images/<digest>.<bytes>.qcow2  read-only, backed by the image before it (named relatively: the store can be moved);
+                             `bytes` begins the SHA-256 of the file, so that no other bytes ever get this name
+images/<digest>.<bytes>.toml its record, written last: no record, no image
+images/<digest>.<bytes>.damaged  the record of an image whose bytes were found to be others
 images/<digest>.partial      an image being made; whoever holds its lock may remove it
 failed/<digest>.qcow2        the disk of a phase that failed, kept to look inside
 locks/, accel.json, history.json
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 
-from vmtasks import atomic
-from vmtasks.errors import StateError
+from vmtasks import atomic, qcow2
+from vmtasks.errors import ImageError, StateError
 from vmtasks.lock import Waiting, lock
 from vmtasks.progress import History
 
 R = TypeVar("R", bound=msgspec.Struct)
+Look = Literal["time", "sample", "bytes"]
+"""How well an image is looked at: size and time only; also its header and samples of its bytes; every byte."""
+
+BYTES = 16
+"""How many digits of the SHA-256 are in the name of an image file."""
 
 
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a published image. Sizes in bytes, times in seconds since 1970 or of duration."""
+    """What is known of a published image. Sizes in bytes, times in seconds since 1970 or of duration.
+
+    Images of older versions have neither `file` nor `sample`.
+    """
 
     digest: str
     guest: str
@@ -47,6 +58,13 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float = 0.0
     accel: str = ""
     qemu: str = ""
+    file: str = ""
+    sample: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The name of the image's file, without `.qcow2`."""
+        return self.file or self.digest
 
     @property
     def chain(self) -> str:
@@ -88,14 +106,18 @@ class Store:
         """Where the disk of a failed phase is kept."""
         return self.root / "failed" / f"{digest}.qcow2"
 
+    def downloads(self) -> list[Path]:
+        """All whole downloads."""
+        return sorted(path for path in (self.root / "downloads").glob("*") if len(path.name) == 64 and path.is_file())
+
     @property
     def history(self) -> History:
         """How long each piece of work took the last time."""
         return History(self.root / "history.json")
 
-    def image(self, digest: str) -> Path:
-        """Where the image with this digest is, if it is."""
-        return self.root / "images" / f"{digest}.qcow2"
+    def image(self, record: ImageRecord) -> Path:
+        """Where the image of this record is, if it is."""
+        return self.root / "images" / f"{record.stem}.qcow2"
 
     def partial(self, digest: str) -> Path:
         """Where the image with this digest is being made. Beside the others, so that its backing name stays right."""
@@ -107,46 +129,121 @@ class Store:
 
     # -- images
 
-    def record(self, digest: str) -> ImageRecord | None:
-        """The record of a published image; None when there is none that can be read."""
-        return read_record(self.root / "images" / f"{digest}.toml", ImageRecord)
+    def made(self, digest: str) -> list[ImageRecord]:
+        """The readable records of all images that were made for this digest, newest first."""
+        folder, name = self.root / "images", glob.escape(digest)
+        paths = (*folder.glob(f"{name}.toml"), *folder.glob(f"{name}.*.toml"))
+        found = (read_record(path, ImageRecord) for path in paths)
+        return sorted((r for r in found if r is not None and r.digest == digest), key=lambda r: -r.created)
 
-    def find(self, digest: str, *, full: bool = False) -> tuple[ImageRecord | None, str]:
-        """The record of an intact image, or None and why not. `full` reads every byte."""
-        record = self.record(digest)
-        if record is None:
-            return None, "not built yet"
-        reason = self.fault(record, full=full)
-        return (None, reason) if reason else (record, "")
+    def record(self, digest: str, sha256: str) -> ImageRecord | None:
+        """The record of the image with these bytes; None when there is none that can be read."""
+        for stem in (_stem(digest, sha256), digest):
+            record = read_record(self.root / "images" / f"{stem}.toml", ImageRecord)
+            if record is not None and (record.digest, record.sha256) == (digest, sha256):
+                return record
+        return None
 
-    def fault(self, record: ImageRecord, *, full: bool = False) -> str:
-        """Why an image cannot be believed; empty when it can. Looks at the whole chain of images below it."""
-        path = self.image(record.digest)
-        fault = file_fault(path, record.size, record.mtime_ns, record.sha256 if full else "")
+    def find(
+        self, digest: str, sha256: str = "", *, chain: str | None = None, look: Look = "time"
+    ) -> tuple[ImageRecord | None, str]:
+        """The record of an intact image of this digest, the newest; or None and why there is none.
+
+        With `sha256` only the image with these bytes, and with `chain` only one that stands on that chain of bytes;
+        an empty one is that of an image that stands on none.
+        """
+        exact = self.record(digest, sha256) if sha256 else None
+        made = [exact] if exact else self.made(digest)
+        if not made:
+            aside = any((self.root / "images").glob(f"{glob.escape(digest)}*.damaged"))
+            return None, "the image was damaged" if aside else "the image is gone" if sha256 else "not built yet"
+        asked = [r for r in made if sha256 in ("", r.sha256) and chain in (None, r.backing_sha256)]
+        why = "" if asked else "the image was built anew" if sha256 else "the image below it was built anew"
+        for record in asked:
+            fault = self.fault(record, look)
+            if not fault:
+                return record, ""
+            why = why or fault
+        return None, why
+
+    def fault(self, record: ImageRecord, look: Look = "time") -> str:
+        """Why an image is invalid, or ''. Looks at the whole chain of images below it.
+
+        One whose bytes are not what its record says loses its record, so that nobody believes it again.
+        """
+        fault = self.own_fault(record, look)
         if fault or not record.backing:
             return fault
-        below = self.record(record.backing)
+        below = self.below(record)
         if below is None:
-            return f"the image below it, {record.backing[:12]}, is gone"
-        if below.chain != record.backing_sha256:
-            return f"the image below it, {record.backing[:12]}, was built anew"
-        return self.fault(below, full=full)
+            gone = "was built anew" if self.made(record.backing) else "is gone"
+            return f"the image below it, {record.backing[:12]}, {gone}"
+        return self.fault(below, look)
+
+    def own_fault(self, record: ImageRecord, look: Look) -> str:
+        """As fault(), without the images below."""
+        path = self.image(record)
+        fault = file_fault(path, record.size, record.mtime_ns, record.sha256, full=look == "bytes")
+        if not fault and look == "sample":
+            fault = self._header_fault(record) or self._sample_fault(record)
+        if fault.endswith(OTHER_BYTES):
+            with contextlib.suppress(OSError):
+                path.with_suffix(".toml").rename(path.with_suffix(".damaged"))
+        return fault
+
+    def below(self, record: ImageRecord) -> ImageRecord | None:
+        """The image whose bytes this one stands on; None when there is no record of it."""
+        return next((r for r in self.made(record.backing) if r.chain == record.backing_sha256), None)
+
+    def _sample_fault(self, record: ImageRecord) -> str:
+        """What samples tell of an image that has the size and time that it should have."""
+        path = self.image(record)
+        try:
+            other = bool(record.sample) and qcow2.sample(path) != record.sample
+        except OSError as error:
+            return f"{path.name} cannot be read: {error.strerror}"
+        return f"{path.name} {OTHER_BYTES}" if other else ""
+
+    def _header_fault(self, record: ImageRecord) -> str:
+        """What the header of an image tells, also of which image it stands on."""
+        path, told = self.image(record), qcow2.header(self.image(record))
+        if told is None or told.virtual_size != record.virtual_size:
+            return f"{path.name} {OTHER_BYTES}"
+        below = self.below(record) if record.backing else None
+        backing = self.image(below).name if below else ""
+        return f"{path.name} stands on {told.backing}, not on {backing}" if below and told.backing != backing else ""
+
+    @contextlib.contextmanager
+    def explaining(self, image: ImageRecord | None, hint: str) -> Iterator[None]:
+        """Where a program fails on a disk in the block, read every byte of `image` that it stands on.
+
+        ImageError that names the damaged image and gives `hint`, or else the program's own.
+        """
+        try:
+            yield
+        except ImageError as error:
+            fault = self.fault(image, "bytes") if image is not None else ""
+            if not fault:
+                raise
+            raise ImageError(fault, hint=hint, log=error.log) from error
 
     def publish(self, digest: str, record: Callable[[os.stat_result, str], ImageRecord]) -> ImageRecord:
-        """Turn the partial image of `digest` into a published one.
+        """Turn the partial image of `digest` into a published one. What was published before stays as it is.
 
         The data is made durable, then named, then the record is written: a kill at any moment leaves either no image
         or a whole one. `record` is given the file's stat and SHA-256.
         """
-        partial, image = self.partial(digest), self.image(digest)
+        partial = self.partial(digest)
         partial.chmod(0o444)
         with partial.open("rb") as data:
             os.fsync(data.fileno())
-            sha256 = hashlib.file_digest(data, "sha256").hexdigest()
+        sha256 = qcow2.digest(partial)
+        made = record(partial.stat(), sha256)
+        made = msgspec.structs.replace(made, file=_stem(digest, sha256), sample=qcow2.sample(partial))
+        image = self.image(made)
         partial.rename(image)
         atomic.sync_folder(image.parent)
-        made = record(image.stat(), sha256)
-        write_record(self.root / "images" / f"{digest}.toml", made)
+        write_record(image.with_suffix(".toml"), made)
         return made
 
     def keep_failed(self, digest: str) -> Path:
@@ -156,34 +253,73 @@ class Store:
         self.partial(digest).rename(kept)
         return kept
 
-    def drop(self, digest: str) -> None:
-        """Remove an image that is not to be believed: its record first."""
-        for path in (self.root / "images" / f"{digest}.toml", self.image(digest), self.partial(digest)):
-            path.unlink(missing_ok=True)
+    def mend(self) -> list[str]:
+        """Give images back their records that were set aside, where the right bytes are there again; their names."""
+        again = []
+        for path in sorted((self.root / "images").glob("*.damaged")):
+            record = read_record(path, ImageRecord)
+            if record is not None and not file_fault(
+                self.image(record), record.size, record.mtime_ns, record.sha256, full=True
+            ):
+                path.rename(path.with_suffix(".toml"))
+                again.append(path.stem)
+        return again
 
     def records(self) -> list[ImageRecord]:
         """All readable records, oldest first."""
         found = (read_record(path, ImageRecord) for path in sorted((self.root / "images").glob("*.toml")))
         return sorted((r for r in found if r is not None), key=lambda r: r.created)
 
-    def prune(self, keep: Iterable[str]) -> list[Path]:
-        """Remove images that are neither in `keep` nor below one that is, kept disks and leftovers. Returns them."""
-        wanted: set[str] = set()
-        for digest in keep:
-            at: str = digest
-            while at and at not in wanted:
-                wanted.add(at)
-                record = self.record(at)
-                at = record.backing if record else ""
+    # -- pruned
+
+    def reachable(self, named: Iterable[tuple[str, str]], stems: Iterable[str]) -> set[str]:
+        """The names of all image files that are needed: by digest and SHA-256, by name, and below one that is.
+
+        What stands on what, both records and the files' own headers tell.
+        """
+        folder, named = self.root / "images", set(named)
+        there = {path.stem for path in folder.glob("*.qcow2") if not path.name.startswith(".")}
+        todo = {*stems, *(stem for stem in (_stem(*name) for name in named))}
+        todo |= {digest for digest, sha256 in named if not self._is_other(digest, sha256)}
+        todo |= {Path(h.backing).stem for path in folder.glob("*.partial") if (h := qcow2.header(path)) and h.backing}
+        found: set[str] = set()
+        while todo:
+            stem = todo.pop()
+            if stem in found or stem not in there:
+                continue
+            found.add(stem)
+            told = qcow2.header(folder / f"{stem}.qcow2")
+            if told is not None and told.backing:
+                todo.add(Path(told.backing).stem)
+            record = read_record(folder / f"{stem}.toml", ImageRecord)
+            if record is not None and record.backing and (below := self.below(record)):
+                todo.add(below.stem)
+        return found
+
+    def _is_other(self, digest: str, sha256: str) -> bool:
+        """Whether the image that an older version named by `digest` alone is known to have other bytes."""
+        record = read_record(self.root / "images" / f"{digest}.toml", ImageRecord)
+        return record is not None and record.sha256 != sha256
+
+    def prune(self, needed: set[str] | None, *, dry_run: bool = False) -> list[Path]:
+        """Remove the images that are not in `needed`, kept disks and leftovers; returns them. None: all are needed.
+
+        With `dry_run` nothing is removed. What somebody holds the lock of is left alone.
+        """
         gone = []
-        for path in (*(self.root / "images").glob("*"), *(self.root / "failed").glob("*")):
+        paths = (*(self.root / "images").glob("*"), *(self.root / "failed").glob("*"))
+        for path in sorted(paths, key=lambda path: (path.suffix == ".qcow2", path)):  # records first
             if atomic.is_temporary(path.name):  # vmtasks.leftovers sees to these
                 continue
-            digest = path.name.partition(".")[0]
-            if path.parent.name == "images" and digest in wanted and path.name in (f"{digest}.qcow2", f"{digest}.toml"):
+            if path.is_dir() and not path.is_symlink():
+                continue  # nothing of ours
+            published = path.parent.name == "images" and path.suffix in (".damaged", ".qcow2", ".toml")
+            if published and (needed is None or path.stem in needed):
                 continue
+            digest = path.name.partition(".")[0]
             with contextlib.suppress(StateError), self.lock(f"image-{digest}", timeout_s=0):
-                path.unlink(missing_ok=True)
+                if not dry_run:
+                    path.unlink(missing_ok=True)
                 gone.append(path)
         return gone
 
@@ -196,20 +332,32 @@ class Store:
         return lock(self.root / "locks" / f"{name}.lock", name, timeout_s=timeout_s, waiting=waiting)
 
 
-def file_fault(path: Path, size: int, mtime_ns: int, sha256: str = "") -> str:
-    """Why `path` is not the file that was recorded; empty when it is. Reads it only when `sha256` is given."""
+OTHER_BYTES = "does not have the bytes that its record says"
+SECOND_NS = 10**9
+
+
+def file_fault(path: Path, size: int, mtime_ns: int, sha256: str, *, full: bool = False) -> str:
+    """Why `path` is not the file that was recorded, or ''. Reads it only where its time is another, or if `full`.
+
+    One that has the right bytes gets the time that its record says, so that it is not read again: a store that was
+    copied, or restored from a cache of CI, is as good as it was.
+    """
     try:
         stat = path.stat()
-    except OSError:
+        if stat.st_size != size:
+            return f"{path.name} has {stat.st_size} bytes, its record says {size}"
+        same_time = stat.st_mtime_ns in (mtime_ns, mtime_ns // SECOND_NS * SECOND_NS)  # archives keep whole seconds
+        if same_time and not full:
+            return ""
+        if qcow2.digest(path) != sha256:
+            return f"{path.name} {OTHER_BYTES}"
+    except FileNotFoundError:
         return f"{path.name} is gone"
-    if stat.st_size != size:
-        return f"{path.name} has {stat.st_size} bytes, its record says {size}"
-    if sha256:
-        with path.open("rb") as data:
-            if hashlib.file_digest(data, "sha256").hexdigest() != sha256:
-                return f"{path.name} does not have the SHA-256 that its record says"
-    elif stat.st_mtime_ns != mtime_ns:
-        return f"{path.name} was changed since it was published"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    if not same_time:
+        with contextlib.suppress(OSError):  # a store that may not be written to
+            os.utime(path, ns=(stat.st_atime_ns, mtime_ns))
     return ""
 
 
@@ -231,3 +379,8 @@ def write_record(path: Path, record: msgspec.Struct) -> None:
     import tomli_w  # noqa: PLC0415
 
     atomic.write(path, tomli_w.dumps(msgspec.to_builtins(record)))
+
+
+def _stem(digest: str, sha256: str) -> str:
+    """The name of an image file, which no other bytes ever get."""
+    return f"{digest}.{sha256[:BYTES]}"

@@ -114,7 +114,8 @@ class Verification:
         self.builder.render(number)
         self.builder.phase_iso(number)
         self.builder.build(number, anew=True)
-        image = self.builder.store.record(self.builder.phase_record(number).digest)
+        named = self.builder.phase_record(number)
+        image = self.builder.store.record(named.digest, named.sha256)
         return f"image of {image.size >> 20} MiB, {len(image.host_keys)} host keys" if image else ""
 
     def _start(self) -> str:

@@ -65,7 +65,8 @@ def _boot(root: Path, work: Path, order: Order) -> Outcome:
         work / "told.iso", line=order.line, occurrence=order.occurrence, status=order.status, pkg=order.pkg
     )
     digest = hashlib.sha256(repr(order).encode()).hexdigest()
-    job = Builder(config)._job(order.number, digest)
+    builder = Builder(config)
+    job = builder._job(order.number, digest, builder.below(order.number))
     phase = changed(job.phase, cds=[*job.phase.cds, "told"], timeout_s=TIMEOUT_S, silence_timeout_s=SILENCE_S)
     talk = {
         name: [changed(exchange, timeout_s=PROMPT_S) for exchange in exchanges]
@@ -80,9 +81,10 @@ def _boot(root: Path, work: Path, order: Order) -> Outcome:
             image.make(job, lock)
         except PhaseError as error:
             cause, message = error.cause, error.message
-    published = job.store.record(digest) is not None
-    for path in (job.store.failed(digest), job.store.partial(digest)):
+    images = [job.store.image(record) for record in job.store.made(digest)]
+    published = bool(images)
+    records = [path.with_suffix(".toml") for path in images]
+    for path in (job.store.failed(digest), job.store.partial(digest), *records, *images):
         path.unlink(missing_ok=True)
-    job.store.drop(digest)
     seen = transcript.read(job.console_log)
     return Outcome(order, cause, message, published, seen.made_to_fail, seen.findings, seen.text)

@@ -2,20 +2,24 @@
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmtasks import atomic, leftovers, tidy
-from vmtasks.errors import BusyError, StateError
+from vmtasks import atomic, leftovers, qcow2, tidy
+from vmtasks.errors import BusyError, ImageError, StateError
 from vmtasks.lock import lock
+from vmtasks.media import disk
 from vmtasks.store import ImageRecord, Store, read_record, write_record
 
 
@@ -57,8 +61,8 @@ def test_what_is_published_is_found_and_cannot_be_written(store: Store):
     assert store.find("a") == (None, "not built yet")
     record = make(store, "a", data=b"abc")
     assert store.find("a") == (record, "")
-    assert store.find("a", full=True) == (record, "")
-    assert store.image("a").stat().st_mode & 0o777 == 0o444
+    assert store.find("a", look="bytes") == (record, "")
+    assert store.image(record).stat().st_mode & 0o777 == 0o444
     assert not store.partial("a").exists()
     assert (record.size, record.sha256[:8]) == (3, "ba7816bf")
 
@@ -88,15 +92,14 @@ def test_killed_at_any_moment_of_publishing_there_is_all_or_nothing(tmp_path: Pa
             publish(store, "a")
             os._exit(0)
         _, status = os.waitpid(pid, 0)
-        found, why = store.find("a", full=True)
+        found, why = store.find("a", look="bytes")
         if status == 0:
             assert found is not None
             assert moment > 8, "the test did not see the calls that it means to interrupt"
             return
         assert os.WTERMSIG(status) == signal.SIGKILL
         assert found is not None or why == "not built yet"
-        store.drop("a")
-        assert make(store, "a") == store.find("a", full=True)[0], f"not to be mended after moment {moment}"
+        assert make(store, "a") == store.find("a", look="bytes")[0], f"not to be mended after moment {moment}"
     raise AssertionError("publishing never ended")
 
 
@@ -109,12 +112,11 @@ def test_a_full_disk_is_said_and_nothing_is_believed(full_disk: Path):
         publish(store, "a")
     assert caught.value.errno == errno.ENOSPC
     assert store.find("a") == (None, "not built yet")
-    assert sorted(p.name for p in (full_disk / "images").iterdir()) == ["a.qcow2"]
+    assert [p.suffix for p in (full_disk / "images").iterdir()] == [".qcow2"]
     # What ends a machine must be able to take a lock, now above all.
     with store.lock("a", timeout_s=1), pytest.raises(BusyError, match="another process"), store.lock("a", timeout_s=0):
         pass
     (full_disk / "ballast").unlink()
-    store.drop("a")
     assert make(store, "a") == store.find("a")[0]
 
 
@@ -131,79 +133,242 @@ def test_a_write_that_fails_leaves_the_old_content(full_disk: Path):
 
 
 def test_truncated_by_one_byte(store: Store):
-    make(store, "a", data=b"abc")
-    store.image("a").chmod(0o644)
-    os.truncate(store.image("a"), 2)
-    assert store.find("a") == (None, "a.qcow2 has 2 bytes, its record says 3")
+    path = store.image(make(store, "a", data=b"abc"))
+    path.chmod(0o644)
+    os.truncate(path, 2)
+    assert store.find("a") == (None, f"{path.name} has 2 bytes, its record says 3")
 
 
 def test_changed_in_place(store: Store):
-    record = make(store, "a", data=b"abc")
-    store.image("a").chmod(0o644)
-    store.image("a").write_bytes(b"abd")
-    os.utime(store.image("a"), ns=(0, record.mtime_ns + 1))
-    assert store.find("a") == (None, "a.qcow2 was changed since it was published")
-    os.utime(store.image("a"), ns=(0, record.mtime_ns))
-    assert store.find("a", full=True) == (None, "a.qcow2 does not have the SHA-256 that its record says")
+    path = store.image(make(store, "a", data=b"abc"))
+    path.chmod(0o644)
+    path.write_bytes(b"abd")
+    assert store.find("a") == (None, f"{path.name} does not have the bytes that its record says")
+    assert store.find("a") == (None, "the image was damaged"), "and it is not believed again"
+    assert path.exists(), "overlays may stand on it"
+    assert store.mend() == []
+    path.write_bytes(b"abc")
+    assert store.mend() == [path.stem]
+    assert store.find("a")[1] == ""
 
 
-def test_touched_only(store: Store):
-    record = make(store, "a")
-    store.image("a").touch()
-    assert store.find("a")[0] is None
-    assert store.find("a", full=True)[0] == record, "every byte is right"
+def test_other_bytes_of_the_same_time(store: Store):
+    """As a fault of the file system leaves it, or a copy with times of a file that was damaged before."""
+    record = make(store, "a", data=bytes(1 << 20))
+    path = store.image(record)
+    path.chmod(0o644)
+    with path.open("rb+") as data:
+        data.seek(300_001)
+        data.write(b"x")
+    os.utime(path, ns=(0, record.mtime_ns))
+    assert store.find("a") == (record, "")
+    assert store.find("a", look="bytes") == (None, f"{path.name} does not have the bytes that its record says")
+
+
+def test_a_store_that_was_copied_is_as_good_and_is_read_once(store: Store, tmp_path: Path):
+    """As a cache of CI gives it back: times are of the copy, and archives keep whole seconds only."""
+    below = make(store, "a")
+    record = make(store, "b", below)
+    copy = Store(Path(shutil.copytree(store.root, tmp_path / "copy", copy_function=shutil.copyfile)))
+    assert copy.image(record).stat().st_mtime_ns != record.mtime_ns
+    assert copy.find("b") == (record, "")
+    for image in (below, record):
+        assert copy.image(image).stat().st_mtime_ns == image.mtime_ns, "stamped, so that it is not read again"
+    copy.image(record).chmod(0o644)
+    copy.image(record).write_bytes(b"dusk")
+    os.utime(copy.image(record), ns=(0, record.mtime_ns // 10**9 * 10**9))
+    assert copy.find("b") == (record, ""), "a time in whole seconds is the same time: nothing is read"
 
 
 @pytest.mark.parametrize("text", ["", "digest = 1", "not toml", "\0", 'digest = "a"\n', "\N{BOM}"])
 def test_a_damaged_record_is_none(text: str, store: Store):
-    make(store, "a")
-    (store.root / "images/a.toml").write_text(text)
-    assert store.record("a") is None
+    store.image(make(store, "a")).with_suffix(".toml").write_text(text)
+    assert store.made("a") == []
     assert store.find("a") == (None, "not built yet")
     assert store.records() == []
 
 
 def test_a_record_of_bytes_that_are_no_text_is_none(store: Store):
-    make(store, "a")
-    (store.root / "images/a.toml").write_bytes(b"\xff")
-    assert store.record("a") is None
+    record = make(store, "a")
+    store.image(record).with_suffix(".toml").write_bytes(b"\xff")
+    assert store.made("a") == []
+    assert store.record("a", record.sha256) is None
 
 
-def test_an_image_stands_on_those_below_it(store: Store):
-    a = make(store, "a", data=b"1")
-    b = make(store, "b", a)
-    c = make(store, "c", b)
+def old(store: Store, digest: str, below: ImageRecord | None = None, data: bytes = b"disk") -> ImageRecord:
+    """An image as older versions published it."""
+    made = make(store, digest, below, data)
+    as_it_was = msgspec.structs.replace(made, file="", sample="")
+    store.image(made).with_suffix(".toml").unlink()
+    store.image(made).rename(store.image(as_it_was))
+    write_record(store.image(as_it_was).with_suffix(".toml"), as_it_was)
+    assert sorted(p.name for p in (store.root / "images").glob(f"{digest}.*")) == [f"{digest}.qcow2", f"{digest}.toml"]
+    return as_it_was
+
+
+def drop(store: Store, record: ImageRecord) -> None:
+    for path in files(store, record):
+        path.unlink()
+
+
+def files(store: Store, record: ImageRecord) -> tuple[Path, Path]:
+    return store.image(record), store.image(record).with_suffix(".toml")
+
+
+@pytest.mark.parametrize("first", [make, old])
+def test_an_image_stands_on_those_below_it(store: Store, first: Callable[..., ImageRecord]):
+    a = first(store, "a", None, b"1")
+    b = first(store, "b", a)
+    c = first(store, "c", b)
     assert store.find("c") == (c, "")
-    store.drop("a")
-    assert store.find("c") == (None, "the image below it, a, is gone")
-    make(store, "a", data=b"2")
+    again = make(store, "a", data=b"2")
+    assert store.find("c") == (c, ""), "what it stands on is as it was"
+    assert store.image(a).read_bytes() == b"1"
+    drop(store, a)
     assert store.find("c") == (None, "the image below it, a, was built anew")
-    assert store.find("b") == (None, "the image below it, a, was built anew")
-    make(store, "b", store.find("a")[0])
-    assert store.find("b")[1] == ""
-    assert store.find("c") == (None, "the image below it, b, was built anew"), "although b's own bytes are the same"
+    drop(store, again)
+    assert store.find("c") == (None, "the image below it, a, is gone")
+
+
+@pytest.mark.parametrize("first", [make, old])
+def test_an_image_that_is_built_anew_is_another_and_each_keeps_to_its_own(
+    store: Store, first: Callable[..., ImageRecord]
+):
+    a = first(store, "a", None, b"1")
+    b = first(store, "b", a)
+    anew = make(store, "a", data=b"2")
+    assert store.find("a") == (anew, ""), "who asks for the digest gets the newest"
+    assert store.find("a", a.sha256) == (a, ""), "who has had one keeps it"
+    assert store.find("b", chain=a.chain) == (b, "")
+    assert store.find("b", chain=anew.chain) == (None, "the image below it was built anew")
+    upon = make(store, "b", anew, b"other")
+    assert store.find("b", chain=anew.chain) == (upon, "")
+    assert store.find("b", chain=a.chain) == (b, "")
 
 
 def test_the_same_bytes_built_again_are_as_good(store: Store):
     a = make(store, "a", data=b"1")
     c = make(store, "c", a)
-    store.drop("a")
+    drop(store, a)
     make(store, "a", data=b"1")
     assert store.find("c") == (c, "")
 
 
+def test_an_older_image_that_is_intact_serves_where_the_newest_is_not(store: Store):
+    intact = make(store, "a", data=b"1")
+    cut = store.image(make(store, "a", data=b"33"))
+    cut.chmod(0o644)
+    os.truncate(cut, 1)
+    assert store.find("a") == (intact, "")
+
+
 def test_a_damaged_image_below_is_named(store: Store):
-    c = make(store, "c", make(store, "b", make(store, "a")))
-    store.image("a").chmod(0o644)
-    os.truncate(store.image("a"), 1)
-    assert store.find("c") == (None, "a.qcow2 has 1 bytes, its record says 4")
+    a = make(store, "a")
+    c = make(store, "c", make(store, "b", a))
+    store.image(a).chmod(0o644)
+    os.truncate(store.image(a), 1)
+    assert store.find("c") == (None, f"{store.image(a).name} has 1 bytes, its record says 4")
     assert store.fault(c) == store.find("c")[1]
 
 
 def test_a_moved_store_is_the_same(store: Store, tmp_path: Path):
     record = make(store, "a")
     moved = store.root.rename(tmp_path / "elsewhere")
-    assert Store(moved).find("a", full=True) == (record, "")
+    assert Store(moved).find("a", look="bytes") == (record, "")
+
+
+# ---- samples, of real images
+
+
+def real(store: Store, digest: str, below: ImageRecord | None = None) -> ImageRecord:
+    """An image that qemu-img has made, of 8 MiB or so."""
+    if below is None:
+        disk.create(store.partial(digest), 8 << 20)
+    else:
+        disk.overlay(store.partial(digest), store.image(below), relative=True)
+    script = ["qemu-io", "-f", "qcow2", "-c", f"write -P {len(digest)} 0 8M", store.partial(digest)]
+    subprocess.run(script, check=True, capture_output=True)
+    record = publish(store, digest, below)
+    path = store.image(record).with_suffix(".toml")
+    record = msgspec.structs.replace(record, virtual_size=8 << 20)
+    write_record(path, record)
+    return record
+
+
+def change(store: Store, record: ImageRecord, at: int, data: bytes = b"x") -> None:
+    """Change bytes of an image and leave its size and its time."""
+    path = store.image(record)
+    path.chmod(0o644)
+    with path.open("rb+") as file:
+        file.seek(at)
+        file.write(data)
+    os.utime(path, ns=(0, record.mtime_ns))
+
+
+def test_a_sound_chain_passes_every_look(store: Store):
+    b = real(store, "b", real(store, "a"))
+    assert store.image(b).stat().st_size > 8 << 20
+    for look in ("time", "sample", "bytes"):
+        assert store.find("b", look=look) == (b, "")
+
+
+@pytest.mark.parametrize(
+    ("at", "data"),
+    [(0, b"garbage"), (24, b"\1"), (60_000, b"x"), (-1, b"x"), (0, bytes(9 << 20))],
+    ids=["magic", "size", "tables", "end", "zeroes"],
+)
+def test_a_sample_sees_that_an_image_has_other_bytes(store: Store, at: int, data: bytes):
+    a = real(store, "a")
+    b = real(store, "b", a)
+    size = store.image(a).stat().st_size
+    change(store, a, at % size, data[: size - at % size])
+    assert store.find("b") == (b, ""), "its time is right"
+    assert store.find("b", look="sample") == (
+        None,
+        f"{store.image(a).name} does not have the bytes that its record says",
+    )
+    assert store.find("a") == (None, "the image was damaged")
+
+
+def test_an_image_of_an_older_version_is_known_by_its_header(store: Store):
+    made = real(store, "a")
+    as_it_was = msgspec.structs.replace(made, sample="")
+    write_record(store.image(made).with_suffix(".toml"), as_it_was)
+    assert store.find("a", look="sample") == (as_it_was, "")
+    change(store, made, 0, b"garbage")
+    assert store.find("a", look="sample")[0] is None
+
+
+def test_a_sample_of_a_large_image_reads_little(store: Store):
+    """The same bytes for a gigabyte as for a megabyte, by count of what the kernel read for us."""
+    counts = []
+    for size in (1 << 20, 1 << 30):
+        path = store.root.with_name(f"{size}.img")
+        with path.open("wb") as data:
+            data.truncate(size)
+        before = rchar()
+        qcow2.sample(path)
+        counts.append(rchar() - before)
+    assert max(counts) < 300 << 10
+
+
+def rchar() -> int:
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
+def test_where_qemu_img_fails_all_bytes_are_read(store: Store):
+    a = real(store, "a")
+    b = real(store, "b", a)
+    change(store, a, 3_000_003)
+    assert store.find("b", look="sample") == (b, ""), "a place that no sample hits"
+    with (
+        pytest.raises(ImageError, match=f"{store.image(a).name} does not have") as caught,
+        store.explaining(b, "do it"),
+    ):
+        raise ImageError("qemu-img create: what it says")
+    assert (caught.value.hint, str(caught.value.__cause__)) == ("do it", "qemu-img create: what it says")
+    with pytest.raises(ImageError, match="what it says"), store.explaining(real(store, "c"), "do it"):
+        raise ImageError("qemu-img create: what it says")
 
 
 def test_failed_disks_are_kept_apart(store: Store):
@@ -233,32 +398,53 @@ def test_records_come_back(
 # ---- pruned
 
 
-def test_prune_keeps_what_is_named_and_all_below(store: Store):
-    a = make(store, "a")
-    b = make(store, "b", a)
-    make(store, "c", b)
-    make(store, "x", a)
+def prune(store: Store, *needed: ImageRecord) -> list[Path]:
+    """Prune all that is not named by digest and SHA-256."""
+    return store.prune(store.reachable({(record.digest, record.sha256) for record in needed}, ()))
+
+
+@pytest.mark.parametrize("first", [make, old])
+def test_prune_keeps_what_is_named_and_all_below(store: Store, first: Callable[..., ImageRecord]):
+    a = first(store, "a")
+    b = first(store, "b", a)
+    named = {*files(store, a), *files(store, b)}
+    anew = make(store, "b", a, b"anew")
+    c = make(store, "c", b)
+    x = make(store, "x", a)
     fill(store, "b")
     fill(store, "gone")
     store.keep_failed("gone")
-    gone = store.prune(["b"])
-    assert sorted(p.name for p in gone) == ["b.partial", "c.qcow2", "c.toml", "gone.qcow2", "x.qcow2", "x.toml"]
-    assert store.find("b", full=True) == (b, "")
-    assert sorted(p.name for p in (store.root / "images").iterdir()) == ["a.qcow2", "a.toml", "b.qcow2", "b.toml"]
-    assert store.prune(["b"]) == []
-    assert len(store.prune([])) == 4
+    expected = {*files(store, anew), *files(store, c), *files(store, x), store.partial("b"), store.failed("gone")}
+    assert set(store.prune(store.reachable({("b", b.sha256)}, ()), dry_run=True)) == expected
+    assert all(path.exists() for path in expected)
+    assert set(prune(store, b)) == expected
+    assert store.find("b", look="bytes") == (b, "")
+    assert set((store.root / "images").iterdir()) == named
+    assert prune(store, b) == []
+    assert store.prune(None) == [], "where nobody knows what is needed, all is"
+    assert set(prune(store)) == named
     assert store.records() == []
+
+
+def test_prune_goes_by_the_headers_where_a_record_cannot_be_read(store: Store):
+    a = real(store, "a")
+    b = real(store, "b", a)
+    for record in (a, b):
+        store.image(record).with_suffix(".toml").write_text("garbage")
+    assert prune(store, b) == []
+    assert store.prune(store.reachable((), {b.stem})) == [], "as an overlay names it"
+    assert set(prune(store)) == {*files(store, a), *files(store, b)}
 
 
 def test_prune_leaves_alone_what_is_being_made(store: Store):
     fill(store, "a")
     with store.lock("image-a", timeout_s=0):
-        assert store.prune([]) == []
-    assert store.prune(["a"]) == [store.partial("a")]
+        assert store.prune(set()) == []
+    assert store.prune({"a"}) == [store.partial("a")]
 
 
 def test_prune_of_nothing(store: Store):
-    assert store.prune(["a"]) == []
+    assert store.prune(store.reachable({("a", "")}, {"b"})) == []
 
 
 # ---- what killed processes leave
@@ -276,6 +462,12 @@ WRITER = """
 DIGEST = "0123456789abcdef" * 4
 
 
+def swept(store: Store) -> tuple[list[Path], int]:
+    """What prune removes, and its bytes."""
+    pruned = tidy.prune(store)
+    return pruned.gone, pruned.size
+
+
 def writer(path: Path, kind: str) -> tuple[subprocess.Popen[str], Path]:
     """A process that is writing `path` until it gets a line, and what it writes to."""
     argv = [sys.executable, "-c", textwrap.dedent(WRITER), str(path), kind]
@@ -291,7 +483,7 @@ def test_what_is_being_written_stays_and_what_a_killed_writer_left_goes(store: S
     process, beside = writer(path, kind)
     with process:
         assert beside.exists()
-        assert tidy.prune(store) == ([], 0)
+        assert swept(store) == ([], 0)
         process.communicate("go on\n", timeout=20)
     assert process.returncode == 0
     assert path.exists()
@@ -301,7 +493,7 @@ def test_what_is_being_written_stays_and_what_a_killed_writer_left_goes(store: S
     process.communicate()
     assert beside.exists()
     assert list(leftovers.sweep(store.root, dry_run=True)) == [(beside, len("half of it"))]
-    assert tidy.prune(store) == ([beside], len("half of it"))
+    assert swept(store) == ([beside], len("half of it"))
     assert not beside.exists()
 
 
@@ -314,10 +506,10 @@ def test_what_former_versions_left_goes_after_a_day(store: Store):
         (path / "file").touch()
     images.mkdir()
     old[0].touch()
-    assert tidy.prune(store) == ([], 0)
+    assert swept(store) == ([], 0)
     for path in old:
         os.utime(path, (time.time() - 86401,) * 2)
-    assert sorted(tidy.prune(store)[0]) == sorted(old)
+    assert sorted(swept(store)[0]) == sorted(old)
 
 
 def test_locks_that_nobody_holds_go(store: Store):
@@ -325,7 +517,7 @@ def test_locks_that_nobody_holds_go(store: Store):
         pass
     (store.root / "downloads/x.unpacked").write_bytes(b"12345")
     with store.lock("image-b", timeout_s=0):
-        assert tidy.prune(store) == ([store.root / "downloads/x.unpacked"], 5)
+        assert swept(store) == ([store.root / "downloads/x.unpacked"], 5)
         assert sorted(path.name for path in (store.root / "locks").iterdir()) == ["image-b.lock", "image-b.owner"]
     tidy.prune(store)
     assert [*(store.root / "locks").iterdir(), *(store.root / "downloads").iterdir()] == []

@@ -16,6 +16,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from vmtasks.state import PhaseRecord
+from vmtasks.store import BYTES
+
 if TYPE_CHECKING:
     from remotes import Guest
 
@@ -213,7 +216,7 @@ class Project:
 
     def published(self) -> set[str]:
         """Digests of the images that the store holds a record of."""
-        return {path.stem for path in (self.store / "images").glob("*.toml") if not path.name.startswith(".")}
+        return {path.name.partition(".")[0] for path in (self.store / "images").glob("[!.]*.toml")}
 
     def digest(self, number: int) -> str:
         """Digest of the image that phase `number` has led to."""
@@ -221,7 +224,9 @@ class Project:
 
     def image(self, number: int) -> Path:
         """That image."""
-        return self.store / "images" / f"{self.digest(number)}.qcow2"
+        named = PhaseRecord(**tomllib.loads((self.tiny / f"phase-{number}.toml").read_text()))
+        (path,) = (self.store / "images").glob(f"{named.digest}.{named.sha256[:BYTES]}.qcow2")
+        return path
 
     def results(self) -> dict[str, int]:
         """Results by name, with their mtimes."""

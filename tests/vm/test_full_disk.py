@@ -57,5 +57,5 @@ def test_a_store_that_fills_up(tmp_path: Path, small: Path) -> None:
     resize(small, 2 << 30)
     project.doit("phase:1").good()
     (digest,) = project.published()
-    assert Store(small).find(digest, full=True)[1] == ""
+    assert Store(small).find(digest, look="bytes")[1] == ""
     project.clean_up()

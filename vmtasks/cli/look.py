@@ -152,16 +152,27 @@ def port(name: Name, as_json: AsJson = False) -> None:
 @app.command(rich_help_panel="Look")
 def doctor(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="A machine; without one, this host.")] = "",
+    store: Annotated[
+        bool, typer.Option("--store", help="Read every byte of the images and downloads in the store.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Look at this host, or at a machine layer by layer; exit status 1 when something is wrong, and says what."""
     from dataclasses import asdict  # noqa: PLC0415
 
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
     from vmtasks.session import health  # noqa: PLC0415
+    from vmtasks.store import Store  # noqa: PLC0415
 
+    if name and store:
+        raise ConfigError("--store looks at all images of this host's store: leave the machine out")
     here = project()
+    if store:
+        looks = health.store_layers(Store(here.config().store_dir))
+    else:
+        looks = health.machine_layers(here.machine(name)) if name else health.host_layers(here.config())
     layers = []
-    for layer in health.machine_layers(here.machine(name)) if name else health.host_layers(here.config()):
+    for layer in looks:
         layers.append(layer)
         if not as_json:
             mark = {True: "✓", False: "✗", None: "-"}[layer.passed]

@@ -27,22 +27,37 @@ def prune(
     store: Annotated[
         Path | None, typer.Option(envvar="VMTASKS_STORE", help="The store; by default the user's cache folder.")
     ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    forget: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="A project, or its state folder, that is gone for good.", show_default=False),
+    ] = None,
 ) -> None:
-    """Remove images and installers that no project's record names, and machines whose command is gone."""
+    """Remove images and installers that no project's record names, and machines whose command is gone.
+
+    A project's folder that is not there just now, and a record that cannot be read, keep what they named last.
+    """
+    from vmtasks import tidy  # noqa: PLC0415
     from vmtasks.config import default_store  # noqa: PLC0415
     from vmtasks.errors import ConfigError  # noqa: PLC0415
+    from vmtasks.session import Project  # noqa: PLC0415
     from vmtasks.store import Store  # noqa: PLC0415
-    from vmtasks.tidy import prune as tidy  # noqa: PLC0415
 
+    here = None
     try:
-        project()
+        here = Project.find(Path.cwd(), os.environ).config() if dry_run else project().config()
     except ConfigError as error:
         typer.echo(f"machines were not looked at: {error.message}", err=True)
-    root = store or default_store(os.environ)
-    gone, size = tidy(Store(root))
-    for path in gone:
-        typer.echo(f"removed {path}")
-    typer.echo(f"{len(gone)} removed, {size >> 20} MiB, from {root}", err=True)
+    made = Store(store or default_store(os.environ))
+    if here is not None and here.vm_dir.is_dir() and here.store_dir == made.root and made.root.is_dir():
+        tidy.register(made, here.vm_dir)  # a project that was moved names its images from its new place
+    pruned = tidy.prune(made, dry_run=dry_run, forget=forget)
+    for path in pruned.gone:
+        typer.echo(f"{'would remove' if dry_run else 'removed'} {path}")
+    for warning in pruned.warnings:
+        typer.echo(f"warning: {warning}", err=True)
+    verb = "would be removed" if dry_run else "removed"
+    typer.echo(f"{len(pruned.gone)} {verb}, {pruned.size >> 20} MiB, from {made.root}", err=True)
 
 
 @app.command(rich_help_panel="Projects")

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from vmtasks import proc, progress
+from vmtasks import proc, progress, qcow2
 from vmtasks.config import FALLBACK_PORTS, Config
 from vmtasks.errors import MissingToolError, VmTasksError
 from vmtasks.machine import qmp
@@ -24,6 +24,7 @@ from vmtasks.remote.alive import Alive, Layer, Verdict
 from vmtasks.session import launch
 from vmtasks.session.machine import Machine
 from vmtasks.state import MachineRecord, State
+from vmtasks.store import Store
 
 GOES_ON = ("paused", "io-error")
 """States of a machine that can be let go on, once what stopped it is gone."""
@@ -152,3 +153,28 @@ def _space(what: str, folder: Path) -> Layer:
         place = place.parent
     free = shutil.disk_usage(place).free
     return Layer(what, free >= LEAST_FREE, f"{folder}: {free >> 20} MiB free")
+
+
+# -- the store
+
+
+def store_layers(store: Store) -> Iterator[Layer]:
+    """Every image and download, to the last byte. These do not build on each other: all are looked at.
+
+    A damaged image loses its record, so that it is built again; one that is whole again gets its record back.
+    """
+    for name in store.mend():
+        yield Layer(name, passed=True, says="its bytes are right again, so that it is used again")
+    for record in store.records():
+        fault = store.own_fault(record, "bytes")
+        if not fault and record.backing and store.below(record) is None:
+            fault = f"the image below it, {record.backing[:12]}, is gone"
+        what = f"image {record.digest[:12]}, {record.guest} {record.name}"
+        remedy = "doit auto_install, in the project that needs it, builds it again"
+        yield Layer(what, not fault, f"{fault}; {remedy}" if fault else f"{record.size >> 20} MiB, as its record says")
+    for path in store.downloads():
+        whole = qcow2.digest(path) == path.name
+        says = f"{path.stat().st_size >> 20} MiB, as its name says"
+        yield Layer(
+            f"download {path.name[:12]}", whole, says if whole else f"other bytes; remove {path}, then doit fetch"
+        )

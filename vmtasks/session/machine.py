@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from vmtasks import proc, progress, snapshots
+from vmtasks import proc, progress, qcow2, snapshots, tidy
 from vmtasks.config import show_size
 from vmtasks.errors import StateError
 from vmtasks.lock import drop
@@ -144,14 +144,16 @@ class Machine(Place):
                 if record.image_sha256 != image.sha256:
                     note(f"machine {self.name}: its image was replaced by {image.digest[:12]}; it starts afresh")
                     ladder.stop(self, record, note)
-                    record = self.make(record.snapshot, image)
+                    record = self.make(record.snapshot)
             if record is not None and self.pid(record) is not None:
                 return self._attach(record, note)
             if record is not None and record.pid:
                 note(f"machine {self.name} ended without being stopped; the next sync looks into every file")
                 self.crashed.touch()
             if record is None or not self.disk.is_file():
-                record = self.make(record.snapshot if record else CLEAN, self.image(), record)
+                record = self.make(record.snapshot if record else CLEAN, record)
+            else:
+                self._require_image(record)
             return launch.boot(self, record, die_with_us=die_with_us)
 
     def empty(self, user: str, note: Say = progress.say) -> None:
@@ -232,7 +234,7 @@ class Machine(Place):
             image = self.find_image(name)
             if record is not None:
                 ladder.stop(self, record, note, gentle=False)
-            self.make(name, image, record)
+            self.make(name, record)
             return image
 
     def snapshot(self, name: str) -> ImageRecord:
@@ -245,7 +247,9 @@ class Machine(Place):
                 raise StateError(f"machine {self.name} has no disk to save", hint=self.command("start"))
             if self.pid(record) is not None:
                 raise StateError(f"machine {self.name} is running: its disk is not at rest", hint=self.command("stop"))
-            return snapshots.save(self.state, self.disk, record, name, self.keys_inside(record))
+            image = self._require_image(record)
+            with self.state.store.explaining(image, self._lost()):
+                return snapshots.save(self.state, self.disk, record, name, self.keys_inside(record))
 
     def keep_moment(self, tag: str) -> None:
         """Keep RAM, devices and disk of the running machine under a name, inside its disk; it runs on."""
@@ -344,9 +348,8 @@ class Machine(Place):
             there = ", ".join(self.snapshots()) or "none"
             what = f"there is no snapshot {snapshot!r} of {self.config.guest.name}; there is: {there}"
             raise StateError(what, hint=self._image_hint(snapshot))
-        fault = self.state.image_fault(path)
-        image = self.state.store.record(named.digest)
-        if fault or image is None:
+        image, fault = self.state.store.find(named.digest, named.sha256, look="sample")
+        if image is None:
             raise StateError(f"snapshot {snapshot!r} cannot be used: {fault}", hint=self._image_hint(snapshot))
         return image
 
@@ -354,11 +357,24 @@ class Machine(Place):
         """Only `clean` is something that a task makes."""
         return "doit auto_install" if snapshot == CLEAN else f"vmtasks snapshots {self.config.guest.name}"
 
-    def make(self, snapshot: str, image: ImageRecord, like: MachineRecord | None = None) -> MachineRecord:
-        """A fresh overlay and a record: a stopped machine that was never started. It keeps to what `like` was asked."""
-        self.make_folder()
-        for old in (self.disk, self.folder / "ready", self.crashed, self.key_cd):
-            old.unlink(missing_ok=True)
+    def make(self, snapshot: str, like: MachineRecord | None = None) -> MachineRecord:
+        """A fresh overlay and a record: a stopped machine that was never started. It keeps to what `like` was asked.
+
+        The record is there before the overlay, which appears whole: a machine without one gets it when it starts.
+        """
+        with tidy.naming(self.state.store, self.config.vm_dir):
+            image, beside = self.find_image(snapshot), self.disk.with_suffix(".new")
+            self.make_folder()
+            for old in (self.disk, beside, self.folder / "ready", self.crashed, self.key_cd):
+                old.unlink(missing_ok=True)
+            record = self._write_fresh(snapshot, image, like)
+            size = max(image.virtual_size, self.config.disk_size)
+            with self.state.store.explaining(image, self._image_hint(snapshot)):
+                disk.overlay(beside, self.state.store.image(image), size=size)
+            beside.rename(self.disk)
+        return record
+
+    def _write_fresh(self, snapshot: str, image: ImageRecord, like: MachineRecord | None) -> MachineRecord:
         fresh = MachineRecord(
             name=self.name,
             guest=self.config.label,
@@ -376,10 +392,39 @@ class Machine(Place):
             more = ("binds", "memory", "cpus", "network", "created")
             same = {name: getattr(like, name) for name in (*kept, *more)}
             fresh = msgspec.structs.replace(fresh, **same, want_forwards=[*map(str, launch.asked(like))])
-        self.write(fresh)  # first: a disk without a record would be nobody's
-        size = max(image.virtual_size, self.config.disk_size)
-        disk.overlay(self.disk, self.state.store.image(image.digest), size=size)
-        return fresh
+        return self.write(fresh)
+
+    def _require_image(self, record: MachineRecord) -> ImageRecord | None:
+        """The image that the machine's disk stands on; None if it was installed by hand.
+
+        StateError unless that still has the bytes that the disk was made on. A store that was moved is followed.
+        """
+        if not record.image:
+            return None
+        store, told = self.state.store, qcow2.header(self.disk)
+        image, fault = store.find(record.image, record.image_sha256, look="sample")
+        at = Path(told.backing) if told else None
+        if at is None:
+            fault = f"{self.disk.name} is no qcow2 image"
+        elif image is not None and at.name != store.image(image).name:
+            fault = f"{self.disk.name} stands on {at.name}"
+        if image is None or at is None or fault:
+            raise StateError(
+                f"machine {self.name} was made on image {record.image[:12]}, and that cannot be used: {fault}",
+                hint=self._lost(),
+            )
+        if at != store.image(image).absolute():
+            disk.reback(self.disk, store.image(image))
+        return image
+
+    def _lost(self) -> str:
+        """What to do when the image below a machine's disk is gone or damaged."""
+        record = self.record()
+        restore = f"vmtasks restore {self.name}" if record is not None and record.own else "doit restore"
+        return (
+            f"put the file back from a copy of the store, then vmtasks doctor --store; "
+            f"or {restore}, and what the machine has written is lost"
+        )
 
     def keys_inside(self, record: MachineRecord) -> Path | None:
         """The private key that the machine's disk lets in, if it is not the store's."""

@@ -24,8 +24,8 @@ from vmtasks.private import Private
 from vmtasks.progress import Say
 from vmtasks.session import binds
 from vmtasks.session.machine import Machine
-from vmtasks.state import CLEAN, MachineRecord, PhaseRecord, State
-from vmtasks.store import read_record, write_record
+from vmtasks.state import CLEAN, MachineRecord, State
+from vmtasks.store import write_record
 
 STAGED = ".new-"
 
@@ -109,10 +109,10 @@ class Project:
     def default(self) -> Machine:
         """The configured machine, whether or not it is there yet."""
         base = self.config()
-        if self.root is None:
-            tidy.register(State(base).store, base.vm_dir)
-            adopt(State(base))
-        return Machine(base)
+        machine = Machine(base)
+        if self.root is None and machine.record() is None:
+            adopt(base)
+        return machine
 
     def machines(self) -> Iterator[Machine]:
         """All machines whose guest is known here."""
@@ -134,20 +134,25 @@ class Project:
         private = Private(base)
         bound = [binds.check(bind, private) for bind in wants.binds]
         possible(base, wants)
-        state = State(base)
-        tidy.register(state.store, base.vm_dir)
-        if self.root is None:
-            adopt(state)
-        image = Machine(base).find_image(snapshot or CLEAN)
+        snapshot = snapshot or CLEAN
+        if self.root is None and snapshot == CLEAN:
+            adopt(base)
+        with tidy.naming(State(base).store, base.vm_dir):
+            record = msgspec.structs.replace(self._first_record(base, wants, snapshot, owner), binds=bound)
+            return Machine(adapted(base, record), self._claim(wants.name, base, record))
+
+    def _first_record(self, base: Config, wants: Wants, snapshot: str, owner: int) -> MachineRecord:
+        """What is asked for, without a name yet."""
+        image = Machine(base).find_image(snapshot)
         size = wants.disk_size or max(base.disk_size, image.virtual_size)
         if size < image.virtual_size:
             raise ConfigError(
                 f"--disk {show_size(size)}: less than the image's {show_size(image.virtual_size)}; use that or more"
             )
-        record = MachineRecord(
+        return MachineRecord(
             name="",
             guest=base.label,
-            snapshot=snapshot or CLEAN,
+            snapshot=snapshot,
             image=image.digest,
             image_sha256=image.sha256,
             ssh_user=image.ssh_user,
@@ -166,10 +171,8 @@ class Project:
             disk_size=size,
             want_port=wants.ssh_port,
             want_forwards=[str(forward) for forward in wants.forwards],
-            binds=bound,
             created=round(time.time(), 1),
         )
-        return Machine(adapted(base, record), self._claim(wants.name, base, record))
 
     def _claim(self, name: str, base: Config, record: MachineRecord) -> str:
         """Take a name by renaming a folder that holds the record already: there is no machine without one."""
@@ -322,19 +325,16 @@ def adapted(base: Config, record: MachineRecord) -> Config:
     )
 
 
-def adopt(state: State) -> None:
-    """Without a project, `clean` is the newest intact image of the guest's last phase that the store has."""
-    if not state.image_fault(state.clean_record):
-        return
-    last, guest = state.config.guest.phases[-1].name, state.config.guest.name
-    for image in reversed(state.store.records()):
-        if (image.guest, image.version, image.name) == (guest, state.config.version, last):
-            found, _ = state.store.find(image.digest)
-            if found is not None:
-                write_record(state.clean_record, PhaseRecord(digest=found.digest, sha256=found.sha256))
-                return
-    if read_record(state.clean_record, PhaseRecord) is None:
+def adopt(base: Config) -> None:
+    """Without a project, `clean` is the image that the store has of the guest as it comes with vmtasks.
+
+    StateError when the store does not have it: what somebody's project has made of the guest is that project's.
+    """
+    from vmtasks.build import Builder  # noqa: PLC0415 - 70 ms that most commands have no use for
+
+    lacks = Builder(base).adopt()
+    if lacks:
         raise StateError(
-            f"the store {state.store.root} has no image of {guest}",
-            hint="install it in a project: vmtasks init DIR, then doit auto_install there",
+            f"the store {base.store_dir} does not have {base.label} as it comes with vmtasks: it lacks {lacks}",
+            hint=f"install it in a project: vmtasks init DIR --guest {base.guest.name}; cd DIR; doit auto_install",
         )

@@ -1,0 +1,289 @@
+"""What `prune` keeps: of projects that are away or moved, whose records cannot be read, or that are at work."""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+from test_store import files, fill, make, publish, real
+
+from vmtasks import tidy
+from vmtasks.errors import ConfigError
+from vmtasks.media import disk
+from vmtasks.state import MachineRecord, PhaseRecord
+from vmtasks.store import ImageRecord, MediaRecord, Store, write_record
+
+Spoil = Callable[[Path], object]
+
+
+class Home:
+    """A state folder, with the records that a project would write."""
+
+    def __init__(self, store: Store, vm_dir: Path) -> None:
+        self.store, self.vm_dir = store, vm_dir
+
+    def name(self, record: ImageRecord, path: str = "tiny/phase-1.toml") -> Path:
+        """Write a record that names an image."""
+        with tidy.naming(self.store, self.vm_dir):
+            write_record(self.vm_dir / path, PhaseRecord(digest=record.digest, sha256=record.sha256))
+        return self.vm_dir / path
+
+    def machine(self, record: ImageRecord) -> Path:
+        """Have a machine on an image; returns its record."""
+        path = self.vm_dir / "run/box/machine.toml"
+        with tidy.naming(self.store, self.vm_dir):
+            told = MachineRecord(
+                name="box", guest="g", snapshot="clean", image=record.digest, image_sha256=record.sha256, ssh_user="",
+                host_keys=[],
+            )  # fmt: skip
+            write_record(path, told)
+            disk.overlay(path.with_name("disk.qcow2"), self.store.image(record))
+        return path
+
+    def installer(self, data: bytes = b"iso") -> Path:
+        """Have an installer; returns where it is."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        iso = self.store.download(sha256)
+        iso.parent.mkdir(parents=True, exist_ok=True)
+        iso.write_bytes(data)
+        record = MediaRecord(
+            sha256=sha256, size=len(data), mtime_ns=iso.stat().st_mtime_ns, origin="", recipe=sha256[::-1]
+        )
+        with tidy.naming(self.store, self.vm_dir):
+            write_record(self.store.root / "media" / f"{record.recipe}.toml", record)
+            write_record(self.vm_dir / "tiny/installer.toml", record)
+        return iso
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def home(store: Store, tmp_path: Path) -> Home:
+    return Home(store, tmp_path / "project/.vm")
+
+
+def test_what_no_record_names_goes_and_a_dry_run_only_says_so(store: Store, home: Home):
+    home.name(make(store, "a"))
+    iso = home.installer()
+    other = home.installer(b"another")
+    kept, extra = other, make(store, "x")
+    before = sorted(path for path in store.root.rglob("*") if path.parent.name != "locks")
+    dry = tidy.prune(store, dry_run=True)
+    assert set(dry.gone) == {*files(store, extra), iso}
+    assert sorted(path for path in store.root.rglob("*") if path.parent.name != "locks") == before
+    done = tidy.prune(store)
+    assert (set(done.gone), done.size, done.warnings) == (set(dry.gone), dry.size, [])
+    assert not any(path.exists() for path in done.gone)
+    assert kept.exists()
+    assert tidy.prune(store).gone == []
+
+
+def test_a_project_that_is_not_there_keeps_what_it_named_last(store: Store, home: Home, tmp_path: Path):
+    a = make(store, "a")
+    b = make(store, "b", a)
+    home.name(b)
+    iso = home.installer()
+    extra = make(store, "x")
+    away = home.vm_dir.rename(tmp_path / "away")
+    for _ in range(2):
+        done = tidy.prune(store)
+        (warning,) = done.warnings
+        assert f"{home.vm_dir} is not there; what it named last is kept" in warning
+        assert f"vmtasks prune --forget {home.vm_dir}" in warning
+    home.vm_dir.mkdir()
+    assert tidy.prune(store).warnings, "as a mount point is without its mount"
+    assert not store.image(extra).exists()
+    assert store.find("b")[1] == ""
+    assert iso.exists()
+    home.vm_dir.rmdir()
+    away.rename(home.vm_dir)
+    assert tidy.prune(store).warnings == [], "it is there again"
+    assert store.find("b")[1] == ""
+
+
+@pytest.mark.parametrize("which", ["", ".vm"])
+def test_a_project_that_is_gone_for_good_is_forgotten(store: Store, home: Home, which: str):
+    record = make(store, "a")
+    home.name(record)
+    iso = home.installer()
+    folder = home.vm_dir.parent / which
+    with pytest.raises(ConfigError, match="is there, and what it names is kept"):
+        tidy.prune(store, forget=folder)
+    shutil.rmtree(home.vm_dir.parent)
+    with pytest.raises(ConfigError, match=f"those that are not there: {home.vm_dir}"):
+        tidy.prune(store, forget=folder.with_name("other"))
+    gone = {*files(store, record), iso}
+    assert set(tidy.prune(store, forget=folder, dry_run=True).gone) == gone
+    assert tidy.prune(store).gone == []
+    assert set(tidy.prune(store, forget=folder).gone) == gone
+    assert tidy.prune(store).warnings == []
+
+
+def test_a_project_that_was_moved_names_its_images_from_its_new_place(store: Store, home: Home, tmp_path: Path):
+    record = make(store, "a")
+    home.name(record)
+    moved = home.vm_dir.rename(tmp_path / "moved")
+    tidy.register(store, moved)
+    assert tidy.prune(store, forget=home.vm_dir).gone == []
+    assert store.find("a")[1] == ""
+
+
+def test_an_entry_of_an_older_version_that_is_away_keeps_everything(store: Store, home: Home, tmp_path: Path):
+    record = make(store, "a")
+    old = store.root / "projects/0123456789abcdef"
+    old.parent.mkdir(parents=True)
+    old.write_text(f"{tmp_path}/unmounted/.vm\n")
+    iso = home.installer()
+    shutil.rmtree(home.vm_dir)
+    fill(store, "x")
+    done = tidy.prune(store)
+    assert done.gone == [store.partial("x")]
+    assert any("no image and no installer is removed" in warning for warning in done.warnings)
+    assert store.find("a")[1] == ""
+    assert iso.exists()
+    done = tidy.prune(store, forget=tmp_path / "unmounted")
+    assert set(done.gone) == set(files(store, record))
+
+
+SPOILS: dict[str, Spoil] = {
+    "nothing": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"\xff\0garbage"),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "folder": lambda path: (path.unlink(), path.mkdir()),
+    "dangling": lambda path: (path.unlink(), path.symlink_to("nowhere")),
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
+@pytest.mark.parametrize("path", ["tiny/phase-1.toml", "tiny/clean.toml", "tiny/snapshots/one.toml"])
+def test_a_record_that_cannot_be_read_keeps_what_it_may_name(store: Store, home: Home, path: str, spoil: Spoil):
+    a = make(store, "a")
+    record = make(store, "b", a)
+    home.name(make(store, "c"), "tiny/phase-2.toml")
+    spoiled = home.name(record, path)
+    spoil(spoiled)
+    done = tidy.prune(store)
+    assert done.gone == []
+    (warning,) = done.warnings
+    assert warning.startswith(f"{spoiled} cannot be read; what it named last is kept")
+    home.name(make(store, "d"), "tiny/phase-3.toml")
+    assert tidy.prune(store).gone == [], "not forgotten either when another record is written"
+    spoiled.rmdir() if spoiled.is_dir() and not spoiled.is_symlink() else spoiled.unlink()
+    tidy.register(store, home.vm_dir)
+    assert set(tidy.prune(store).gone) == {*files(store, a), *files(store, record)}
+
+
+@pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
+def test_a_disk_keeps_what_it_stands_on_whatever_has_become_of_records(store: Store, home: Home, spoil: Spoil):
+    a = real(store, "a")
+    b = real(store, "b", a)
+    machine = home.machine(b)
+    anew = make(store, "b", a, b"anew")
+    for entry in (store.root / "projects").iterdir():
+        entry.unlink()
+    spoil(machine)
+    for record in (a, b):
+        spoil(store.image(record).with_suffix(".toml"))
+    tidy.register(store, home.vm_dir)
+    tidy.prune(store)
+    assert store.image(a).exists()
+    assert store.image(b).exists()
+    assert disk.info(machine.with_name("disk.qcow2"))["full-backing-filename"] == str(store.image(b))
+    assert not store.image(anew).exists()
+
+
+def test_a_machine_keeps_its_image_when_that_is_built_anew(store: Store, home: Home):
+    a = real(store, "a")
+    home.name(a)
+    home.machine(a)
+    anew = make(store, "a", data=b"anew")
+    home.name(anew)
+    assert tidy.prune(store).gone == []
+    (home.vm_dir / "run/box/disk.qcow2").unlink()
+    (home.vm_dir / "run/box/machine.toml").unlink()
+    tidy.register(store, home.vm_dir)
+    assert set(tidy.prune(store).gone) == set(files(store, a))
+
+
+def test_results_are_no_records_of_images(store: Store, home: Home):
+    home.name(make(store, "a"))
+    for name in ("clean", "phase-1"):
+        (home.vm_dir / "results").mkdir(exist_ok=True)
+        (home.vm_dir / f"results/{name}.toml").write_text('suite = "clean"\n')
+    assert tidy.prune(store).warnings == []
+
+
+# ---- at work just now
+
+
+def test_an_image_without_a_record_in_any_project_yet_is_kept_while_its_maker_holds_the_lock(store: Store, home: Home):
+    with store.lock("image-a", timeout_s=0):
+        record = make(store, "a")
+        assert tidy.prune(store).gone == []
+        home.name(record)
+    assert tidy.prune(store).gone == []
+
+
+def test_an_installer_is_kept_while_somebody_fetches_it(store: Store, home: Home):
+    iso = home.installer()
+    (home.vm_dir / "tiny/installer.toml").unlink()
+    tidy.register(store, home.vm_dir)
+    recipe = next((store.root / "media").iterdir()).stem
+    with store.lock(f"media-{recipe[:32]}", timeout_s=0):
+        assert tidy.prune(store).gone == []
+    assert iso.exists()
+    assert tidy.prune(store).gone == [iso]
+
+
+PRUNE = """
+    import sys
+    from pathlib import Path
+    from vmtasks import tidy
+    from vmtasks.store import Store
+    print("goes", flush=True)
+    print(*tidy.prune(Store(Path(sys.argv[1]))).gone, flush=True)
+"""
+
+
+def test_nothing_is_pruned_between_finding_an_image_and_naming_it(store: Store, home: Home):
+    record = make(store, "a")
+    naming = tidy.naming(store, home.vm_dir)
+    naming.__enter__()
+    argv = [sys.executable, "-c", textwrap.dedent(PRUNE), str(store.root)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as pruning:
+        assert pruning.stdout.readline() == "goes\n"
+        assert "waiting" in pruning.stdout.readline()
+        assert store.find("a") == (record, "")
+        write_record(home.vm_dir / "tiny/phase-1.toml", PhaseRecord(digest="a", sha256=record.sha256))
+        naming.__exit__(None, None, None)
+        assert pruning.stdout.readline() == "\n", "nothing is gone"
+    assert store.find("a") == (record, "")
+
+
+def test_below_an_image_that_is_being_made_nothing_goes(store: Store):
+    a = real(store, "a")
+    disk.overlay(store.partial("b"), store.image(a), relative=True)
+    with store.lock("image-b", timeout_s=0):
+        assert tidy.prune(store).gone == []
+    disk.check(store.partial("b"))
+    publish(store, "b", a)
+
+
+def test_names_are_written_whole(store: Store, home: Home):
+    home.name(make(store, "a"))
+    (entry,) = (store.root / "projects").iterdir()
+    entry.write_text("garbage")
+    done = tidy.prune(store)
+    assert done.gone == []
+    assert str(entry) in done.warnings[0]
+    tidy.register(store, home.vm_dir)
+    assert tidy.prune(store).warnings == []
+    assert msgspec.to_builtins(tidy.names_of(home.vm_dir)[0])["vm_dir"] == str(home.vm_dir)
