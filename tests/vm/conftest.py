@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmtasks.state import PhaseRecord
-from vmtasks.store import BYTES
+from vmtasks.store import Store
 
 if TYPE_CHECKING:
     from remotes import Guest
@@ -224,9 +223,10 @@ class Project:
 
     def image(self, number: int) -> Path:
         """That image."""
-        named = PhaseRecord(**tomllib.loads((self.tiny / f"phase-{number}.toml").read_text()))
-        (path,) = (self.store / "images").glob(f"{named.digest}.{named.sha256[:BYTES]}.qcow2")
-        return path
+        named, store = tomllib.loads((self.tiny / f"phase-{number}.toml").read_text()), Store(self.store)
+        record = store.record(named["digest"], named["sha256"])
+        assert record is not None
+        return store.image(record)
 
     def results(self) -> dict[str, int]:
         """Results by name, with their mtimes."""

@@ -9,6 +9,9 @@ from xml.etree import ElementTree as ET
 import pytest
 from conftest import Ended, Project, copy_store, listeners
 
+import vmtasks.session
+from vmtasks.errors import StateError
+
 LOOPBACK = "0100007F"
 THREE = ["1-install", "2-packages", "3-provision"]
 INSTALL, ALL = ("auto_install",), ("auto_install", "quick")
@@ -245,3 +248,20 @@ def test_another_store_has_another_key_and_still_logs_in(tmp_path: Path, project
     assert "starts afresh" in output
     assert project.ssh("true").returncode == 0
     assert (other / "keys/id_ed25519").read_bytes() != (project.store / "keys/id_ed25519").read_bytes()
+
+
+def test_outside_a_project_there_are_the_guests_as_they_come_with_vmtasks(
+    tmp_path: Path, store: Path, bare_store: Path
+) -> None:
+    """The store has the image, and what it is called follows from the scripts that come with vmtasks alone."""
+    environ = {"HOME": str(tmp_path), "VMTASKS_STORE": str(store)}
+    machine = vmtasks.session.Project(None, environ).create(vmtasks.session.Wants(image="tiny", name="a"))
+    project = Project(tmp_path / "project", store)
+    project.doit(*INSTALL).good()
+    assert project.boots() == []
+    assert machine.image().digest == project.digest(3)
+    machine.destroy()
+    environ["VMTASKS_STORE"] = str(bare_store)
+    with pytest.raises(StateError, match="as it comes with vmtasks: it lacks the image of phase 1-install") as caught:
+        vmtasks.session.Project(None, environ).create(vmtasks.session.Wants(image="tiny", name="a"))
+    assert "vmtasks init DIR --guest tiny; cd DIR; doit auto_install" in caught.value.hint
