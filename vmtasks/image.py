@@ -99,7 +99,8 @@ def _boot(job: Job, partial: Path, lock: int, step: progress.Step) -> list[str]:
     for old in (job.console_log, firmware):
         if old.exists():
             old.replace(old.with_name(old.name + ".1"))
-    factor = job.accel.factor
+    limits = Limits.of(job.phase, job.accel.factor)
+    progress.say(f"{job.title}: {limits}")
     with vm.temporary_sockets() as sockets:
         machine = spec(job, partial, sockets, firmware)
         _note(job, machine)
@@ -109,7 +110,7 @@ def _boot(job: Job, partial: Path, lock: int, step: progress.Step) -> list[str]:
                 title=job.title,
                 token=job.token,
                 booted=booted,
-                limits=Limits(job.phase.timeout_s * factor, job.phase.silence_timeout_s * factor, factor),
+                limits=limits,
                 dialogue=job.config.guest.dialogue.get(job.phase.dialogue, []),
                 failures=job.config.guest.failures,
                 firmware_log=firmware,

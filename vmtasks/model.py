@@ -225,6 +225,9 @@ class PhaseTable(Table, frozen=True, kw_only=True):
         Seconds, Meta(description="limit on fast hardware; longer under emulation, by the measured factor")
     ] = 1800
     silence_timeout_s: Annotated[Seconds, Meta(description="limit for a console without output, scaled likewise")] = 300
+    poweroff_timeout_s: Annotated[
+        Seconds, Meta(description="limit from the script's verdict to the end of the power-off, scaled likewise")
+    ] = 60
     packages: Annotated[list[str], Meta(description="packages put into packages/ on the phase ISO")] = []
 
 

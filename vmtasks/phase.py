@@ -14,7 +14,7 @@ from typing import Any
 from vmtasks.errors import MachineError, PhaseError
 from vmtasks.machine.console import Sentinel, Transcript
 from vmtasks.machine.vm import Booted
-from vmtasks.model import Exchange, FailureText
+from vmtasks.model import Exchange, FailureText, PhaseTable
 from vmtasks.progress import seconds
 
 CAUSES = (
@@ -37,7 +37,6 @@ CAUSES = (
 )
 
 POLL_S = 0.1
-POWEROFF_S = 60.0
 ECHO_S = 1.0
 """How long an echo may take on fast hardware."""
 
@@ -51,13 +50,26 @@ NO_BOOT_DEVICE = ("No bootable device", "Boot failed: could not read the boot di
 
 @dataclass(frozen=True)
 class Limits:
-    """Deadlines in seconds, already scaled for this host by `factor`."""
+    """Deadlines in seconds, already scaled for this host by `factor`. `poweroff_s`: from the verdict to the end."""
 
     total_s: float
     silence_s: float
+    poweroff_s: float
     factor: float = 1.0
-    poweroff_s: float = POWEROFF_S
-    """From the verdict to the end; not yet scaled."""
+
+    @classmethod
+    def of(cls, phase: PhaseTable, factor: float) -> "Limits":
+        """The limits of a phase on a host that takes `factor` times as long as fast hardware."""
+        total_s, silence_s, poweroff_s = phase.timeout_s, phase.silence_timeout_s, phase.poweroff_timeout_s
+        return cls(total_s * factor, silence_s * factor, poweroff_s * factor, factor)
+
+    def __str__(self) -> str:
+        """What is in force, for people."""
+        slower = f", {self.factor:.1f} times those of fast hardware" if self.factor > 1 else ""
+        return (
+            f"limits {seconds(self.total_s)}, {seconds(self.silence_s)} without output, "
+            f"{seconds(self.poweroff_s)} to power off{slower}"
+        )
 
     def scaled(self, value_s: float) -> float:
         """Seconds of fast hardware as seconds here."""
@@ -83,6 +95,7 @@ class Phase:
     begun: bool = False
     shutdown_reason: str = ""
     _done: int = 0
+    _typed: bool = False
 
     def run(self) -> list[str]:
         """Follow the guest until QEMU has ended. Returns the host keys that it reported; PhaseError with the cause."""
@@ -153,6 +166,7 @@ class Phase:
 
     def _type(self, exchange: Exchange) -> None:
         """Type one answer; where it must come back, nothing goes wrong unseen."""
+        self._typed = True
         serial, line = self.booted.serial, exchange.send.removesuffix("\r")
         patience_s, timeout_s = self.limits.scaled(ECHO_S), self.limits.scaled(exchange.timeout_s)
         clean = not self.transcript.unmatched
@@ -174,20 +188,27 @@ class Phase:
             return
         if not self.transcript.lines and _holds(self.firmware_log, NO_BOOT_DEVICE):
             self._fail("loader", "the firmware found nothing to boot from")
-        talking = self._done < len(self.dialogue)
+        talking = self._done < len(self.dialogue) or self._echoing()
         for failure in self.failures:
             if (self.begun and failure.cause in WHILE_BOOTING) or (talking and failure.cause != "panic"):
                 continue
             if self.transcript.match(failure.expect):
                 self._fail(failure.cause, f"the guest {failure.says}", linger_s=PANIC_LINES_S)
 
+    def _echoing(self) -> bool:
+        """Whether the line on which the last answer was typed goes on: it may hold any word."""
+        self._typed = self._typed and not self.transcript.match(r"\n")
+        return self._typed
+
     def _watch_clock(self) -> None:
         now = time.monotonic()
         if self.status is not None:
-            if now - self._verdict_at > self.limits.scaled(self.limits.poweroff_s):
+            if now - self._verdict_at > self.limits.poweroff_s:
                 if self.status != 0:
                     self._judge_verdict()
-                self._fail("no-poweroff", "the guest said that all went well but did not power itself off")
+                waited = seconds(self.limits.poweroff_s)
+                told = f"the guest said that all went well but did not power itself off within {waited}"
+                self._fail("no-poweroff", told)
         elif now - self._started > self.limits.total_s:
             self._fail("timeout", f"the guest did not finish within {seconds(self.limits.total_s)}")
         elif now - self._last_output > self.limits.silence_s:

@@ -288,3 +288,39 @@ def test_connect_gives_up(tmp_path: Path):
         console.connect(tmp_path / "c", timeout_s=0.2),
     ):
         pass
+
+
+@given(st.lists(st.integers(0, 160), max_size=12))
+def test_a_prompt_is_found_wherever_its_text_is_cut(cuts: list[int]):
+    text = "noise\n" * 20 + "Welcome to the loader\nOK "
+    transcript, at, found = Transcript(), 0, 0
+    for end in sorted({*(min(cut, len(text)) for cut in cuts), len(text)}):
+        transcript.feed(text[at:end].encode())
+        at = end
+        found += transcript.match(r"(?m)^Welcome to .*\nOK $")
+        assert found == (end == len(text))
+        assert not transcript.match("noisy")
+    assert transcript.unmatched == ""
+
+
+def test_looking_for_words_costs_what_the_new_text_does_and_not_all_of_it():
+    words = [
+        "panic: ",
+        r"(?m)^Fatal (double fault|trap \d+)",
+        r"(?m)^db> $",
+        "login: $",
+        r"Booting in \d+",
+        r"(?m)^OK $",
+    ]
+
+    def cost(before: str) -> float:
+        transcript = Transcript()
+        transcript.feed(before.encode())
+        began = time.process_time()
+        for _ in range(200):
+            transcript.feed(b"[ 12.345678] a line of the kernel's\n")
+            assert not any(transcript.match(word) for word in words)
+        return time.process_time() - began
+
+    full, empty = (min(cost(text) for _ in range(3)) for text in ("some line of the console\n" * 4000, ""))
+    assert full < 5 * empty

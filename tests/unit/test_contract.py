@@ -4,6 +4,7 @@ import os
 import select
 import shlex
 import shutil
+import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -69,7 +70,7 @@ class Media:
         # What powers a guest off ends all that runs in it, at once.
         (folder / "poweroff").write_text(f"touch {shlex.quote(str(self.off))}; kill -9 $$\n")
 
-    def run(self, script: str, *, tmp: str = "") -> Told:
+    def run(self, script: str, *, tmp: str = "", ends_with: int = -signal.SIGKILL) -> Told:
         (self.folder / "phase.sh").write_text(script)
         master, slave = os.openpty()
         mount = f'mount --bind {os.ttyname(slave)} /dev/console && mount --bind "$0" {SHELL} && exec /bin/sh "$1"'
@@ -87,7 +88,7 @@ class Media:
                     data += os.read(master, 65536)
         os.close(master)
         os.close(slave)
-        assert child.returncode == -9, "it did not power off"
+        assert child.returncode == ends_with
         assert self.off.exists()
         self.off.unlink()
         told.sentinels = console.feed(data)
@@ -102,6 +103,17 @@ def media(request: pytest.FixtureRequest, tmp_path: Path) -> Media:
     if shell is None:
         pytest.skip(f"{request.param} is not installed")
     return Media(tmp_path / "media with 'odd' name", shell)
+
+
+@pytest.mark.parametrize("script", ["true", "exit 7"])
+def test_a_system_that_ends_the_wrapper_in_order_to_power_off_need_not_wait(media: Media, script: str):
+    """As systemd does: `poweroff` returns at once, and then SIGTERM goes to all that runs, and is waited for."""
+    off = shlex.quote(str(media.off))
+    (media.folder / "poweroff").write_text(f"touch {off}; (sleep 0.5; kill $$) &\n")
+    told = media.run(script, ends_with=-signal.SIGTERM)
+    assert told.verdict().split()[0] in ("0", "7")
+    (media.folder / "poweroff").write_text(f"kill $$; touch {off}\n")
+    assert media.run(script, ends_with=int(told.verdict().split()[0])).verdict() == told.verdict()
 
 
 ENDINGS = {

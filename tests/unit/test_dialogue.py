@@ -73,7 +73,7 @@ def talk(vices: Vices, dialogue: list[Exchange]) -> Went:
         title="phase 1-install",
         token=TOKEN,
         booted=Booted(peer, Serial(ours), Control(peer)),  # type: ignore[arg-type]
-        limits=Limits(total_s=60.0, silence_s=10.0),
+        limits=Limits(total_s=60.0, silence_s=10.0, poweroff_s=60),
         dialogue=dialogue,
         failures=GUEST.failures,
         firmware_log=Path(os.devnull),

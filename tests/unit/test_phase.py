@@ -7,7 +7,7 @@ import pytest
 from phaserun import KEY, LOADER, TALK, TOKEN, Went, failed, needs_qemu, runner
 
 from bootsector import ask, forever, hang, phase, power_off, reboot, say, sector, triple_fault, wait_key, wait_ticks
-from vmtasks.model import Exchange
+from vmtasks.model import Exchange, PhaseTable
 from vmtasks.phase import Limits
 
 pytestmark = needs_qemu
@@ -91,9 +91,12 @@ def test_a_verdict_that_is_none_is_ignored(verdict: str, run):
     )
 
 
+STAYED_ON = "the guest said that all went well but did not power itself off within 1.0 s"
+
+
 def test_a_good_verdict_without_power_off(run):
     went = run(sector(phase(TOKEN, power=False)), limits=Limits(10, 5, poweroff_s=1))
-    failed(went, "no-poweroff", "the guest said that all went well but did not power itself off at step 'one'")
+    failed(went, "no-poweroff", f"{STAYED_ON} at step 'one'")
     assert went.took_s < 5
 
 
@@ -104,14 +107,24 @@ def test_a_bad_verdict_without_power_off(run):
 
 def test_the_time_for_powering_off_is_scaled(run):
     image = sector(phase(TOKEN, power=False), wait_ticks(18), power_off())
-    assert run(image, limits=Limits(10, 10, poweroff_s=0.3, factor=20)).error is None
-    assert run(image, limits=Limits(10, 10, poweroff_s=0.3)).error.cause == "no-poweroff"
+    patient, brief = (PhaseTable(name="x", boot="cd", cds=["phase"], poweroff_timeout_s=s) for s in (2, 1))
+    assert run(image, limits=Limits.of(patient, 6)).error is None
+    assert run(image, limits=Limits.of(brief, 0.3)).error.cause == "no-poweroff"
+
+
+def test_the_limits_in_force_are_said():
+    table = PhaseTable(name="x", boot="cd", cds=["phase"], timeout_s=1200, silence_timeout_s=30, poweroff_timeout_s=90)
+    assert str(Limits.of(table, 1)) == "limits 20 min 0 s, 30 s without output, 1 min 30 s to power off"
+    assert str(Limits.of(table, 9.21)).startswith(
+        "limits 184 min 12 s, 4 min 36 s without output, 13 min 49 s to power"
+    )
+    assert str(Limits.of(table, 9.21)).endswith("off, 9.2 times those of fast hardware")
 
 
 def test_output_after_the_verdict_does_not_put_off_the_end(run):
     image = sector(phase(TOKEN, power=False), forever(say("still here\r\n"), wait_ticks(2)))
     went = run(image, limits=Limits(10, 5, poweroff_s=1))
-    failed(went, "no-poweroff", "the guest said that all went well but did not power itself off at step 'one'")
+    failed(went, "no-poweroff", f"{STAYED_ON} at step 'one'")
 
 
 # ---- no verdict
@@ -151,19 +164,21 @@ def test_reboots_after_its_verdict(run):
 
 @pytest.mark.parametrize("how", ["idle", "dead", "busy"])
 def test_hangs(how: str, run):
-    went = run(sector(phase(TOKEN, verdict=None, power=False), hang(how)), limits=Limits(10, silence_s=1.5))
+    went = run(
+        sector(phase(TOKEN, verdict=None, power=False), hang(how)), limits=Limits(10, silence_s=1.5, poweroff_s=60)
+    )
     failed(went, "silence", "the console was silent for 1.5 s at step 'one'", last="")
     assert went.took_s < 5
 
 
 def test_talks_for_ever(run):
-    went = run(sector(forever(say("working\r\n"), wait_ticks(3))), limits=Limits(total_s=2, silence_s=5))
+    went = run(sector(forever(say("working\r\n"), wait_ticks(3))), limits=Limits(total_s=2, silence_s=5, poweroff_s=60))
     failed(went, "timeout", "the guest did not finish within 2.0 s")
     assert went.error.console[:3] == ("working",) * 3
 
 
 def test_floods_the_console(run):
-    went = run(sector(forever(say("x" * 300))), limits=Limits(total_s=2, silence_s=5))
+    went = run(sector(forever(say("x" * 300))), limits=Limits(total_s=2, silence_s=5, poweroff_s=60))
     failed(went, "timeout", "the guest did not finish within 2.0 s")
 
 
@@ -213,12 +228,12 @@ def test_a_panic_device_tells_too(run):
 
 
 def test_nothing_to_boot_from(run):
-    went = run(b"", limits=Limits(12, 11))
+    went = run(b"", limits=Limits(12, 11, poweroff_s=60))
     failed(went, "loader", "the firmware found nothing to boot from", last="")
 
 
 def test_nothing_to_boot_from_although_a_dialogue_is_waited_for(run):
-    went = run(b"", limits=Limits(12, 11), talk=[Exchange(expect="OK ", send="x", timeout_s=10)])
+    went = run(b"", limits=Limits(12, 11, poweroff_s=60), talk=[Exchange(expect="OK ", send="x", timeout_s=10)])
     failed(went, "loader", "the firmware found nothing to boot from")
 
 
@@ -248,7 +263,7 @@ def test_a_prompt_that_never_comes(run):
 def test_the_time_for_a_prompt_is_scaled(run):
     talk = [Exchange(expect="OK ", send="boot\r", timeout_s=1)]
     image = sector(wait_ticks(24), ask("OK ", "boot"), phase(TOKEN))
-    assert run(image, talk=talk, limits=Limits(10, 10, factor=6)).error is None
+    assert run(image, talk=talk, limits=Limits(10, 10, factor=6, poweroff_s=60)).error is None
 
 
 def test_a_prompt_in_an_endless_stream_does_not_come_either(run):

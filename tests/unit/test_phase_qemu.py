@@ -59,7 +59,7 @@ def test_qemu_stops_answering(run):
         sector(phase(TOKEN, verdict=None, power=False), hang()),
         meanwhile=lambda went: os.kill(went.pid, signal.SIGSTOP),
         after="one",
-        limits=Limits(5, silence_s=1.5),
+        limits=Limits(5, silence_s=1.5, poweroff_s=60),
     )
     failed(went, "silence", "the console was silent for 1.5 s at step 'one'")
 

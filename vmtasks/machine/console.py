@@ -23,6 +23,9 @@ KEEP_LINES = 1000
 KEEP_CHARS = 1 << 16
 """How much unmatched text is kept to look for prompts in."""
 
+LOOK_BACK = 4096
+"""The longest text before what is new in which a match may begin."""
+
 KEY_DELAY_S = 0.03
 """Pause between typed characters: a BIOS keyboard buffer holds 15 keys, and loaders poll slowly under emulation."""
 
@@ -80,6 +83,8 @@ class Transcript:
         """Empty, as before the machine starts. `keep` is how many lines are remembered; None: all."""
         self._cleaner = Cleaner()
         self._line = ""
+        self._heard = 0
+        self._searched: dict[str, int] = {}
         self.unmatched = ""
         self.lines: deque[str] = deque(maxlen=keep)
         self.last_command = ""
@@ -87,6 +92,7 @@ class Transcript:
     def feed(self, data: bytes) -> list[Sentinel]:
         """Take in `data`; returns the sentinel lines that it completes."""
         text = self._cleaner.feed(data)
+        self._heard += len(text)
         self.unmatched = (self.unmatched + text)[-KEEP_CHARS:]
         *whole, self._line = (self._line + text).split("\n")
         self._line = self._line[-KEEP_CHARS:]
@@ -101,10 +107,22 @@ class Transcript:
         return found
 
     def match(self, expression: str) -> bool:
-        """Whether `expression` is found in the text since the last match; what is up to its end is then used up."""
-        found = re.search(expression, self.unmatched)
+        """Whether `expression` is found in the text since the last match; what is up to its end is then used up.
+
+        What was searched before is not searched again: only what is new, the line that it goes on with, and the line
+        before that.
+        """
+        fresh = self._heard - self._searched.get(expression, 0)
+        if not fresh:
+            return False
+        self._searched[expression] = self._heard
+        known = max(0, len(self.unmatched) - fresh)
+        begin = self.unmatched.rfind("\n", 0, known) + 1
+        begin = self.unmatched.rfind("\n", 0, max(0, begin - 1)) + 1
+        found = re.compile(expression).search(self.unmatched, max(begin, known - LOOK_BACK))
         if found is not None:
             self.unmatched = self.unmatched[found.end() :]
+            self._searched.clear()  # what follows is new to whoever asks for the same again
         return found is not None
 
     def tail(self, count: int = TAIL_LINES) -> list[str]:

@@ -26,7 +26,13 @@ verdict() {
     # Setting a terminal waits until what was written to it has been sent.
     stty </dev/console >/dev/null 2>&1 && stty "$(stty -g </dev/console)" </dev/console >/dev/null 2>&1
     sync
+    # The verdict is out: whoever powers off may end this shell, and what it starts. systemd waits 90 seconds for a
+    # process that ignores SIGTERM. The command itself is not cut short.
+    ended=
+    trap 'ended=yes' TERM
     eval "$(cat "$VMTASKS_MEDIA/poweroff")"
+    trap - TERM
+    [ -z "$ended" ] || exit "$status"
     sleep 120
     say "poweroff failed"
 }
