@@ -60,14 +60,14 @@ def test_connections_whose_first_packet_was_lost_are_not_waited_for():
         stage, took_s = waiting(port, 30)
     assert stage == ""
     assert len(came) == 4
-    assert took_s < 5, "a second is the least that a connection is given"
+    assert took_s < 5
 
 
 def test_a_guest_that_is_slow_to_speak_is_heard():
-    """Slower than the time that one connection is alone: it must not be given up for the next."""
+    """Slower than a connection is the newest: it must not be given up for the next."""
 
     def slow(connection: socket.socket, _: int) -> None:
-        time.sleep(0.8)
+        time.sleep(1.8)
         connection.sendall(WORD)
 
     with serving(slow) as (port, came):
@@ -76,16 +76,13 @@ def test_a_guest_that_is_slow_to_speak_is_heard():
     assert len(came) > 1, "others were tried meanwhile"
 
 
-def test_a_guest_that_is_very_slow_is_heard_as_well():
-    def slower(connection: socket.socket, _: int) -> None:
-        time.sleep(3)
-        connection.sendall(WORD)
-
-    with serving(slower) as (port, came):
-        stage, took_s = waiting(port, 60)
-    assert stage == ""
-    assert took_s < 20
-    assert len(came) < 20, "and not buried under connections"
+def test_a_guest_that_is_very_slow_is_not_buried_under_connections():
+    """Each one costs it a process in the end, also those that nobody waits for any more."""
+    with serving(silent) as (port, came):
+        waiting(port, 12)
+    assert 8 < len(came) < 20
+    gaps = [later - earlier for earlier, later in pairwise(came)]
+    assert gaps[-1] > 2 * gaps[2], "they become fewer"
 
 
 def test_a_kernel_that_refuses_is_asked_again_soon():

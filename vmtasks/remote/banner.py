@@ -11,8 +11,10 @@ from typing import Self
 HOST = "127.0.0.1"
 CLOSED = "closed before a word"
 
-LEAST_S, MOST_S = 1.0, 10.0
-AT_ONCE = 4
+FIRST_S, LEAST_S = 1.0, 0.4
+SHARE = 6
+"""There is a new connection after a sixth of what was waited, which is more than is lost at most."""
+AT_ONCE = 8
 PAUSE_S = 0.1
 ALIVE_EVERY_S = 0.5
 
@@ -35,21 +37,20 @@ def read(port: int, timeout_s: float) -> str:
 def wait(port: int, *, timeout_s: float, alive: Callable[[], bool]) -> str:
     """Wait until an SSH server speaks. Returns nothing when one has, else how the port was last, in ssh's words.
 
-    QEMU accepts at once, whatever the guest does. What it then sends to a guest whose network is not up yet is lost,
-    and sent again only after seconds: a new connection is quicker. Those before are listened to as well, because a
-    guest may be slow. `alive` is asked now and then: when it says no, nothing is waited for any longer.
+    QEMU accepts at once, whatever the guest does. The first packet of a connection to a guest whose network is not up
+    yet is lost, and sent again only after 6 s, 12 s and so on, also when we have hung up: a new connection is quicker,
+    but each one costs the guest a process of its server in the end. So they become fewer; and those before are listened
+    to, because a guest may be slow. `alive` is asked now and then: when it says no, that is the end.
     """
-    began = asked = due = time.monotonic()
-    stage = "timed out"
+    began = asked = time.monotonic()
+    stage, due = "timed out", began
     with _Calls(port) as calls:
         while True:
             now = time.monotonic()
-            patience_s = min(max((now - began) / 2, LEAST_S), MOST_S)
-            calls.hang_up(before=now - patience_s)
             if now >= due:
-                made = calls.make(now)
+                made = calls.make()
                 stage = stage if made else "Connection refused"
-                due = now + (patience_s / AT_ONCE if made else PAUSE_S)
+                due = max(began + FIRST_S, now + max(LEAST_S, (now - began) / SHARE)) if made else now + PAUSE_S
             for said in calls.listen(PAUSE_S):
                 if said.startswith("SSH-"):
                     return ""
@@ -63,33 +64,38 @@ def wait(port: int, *, timeout_s: float, alive: Callable[[], bool]) -> str:
 
 
 class _Calls:
-    """Connections on which nobody has spoken yet, with the time at which each was made."""
+    """Connections on which nobody has spoken yet, the oldest first."""
 
     def __init__(self, port: int) -> None:
         self._port = port
-        self._open = selectors.DefaultSelector()
+        self._open: list[socket.socket] = []
+        self._selector = selectors.DefaultSelector()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.hang_up(before=float("inf"))
-        self._open.close()
+        for sock in [*self._open]:
+            self._drop(sock)
+        self._selector.close()
 
-    def make(self, now: float) -> bool:
-        """Begin one more; False when nothing listens on the port."""
+    def make(self) -> bool:
+        """Begin one more, and give up the oldest where there are many; False when nothing listens on the port."""
         sock = socket.socket()
         sock.settimeout(0)
         if sock.connect_ex((HOST, self._port)) not in (0, errno.EINPROGRESS):
             sock.close()
             return False
-        self._open.register(sock, selectors.EVENT_READ, (sock, now))
+        self._selector.register(sock, selectors.EVENT_READ, sock)
+        self._open.append(sock)
+        if len(self._open) > AT_ONCE:
+            self._drop(self._open[0])
         return True
 
     def listen(self, timeout_s: float) -> Iterator[str]:
         """The first words of servers, and why connections have ended, as soon as there are any."""
-        for key, _ in self._open.select(timeout_s):
-            sock, _ = key.data
+        for key, _ in self._selector.select(timeout_s):
+            sock: socket.socket = key.data
             try:
                 said = sock.recv(255).decode(errors="replace") or "Connection closed"
             except ConnectionRefusedError:
@@ -99,12 +105,7 @@ class _Calls:
             self._drop(sock)
             yield said
 
-    def hang_up(self, *, before: float) -> None:
-        """Give up those that are older."""
-        for sock, made in [key.data for key in self._open.get_map().values()]:
-            if made < before:
-                self._drop(sock)
-
     def _drop(self, sock: socket.socket) -> None:
-        self._open.unregister(sock)
+        self._selector.unregister(sock)
+        self._open.remove(sock)
         sock.close()
