@@ -28,6 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from vmtasks import printable
+
 
 class VmTasksError(Exception):
     """A failure with its cause, what to do about it, and the log that shows it."""
@@ -43,7 +45,10 @@ class VmTasksError(Exception):
         self.console = tuple(console)
 
     def __str__(self) -> str:
-        """Message, notes, the console's last lines, log and hint, each on lines of its own: what a front end prints."""
+        """Message, notes, the console's last lines, log and hint, each on lines of its own: what a front end prints.
+
+        Whoever is quoted there, a guest say, no terminal obeys it.
+        """
         lines = [self.message, *(f"also: {note}" for note in getattr(self, "__notes__", ()))]
         if self.console:
             lines += ["last lines of the console:", *(f"  | {line}" for line in self.console)]
@@ -51,7 +56,7 @@ class VmTasksError(Exception):
             lines.append(f"log: {self.log}")
         if self.hint:
             lines.append(f"hint: {self.hint}")
-        return "\n".join(lines)
+        return printable.text("\n".join(lines))
 
     def but(self, **changes: Any) -> Self:
         """A copy with other values, `hint` or `log` say, to raise `from` this one: an error that was raised stays.

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
 
-from vmtasks import atomic
+from vmtasks import atomic, printable
 
 Say = Callable[[str], None]
 """Something that tells the person who watches."""
@@ -22,7 +22,7 @@ class Step:
 
     def __init__(self, title: str, expected_s: float | None) -> None:
         """`expected_s` is how long this took last time, if that is known."""
-        self.title = title
+        self.title = printable.line(title)
         self.expected_s = expected_s
         self.note = ""
         self.started = time.monotonic()
@@ -35,8 +35,8 @@ class Step:
 
     def now(self, note: str) -> None:
         """Say what is being done at this moment."""
-        self.note = note
-        self.milestones.append((note, self.elapsed_s))
+        self.note = printable.line(note)
+        self.milestones.append((self.note, self.elapsed_s))
 
     def line(self) -> str:
         """`phase 1-install: Format the disk, 12 s of about 30 s`."""
@@ -51,7 +51,7 @@ class PlainStep(Step):
     def now(self, note: str) -> None:
         """Print the milestone."""
         super().now(note)
-        say(f"{self.title}: {note}")
+        say(f"{self.title}: {self.note}")
 
 
 @contextmanager
@@ -118,18 +118,18 @@ class _Deaf(io.TextIOBase):
 
 
 def say(text: str) -> None:
-    """One line to the person who watches. On a terminal it scrolls above a live line."""
+    """One line to the person who watches. On a terminal it scrolls above a live line; the terminal obeys none of it."""
     if _talk["stderr"]:
         to_stderr(text + "\n")
         return
-    sys.stdout.write(text + "\n")
+    sys.stdout.write(printable.text(text) + "\n")
     sys.stdout.flush()
 
 
 def to_stderr(text: str) -> None:
-    """Write there as it is; one that was closed must not keep clean-up from ending."""
+    """Write there what no terminal obeys; one that was closed must not keep clean-up from ending."""
     with suppress(OSError):
-        sys.stderr.write(text)
+        sys.stderr.write(printable.text(text))
         sys.stderr.flush()
 
 

@@ -7,7 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmtasks.machine.console import Cleaner, parse_sentinel
+from vmtasks.machine.console import parse_sentinel
+from vmtasks.printable import Cleaner
 
 CALL = re.compile(r":: \[(\d+)\] (.*)")
 FAILED = re.compile(r"(.*) \(made to fail with status (\d+)\)")

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from vmtasks.errors import MachineError
 from vmtasks.machine import console, terminal
-from vmtasks.machine.console import Cleaner, Sentinel, Serial, Transcript, parse_sentinel
+from vmtasks.machine.console import Sentinel, Serial, Transcript, parse_sentinel
+from vmtasks.printable import Cleaner
 
 TOKEN = "0123456789abcdef"  # noqa: S105
 PIECES = st.one_of(
@@ -55,7 +56,7 @@ def test_text_and_sentinels_do_not_depend_on_where_the_bytes_are_cut(data: bytes
 
 @given(STREAMS)
 def test_clean_text_has_no_control_characters(data: bytes):
-    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", Cleaner().feed(data))
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", Cleaner().feed(data))
 
 
 @given(STREAMS)
@@ -84,6 +85,8 @@ def test_nothing_swallows_the_verdict(data: bytes):
         (b"\x1b]0;no end\nOK ", "]0;no end\nOK "),
         (b"\x1b[12\nOK ", "[12\nOK "),
         (b"\x1b]" + b"x" * 300 + b"\x07", "]" + "x" * 300),
+        ("\x9b1;31mred\x9b0m \x9d0;title\x9cprompt\x85 \x90".encode(), "red prompt "),
+        ("pass\u202edelliaf\u2028".encode(), "passdelliaf"),
     ],
 )
 def test_control_sequences_are_taken_out(raw: bytes, text: str):

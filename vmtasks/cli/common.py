@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from vmtasks import __version__
+from vmtasks import __version__, printable
 from vmtasks.errors import ConfigError, StateError, VmTasksError, os_failure
 from vmtasks.interrupts import ignore, unwind_on_signals
 from vmtasks.progress import to_stderr
@@ -146,9 +146,10 @@ def show(data: object) -> None:
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print columns, as wide as they must be."""
-    widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
-    for row in (head, *rows):
+    """Print columns, as wide as they must be. What a guest has named stays on its line, and no terminal obeys it."""
+    lines = [tuple(map(printable.line, row)) for row in (head, *rows)]
+    widths = [max(len(row[n]) for row in lines) for n in range(len(head))]
+    for row in lines:
         sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vmtasks import printable
 from vmtasks.cli.common import AnyName, AsJson, Name, app, machine, project, show, table
 
 if TYPE_CHECKING:
@@ -114,11 +115,9 @@ def logs(
     qemu: Annotated[bool, typer.Option("--qemu", help="What QEMU said, not the guest.")] = False,
 ) -> None:
     """Print what the serial console has said."""
-    from vmtasks.machine.console import Cleaner  # noqa: PLC0415
-
     found = machine(name)
     path = found.qemu_log if qemu else found.console_log
-    cleaner = Cleaner()
+    cleaner = printable.Cleaner()
     out = sys.stdout.buffer
 
     while not path.exists() and follow and found.runs():
@@ -176,7 +175,7 @@ def doctor(
         layers.append(layer)
         if not as_json:
             mark = {True: "✓", False: "✗", None: "-"}[layer.passed]
-            sys.stdout.write(f"{mark} {layer.name}: {layer.says}\n")
+            sys.stdout.write(printable.line(f"{mark} {layer.name}: {layer.says}") + "\n")
             sys.stdout.flush()
     if as_json:
         show([asdict(layer) for layer in layers])

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from vmtasks import printable
 from vmtasks.cli.common import app, project
 
 
@@ -47,7 +48,7 @@ def prune(
     try:
         here = Project.find(Path.cwd(), os.environ).config() if dry_run else project().config()
     except ConfigError as error:
-        typer.echo(f"machines were not looked at: {error.message}", err=True)
+        typer.echo(f"machines were not looked at: {printable.text(error.message)}", err=True)
     made = Store(store or default_store(os.environ))
     if here is not None and here.vm_dir.is_dir() and here.store_dir == made.root and made.root.is_dir():
         tidy.register(made, here.vm_dir)  # a project that was moved names its images from its new place
@@ -55,7 +56,7 @@ def prune(
     for path in pruned.gone:
         typer.echo(f"{'would remove' if dry_run else 'removed'} {path}")
     for warning in pruned.warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        typer.echo(f"warning: {printable.text(warning)}", err=True)
     verb = "would be removed" if dry_run else "removed"
     typer.echo(f"{len(pruned.gone)} {verb}, {pruned.size >> 20} MiB, from {made.root}", err=True)
 

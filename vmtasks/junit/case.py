@@ -5,6 +5,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from vmtasks import printable
+
 Outcome = Literal["passed", "failed", "skipped", "error"]
 
 NAME_LIMIT = 500
@@ -14,8 +16,6 @@ TEXT_LIMIT = 64 * 1024
 LOG_LIMIT = 1024 * 1024
 """Characters of a suite's output that are kept in its report; all of it is in the suite's log."""
 
-_ESCAPES = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b\n]*(?:\x07|\x1b\\)")
-_SURROGATES = re.compile(r"[\ud800-\udfff]")
 _FORBIDDEN = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -32,9 +32,8 @@ class Case:
 
 
 def clean(text: str) -> str:
-    """Make `text` fit for XML: no terminal escapes, no control characters, LF line ends, U+FFFD for stray bytes."""
-    text = _ESCAPES.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
-    return _FORBIDDEN.sub("", _SURROGATES.sub("\ufffd", text))
+    """Make `text` fit for XML and for a terminal that shows it: LF line ends, U+FFFD for stray bytes."""
+    return _FORBIDDEN.sub("", printable.text(text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
 def shorten(text: str, limit: int) -> str:

@@ -65,9 +65,11 @@ def _parse(data: bytes) -> Any:
 
 
 def _tidy(element: Any) -> None:
-    """Take away what readers of JUnit files trip over: namespaces, endless texts, times that are no numbers."""
+    """Take away what readers and terminals trip over: namespaces, endless texts, false times, controls."""
     element.tag = element.tag.rpartition("}")[2]
-    element.text = shorten(element.text or "", TEXT_LIMIT)
+    element.text, element.tail = shorten(clean(element.text or ""), TEXT_LIMIT), clean(element.tail or "") or None
+    for key, value in element.attrib.items():
+        element.set(key, clean(value))
     if "time" in element.attrib and not _is_number(element.attrib["time"]):
         del element.attrib["time"]
 

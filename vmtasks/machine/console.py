@@ -1,6 +1,5 @@
-"""The guest's serial console: cleaned text, sentinel lines, prompts, and typing that a boot loader can follow."""
+"""The guest's serial console: printable text, sentinel lines, prompts, and typing that a boot loader can follow."""
 
-import codecs
 import contextlib
 import re
 import select
@@ -12,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmtasks.errors import MachineError
+from vmtasks.printable import Cleaner
 
 TAIL_LINES = 30
 """How much of the console an error shows."""
@@ -38,12 +38,6 @@ LINE_TRIES, ENTER_TRIES = 8, 3
 SETTLE_S = 0.3
 """Without a word for so long, no echo of what was typed before is under way any more."""
 
-# ECMA-48: CSI with parameters, OSC strings (a terminal's title), and other escapes of two characters. All of bounded
-# length: what is longer is not one, whether it came in one piece or not.
-_CSI, _OSC, _OTHER = r"\[[0-?]{0,64}[ -/]{0,8}", r"\][^\x07\n\r\x1b]{0,256}", r"[ -/]{0,8}"
-_ESCAPE = re.compile(rf"\x1b(?:{_CSI}[@-~]|{_OSC}(?:\x07|\x1b\\)|{_OTHER}[0-Z\\^-~])")
-_UNFINISHED = re.compile(rf"\x1b(?:{_CSI}|{_OSC}\x1b?|{_OTHER})\Z")
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1a\x1c-\x1f\x7f]")
 _SENTINEL = re.compile(r"::vmtasks:([0-9a-f]{16}):(begin|step|hostkey|exit)(?: (.*))?")
 _WRAPPER = re.compile(r"(?:exit|step|fail) |\. .*/phase\.sh$")
 _TRACE = re.compile(r"\++ (\d*): (.*)")
@@ -56,24 +50,6 @@ class Sentinel:
     token: str
     kind: str
     text: str
-
-
-class Cleaner:
-    """Bytes as they come -> text without control sequences and carriage returns; the same wherever they are cut."""
-
-    def __init__(self) -> None:
-        """Nothing is pending yet."""
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._pending = ""
-
-    def feed(self, data: bytes) -> str:
-        """The text that `data` adds. A control sequence whose end has not come yet is held back."""
-        text = self._pending + self._decoder.decode(data)
-        held = _UNFINISHED.search(text)
-        self._pending = ""
-        if held is not None:
-            text, self._pending = text[: held.start()], text[held.start() :]
-        return _CONTROL.sub("", _ESCAPE.sub("", text)).replace("\x1b", "").replace("\r", "")
 
 
 class Transcript:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmtasks import proc
+from vmtasks import printable, proc
 from vmtasks.errors import CommandTimeoutError, ConnectionLostError, MachineError, SshError
 from vmtasks.machine.console import read_log
 from vmtasks.machine.ports import port_free
@@ -249,7 +249,9 @@ class Vm:
             raise
         finally:
             took = time.monotonic() - began
-            self.journal.append(f"{began - self._began:8.1f} s  {what}: {ends[-1]} after {took:.1f} s")
+            self.journal.append(
+                f"{began - self._began:8.1f} s  {printable.line(f'{what}: {ends[-1]}')} after {took:.1f} s"
+            )
 
 
 def _account(command: Command, done: Executed, wanted: str) -> str:
@@ -259,4 +261,4 @@ def _account(command: Command, done: Executed, wanted: str) -> str:
         for name, text in (("stdout", done.stdout), ("stderr", done.stderr))
         if text.strip()
     ]
-    return "\n".join([f"{shown}\nexited with {done.status}, not with a status {wanted}", *streams])
+    return printable.text("\n".join([f"{shown}\nexited with {done.status}, not with a status {wanted}", *streams]))

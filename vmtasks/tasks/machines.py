@@ -7,7 +7,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmtasks import progress
+from vmtasks import printable, progress
 from vmtasks.config import help_table, show_size
 from vmtasks.errors import MissingToolError, StateError, VmTasksError
 from vmtasks.model import Download
@@ -204,7 +204,7 @@ def task_status() -> Task:
 
     def status() -> None:
         view = the_machine(reap=False).status()
-        sys.stdout.write("".join(f"{line}\n" for line in describe(view)))
+        sys.stdout.write("".join(f"{printable.text(line)}\n" for line in describe(view)))
         sys.stdout.flush()
         if EXIT[view.status]:
             raise SystemExit(EXIT[view.status])

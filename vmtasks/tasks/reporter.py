@@ -7,6 +7,8 @@ from typing import Any
 from doit.exceptions import TaskFailed, UnmetDependency
 from doit.reporter import ConsoleReporter
 
+from vmtasks import printable
+
 
 class Said:
     """What to say of a task that was left alone: made only when it is said, and readable in `doit info`."""
@@ -36,7 +38,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
         """A line where being up to date is news."""
         fresh = task.meta.get("fresh") if task.meta else None
         if fresh is not None:
-            self.write(f"{self._paint('32', '✓')} {fresh()}\n")
+            self.write(f"{self._paint('32', '✓')} {printable.text(fresh())}\n")
 
     def add_failure(self, task: Any, fail: Any) -> None:
         """The cause, once; what only depends on it, in one line."""
@@ -44,7 +46,7 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             self.write(f"{self._paint('33', '-')} {task.name}: not run, because {fail.message} failed\n")
             return
         self.failures.append({"task": task, "exception": fail})
-        first, _, rest = fail.get_msg().strip().partition("\n")
+        first, _, rest = printable.text(fail.get_msg()).strip().partition("\n")
         self.write(f"{self._paint('31', '✗')} {task.name}: {first}\n")
         if rest:
             self.write("".join(f"  {line}\n" for line in rest.splitlines()))

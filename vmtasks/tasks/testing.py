@@ -1,12 +1,13 @@
 """Tasks that run the user's code in the machine: sync, build, test:<suite>, test_all, quick."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vmtasks import progress
+from vmtasks import printable, progress
 from vmtasks.results import Results, describe
 from vmtasks.tasks.context import CONFIG, action
 from vmtasks.tasks.images import Intact
@@ -28,18 +29,23 @@ def suites(results: Results) -> "Suites":
 
 
 def _build() -> None:
-    suites(Results(CONFIG)).build(_live)
+    with _live() as sink:
+        suites(Results(CONFIG)).build(sink)
 
 
-def _live(data: bytes) -> None:
-    """What the guest prints, as it comes."""
-    sys.stdout.flush()
-    out = getattr(sys.stdout, "buffer", None)
-    if out is None:
-        sys.stdout.write(data.decode(errors="replace"))
-    else:
-        out.write(data)
-        out.flush()
+@contextlib.contextmanager
+def _live() -> Iterator[Callable[[bytes], None]]:
+    """Shows what the guest prints, as it comes; its colours end with the block. Its log has every byte."""
+    shown = printable.Live()
+
+    def show(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    try:
+        yield lambda data: show(shown.feed(data))
+    finally:
+        show(shown.end())
 
 
 def _spoken(sink: Callable[[bytes], None]) -> Callable[[bytes], None]:
@@ -119,7 +125,8 @@ def _run(results: Results, name: str) -> Any:
 
     progress.say(f"test:{name}: {CONFIG.suites[name].command}")
     spoken = CONFIG.suites[name].format == "go-json"
-    record = suites(results).run(name, _spoken(_live) if spoken else _live)
+    with _live() as sink:
+        record = suites(results).run(name, _spoken(sink) if spoken else sink)
     if record.status != 0:
         log, limit = results.folder / name / "output.log", CONFIG.suites[name].timeout_s
         late = record.status == TIMED_OUT and record.duration_s >= limit

@@ -1,0 +1,82 @@
+"""PURE: what somebody else has said, as our terminal may show it: without anything that a terminal obeys.
+
+A guest's words reach a terminal in error messages, tables, progress and live output. A control sequence among them
+could rename the window, rewrite what stands above, or type an answer into the shell. All of them go through here.
+"""
+
+import codecs
+import re
+
+# ECMA-48: CSI with parameters, OSC strings (a terminal's title), and other escapes of two characters, each also as the
+# one character of C1 that stands for two. All of bounded length: what is longer is not one, whether it came in one
+# piece or not.
+_CSI, _OSC, _OTHER = r"[0-?]{0,64}[ -/]{0,8}", r"[^\x07\n\r\x1b\x9c]{0,256}", r"[ -/]{0,8}"
+_IN_CSI, _IN_OSC = r"(?:\x1b\[|\x9b)", r"(?:\x1b\]|\x9d)"
+_ESCAPE = re.compile(rf"{_IN_CSI}{_CSI}[@-~]|{_IN_OSC}{_OSC}(?:\x07|\x1b\\|\x9c)|\x1b{_OTHER}[0-Z\\^-~]")
+_UNFINISHED = re.compile(rf"(?:{_IN_CSI}{_CSI}|{_IN_OSC}{_OSC}\x1b?|\x1b{_OTHER})\Z")
+_COLOR = re.compile(r"(?:\x1b\[|\x9b)([0-9;:]{0,64})m")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+
+# C0 but tab, line feed and carriage return; DEL and C1; what turns the direction of writing, and two separators that
+# some programs take for the end of a line.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+RESET = "\x1b[0m"
+
+
+def text(said: str) -> str:
+    """Several lines, with their tabs."""
+    return _plain(said).replace("\r", "")
+
+
+def line(said: str) -> str:
+    """On one line: a name, a title, a cell of a table."""
+    return " ".join(_plain(said).split())
+
+
+def _plain(said: str) -> str:
+    return _SURROGATE.sub("\ufffd", _CONTROL.sub("", _ESCAPE.sub("", said)))
+
+
+class Cleaner:
+    """Bytes as they come -> text without control sequences and carriage returns; the same wherever they are cut."""
+
+    def __init__(self) -> None:
+        """Nothing is pending yet."""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._pending = ""
+
+    def feed(self, data: bytes) -> str:
+        """The text that `data` adds. A control sequence whose end has not come yet is held back."""
+        said = self._pending + self._decoder.decode(data)
+        held = _UNFINISHED.search(said)
+        at = held.start() if held else len(said)
+        self._pending = said[at:]
+        return text(said[:at])
+
+
+class Live(Cleaner):
+    """The output of a program as it comes: as Cleaner, but colours stay, and a carriage return begins a line."""
+
+    def __init__(self) -> None:
+        """Nothing is pending yet."""
+        super().__init__()
+        self._colored = False
+
+    def feed(self, data: bytes) -> str:
+        """The text that `data` adds. What may be half of a control sequence or of a line's end is held back."""
+        said = self._pending + self._decoder.decode(data)
+        held = _UNFINISHED.search(said)
+        at = held.start() if held else len(said.removesuffix("\r"))
+        self._pending = said[at:]
+        return self._shown(said[:at])
+
+    def end(self) -> str:
+        """What was held back, and the end of all colours."""
+        rest = self._shown(self._pending + self._decoder.decode(b"", final=True))
+        self._pending = ""
+        return rest + (RESET if self._colored else "")
+
+    def _shown(self, said: str) -> str:
+        words = _COLOR.split(said.replace("\r\n", "\n").replace("\r", "\n"))
+        self._colored = self._colored or len(words) > 1
+        return "".join(f"\x1b[{word}m" if number % 2 else text(word) for number, word in enumerate(words))
