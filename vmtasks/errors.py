@@ -90,11 +90,21 @@ class FetchError(VmTasksError):
 class CommandError(VmTasksError):
     """A helper program exited with a status other than 0, or not in time."""
 
-    def __init__(self, message: str, *, status: int, stderr: str = "", hint: str = "", log: Path | None = None) -> None:
-        """`status` as the shell would see it: 128 + N after signal N, 124 after a timeout."""
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int,
+        stderr: str = "",
+        timed_out: bool = False,
+        hint: str = "",
+        log: Path | None = None,
+    ) -> None:
+        """`status` as the shell would see it: 128 + N after signal N. `timed_out`: the command was ended by us."""
         super().__init__(message, hint=hint, log=log)
         self.status = status
         self.stderr = stderr
+        self.timed_out = timed_out
 
 
 class ImageError(VmTasksError):

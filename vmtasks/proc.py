@@ -46,17 +46,47 @@ UNREAD = 128 + signal.SIGPIPE
 """The status of a command that was ended because nobody reads its output any more."""
 
 TIMED_OUT = 124
-"""The status of a command that was ended at its deadline, as timeout(1) has it."""
+"""The status that stands for our deadline, as timeout(1) has it. A command may end with it by itself: see Ended."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended. `status` is 128 + N after signal N; `timed_out`: by us at its deadline, with TIMED_OUT."""
+
+    status: int
+    timed_out: bool = False
+
+
+class Head:
+    """A sink that keeps what comes first: whoever speaks may never stop."""
+
+    def __init__(self, limit: int = 4096) -> None:
+        """Keep `limit` bytes."""
+        self._limit = limit
+        self._kept = bytearray()
+
+    def __call__(self, data: bytes) -> None:
+        """Take in more."""
+        self._kept += data[: self._limit - len(self._kept)]
+
+    @property
+    def text(self) -> str:
+        """What was kept."""
+        return self._kept.decode(errors="replace")
+
+
+AT_DEADLINE = Ended(TIMED_OUT, timed_out=True)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished command left: `status` is 128 + N after signal N; text is decoded leniently."""
+    """What a finished command left: `status` and `timed_out` as of Ended; text is decoded leniently."""
 
     argv: tuple[str, ...]
     status: int
     stdout: str
     stderr: str
+    timed_out: bool = False
 
 
 def find(program: str) -> str:
@@ -97,20 +127,26 @@ def run(
     with spawn(words, cwd=cwd, env=env, pipe=True, stdin=stdin is not None) as child:
         try:
             out, err = child.communicate(stdin.encode() if isinstance(stdin, str) else stdin, timeout=timeout_s)
-            status = shell_status(child.returncode)
+            ended = Ended(shell_status(child.returncode))
         except subprocess.TimeoutExpired as late:
             # What it has started holds our pipes as long as it lives, so that all of its group must go.
-            status = TIMED_OUT if child.poll() is None else shell_status(child.returncode)
+            ended = AT_DEADLINE if child.poll() is None else Ended(shell_status(child.returncode))
             _signal(child, signal.SIGKILL)
             try:
                 out, err = child.communicate(timeout=1)
             except subprocess.TimeoutExpired:
                 out, err = late.output or b"", late.stderr or b""
-    result = Result(words, status, out.decode(errors="replace"), err.decode(errors="replace"))
-    if check and status != 0:
-        how = f"did not end within {timeout_s:g} s" if status == TIMED_OUT else f"exited with {status}"
+    texts = (out.decode(errors="replace"), err.decode(errors="replace"))
+    result = Result(words, ended.status, *texts, timed_out=ended.timed_out)
+    if check and ended.status != 0:
+        how = f"did not end within {timeout_s:g} s" if ended.timed_out else f"exited with {ended.status}"
         said = result.stderr.strip() or result.stdout.strip() or "no output"
-        raise CommandError(f"{quote(words)} {how}: {said[-2000:]}", status=status, stderr=result.stderr)
+        raise CommandError(
+            f"{quote(words)} {how}: {said[-2000:]}",
+            status=ended.status,
+            stderr=result.stderr,
+            timed_out=ended.timed_out,
+        )
     return result
 
 
@@ -174,31 +210,31 @@ def stream(
     *,
     timeout_s: float,
     env: Mapping[str, str] | None = None,
-    errors: IO[bytes] | None = None,
+    errors: Callable[[bytes], object] | None = None,
     stdin: IO[bytes] | None = None,
-) -> int:
+) -> Ended:
     """Run a helper and hand what it writes to `sink` as it comes, both streams in one unless `errors` takes stderr.
 
-    Returns its status, or TIMED_OUT after `timeout_s`, when it has been ended.
+    Returns how it ended; after `timeout_s` it is ended.
     """
     deadline = time.monotonic() + timeout_s
     with (
-        spawn(argv, env=env, pipe=True, merge=errors is None, errors=errors, stdin=stdin or False) as child,
+        spawn(argv, env=env, pipe=True, merge=errors is None, stdin=stdin or False) as child,
         selectors.DefaultSelector() as ready,
     ):
-        if child.stdout is None:
-            raise AssertionError("spawn was asked for a pipe")
-        ready.register(child.stdout, selectors.EVENT_READ)
-        while (left := deadline - time.monotonic()) > 0:
-            if ready.select(left):
-                data = os.read(child.stdout.fileno(), BLOCK)
-                if not data:
-                    break
-                sink(data)
+        for pipe, take in ((child.stdout, sink), (child.stderr, errors)):
+            if pipe is not None:
+                ready.register(pipe, selectors.EVENT_READ, take)
+        while ready.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in ready.select(left):
+                if data := os.read(key.fd, BLOCK):
+                    key.data(data)
+                else:
+                    ready.unregister(key.fileobj)
         try:
-            return shell_status(child.wait(max(0.0, deadline - time.monotonic())))
+            return Ended(shell_status(child.wait(max(0.0, deadline - time.monotonic()))))
         except subprocess.TimeoutExpired:
-            return TIMED_OUT
+            return AT_DEADLINE
 
 
 @contextmanager
@@ -208,7 +244,6 @@ def spawn(
     cwd: Path | None = None,
     die_with_us: bool = False,
     env: Mapping[str, str] | None = None,
-    errors: IO[bytes] | None = None,
     merge: bool = False,
     output: IO[bytes] | None = None,
     pass_fds: Sequence[int] = (),
@@ -218,7 +253,7 @@ def spawn(
 ) -> Iterator[Child]:
     """Start a helper and see to it that it is gone when the block ends.
 
-    Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`, stderr to `errors`), and
+    Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`), and
     otherwise nowhere. Input comes from a file, through a pipe with `stdin=True`, and otherwise from nowhere. The child
     leads its own process group, so Ctrl-C reaches it only through us. On the way out: SIGTERM, 2 s, SIGKILL, reaped.
     With `die_with_us` the kernel ends it when we are killed and cannot; `unprivileged` leaves it no capability, also
@@ -236,7 +271,7 @@ def spawn(
                 env={**os.environ, **(env or {})},
                 stdin=(subprocess.PIPE if stdin else subprocess.DEVNULL) if isinstance(stdin, bool) else stdin,
                 stdout=sink,
-                stderr=subprocess.STDOUT if output is not None or merge else (errors or sink),
+                stderr=subprocess.STDOUT if output is not None or merge else sink,
                 pass_fds=tuple(pass_fds),
                 process_group=0,
                 preexec_fn=before_exec(die_with_us=die_with_us, unprivileged=unprivileged),  # noqa: PLW1509 - system calls only

@@ -81,8 +81,8 @@ def provision(config: Config, number: int = 0) -> Path:
         with finally_do(lambda: _remove(target, folder), f"{folder} in the guest could not be removed"):
             heard = Heard(secrets.token_hex(8), step.now)
             timeout_s = phases[number - 1].timeout_s * builder.accel.factor
-            status = _run(target, folder, heard, log, timeout_s)
-        _judge(what, heard, status, log, timeout_s)
+            ended = _run(target, folder, heard, log, timeout_s)
+        _judge(what, heard, ended, log, timeout_s)
         _learn(machine, heard.host_keys)
     return log
 
@@ -116,8 +116,8 @@ def _send(target: ssh.Target, archive: bytes) -> str:
     return said[-1]
 
 
-def _run(target: ssh.Target, folder: str, heard: Heard, log: Path, timeout_s: float) -> int:
-    """Run the wrapper as root to its end or the deadline; returns ssh's status."""
+def _run(target: ssh.Target, folder: str, heard: Heard, log: Path, timeout_s: float) -> proc.Ended:
+    """Run the wrapper as root to its end or the deadline; returns how ssh ended."""
     env = {"VMTASKS_MEDIA": folder, "VMTASKS_TOKEN": heard.token}
     pidfile = f"{folder}/pid"
     text = ssh.script(f"exec /bin/sh {folder}/{WRAPPER}", cwd="/", env=env, user="root", pidfile=pidfile)
@@ -136,7 +136,7 @@ def _remove(target: ssh.Target, folder: str) -> None:
     proc.run(target.argv(ssh.remote_line(text)), timeout_s=60, check=False)
 
 
-def _judge(what: str, heard: Heard, status: int, log: Path, timeout_s: float) -> None:
+def _judge(what: str, heard: Heard, ended: proc.Ended, log: Path, timeout_s: float) -> None:
     """Nothing when the script said 0; otherwise the failure, with its cause."""
     if heard.status == 0:
         return
@@ -146,13 +146,13 @@ def _judge(what: str, heard: Heard, status: int, log: Path, timeout_s: float) ->
         last = heard.transcript.last_command
         told = f"{what}: its script exited with {heard.status}{f' ({last})' if last else ''}{where}"
         raise PhaseError(told, cause="verdict", log=log, console=tail, hint=hint)
-    if status == proc.TIMED_OUT:
+    if ended.timed_out:
         told = f"{what}: the script did not end within {progress.seconds(timeout_s)} and was ended{where}"
         raise PhaseError(told, cause="timeout", log=log, console=tail, hint=hint)
-    if status == ssh.FAILED:
+    if ended.status == ssh.FAILED:
         told = f"{what}: the connection was lost{where}; how the script ended is not known"
         raise SshError(told, log=log, console=tail, hint="doit status")
-    told = f"{what}: the script ended with {status} and without a verdict{where}"
+    told = f"{what}: the script ended with {ended.status} and without a verdict{where}"
     raise PhaseError(told, cause="no-verdict", log=log, console=tail, hint=hint)
 
 

@@ -260,7 +260,13 @@ YARDSTICK = Run(33, 0.5, 0.3, "")
     [
         (Run(33, 0.2, 0.03, ""), True, True, "kvm did in 0.03 s what emulation did in 0.30 s"),
         (Run(33, 1.4, 0.4, ""), True, False, "kvm did in 0.40 s what emulation did in 0.30 s"),
-        (Run(124, 2.0, None, ""), False, False, "kvm did not finish in 2.0 s what emulation did in 0.50 s"),
+        (
+            Run(124, 2.0, None, "", timed_out=True),
+            False,
+            False,
+            "kvm did not finish in 2.0 s what emulation did in 0.50 s",
+        ),
+        (Run(124, 0.2, None, ""), False, False, "kvm did not run a boot sector: QEMU ended with status 124: no output"),
         (
             Run(0, 0.2, None, "\n"),
             False,

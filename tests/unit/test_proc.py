@@ -123,7 +123,7 @@ def test_stream_hands_on_what_comes_when_it_comes():
         lambda data: seen.append((time.monotonic() - began, data)),
         timeout_s=10,
     )
-    assert status == 5
+    assert status == proc.Ended(5)
     assert b"".join(data for _, data in seen) == b"a\nb\nc\n"
     assert seen[0][0] < 0.3 < seen[-1][0]
 
@@ -132,10 +132,23 @@ def test_stream_deadline(tmp_path: Path):
     seen: list[bytes] = []
     began = time.monotonic()
     text = f"echo $$ >{tmp_path}/pid; while :; do echo x; sleep 0.05; done"
-    assert proc.stream(["sh", "-c", text], seen.append, timeout_s=0.4) == proc.TIMED_OUT
+    assert proc.stream(["sh", "-c", text], seen.append, timeout_s=0.4) == proc.AT_DEADLINE
     assert time.monotonic() - began < 3
     assert b"x\n" in b"".join(seen)
     assert gone(int((tmp_path / "pid").read_text()))
+
+
+def test_a_status_of_124_is_not_our_deadline():
+    """As `timeout 10 make` ends."""
+    done = sh("exit 124", check=False)
+    assert (done.status, done.timed_out) == (124, False)
+    assert proc.stream(["sh", "-c", "exit 124"], lambda _: None, timeout_s=10) == proc.Ended(124)
+    with pytest.raises(CommandError, match="exited with 124") as caught:
+        sh("exit 124")
+    assert not caught.value.timed_out
+    with pytest.raises(CommandError, match=r"did not end within 0\.2 s") as caught:
+        sh("sleep 60", timeout_s=0.2)
+    assert caught.value.timed_out
 
 
 def test_stream_ends_the_helper_when_its_reader_fails(tmp_path: Path):
@@ -148,7 +161,7 @@ def test_stream_ends_the_helper_when_its_reader_fails(tmp_path: Path):
 
 
 def test_stream_of_a_helper_that_closes_its_output_early():
-    assert proc.stream(["sh", "-c", "exec >&- 2>&-; sleep 0.2; exit 6"], lambda _: None, timeout_s=10) == 6
+    assert proc.stream(["sh", "-c", "exec >&- 2>&-; sleep 0.2; exit 6"], lambda _: None, timeout_s=10) == proc.Ended(6)
 
 
 # ---- spawn

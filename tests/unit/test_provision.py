@@ -79,24 +79,26 @@ def test_lines_of_others_are_not_taken_for_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("output", "status", "kind", "says"),
+    ("output", "ended", "kind", "says"),
     [
         (f"::vmtasks:{TOKEN}:step a\n+ 3: ls /x\n::vmtasks:{TOKEN}:exit 2 a\n", 2, PhaseError, "2 (line 3: ls /x) at"),
         (
             f"::vmtasks:{TOKEN}:step a\n",
-            proc.TIMED_OUT,
+            proc.AT_DEADLINE,
             PhaseError,
             "did not end within 5.0 s and was ended at step 'a'",
         ),
         (f"::vmtasks:{TOKEN}:step a\n", ssh.FAILED, SshError, "the connection was lost at step 'a'; how"),
+        (f"::vmtasks:{TOKEN}:step a\n", proc.TIMED_OUT, PhaseError, "ended with 124 and without a verdict at step 'a'"),
         ("", 0, PhaseError, "ended with 0 and without a verdict"),
         ("no doas here\n", 126, PhaseError, "ended with 126 and without a verdict"),
     ],
 )
 def test_the_cause_of_each_failure(
-    output: str, status: int, kind: type[VmTasksError], says: str, tmp_path: Path
+    output: str, ended: proc.Ended | int, kind: type[VmTasksError], says: str, tmp_path: Path
 ) -> None:
+    how = proc.Ended(ended) if isinstance(ended, int) else ended
     with pytest.raises(kind) as caught:
-        _judge("provision", hear(output.encode()), status, tmp_path / "log", 5.0)
+        _judge("provision", hear(output.encode()), how, tmp_path / "log", 5.0)
     assert says in caught.value.message
     assert caught.value.log == tmp_path / "log"

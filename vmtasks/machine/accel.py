@@ -135,7 +135,7 @@ class Accel:
 
 @dataclass(frozen=True)
 class Run:
-    """One QEMU with the sector: its shell status (124 at the limit), and times in seconds.
+    """One QEMU with the sector: its shell status, times in seconds, and whether we ended it at the limit.
 
     `loop_s` is None unless the whole loop was seen; `said` is what QEMU wrote to stderr.
     """
@@ -144,6 +144,7 @@ class Run:
     total_s: float
     loop_s: float | None
     said: str
+    timed_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def judge(
     if run.loop_s is not None:
         wins = run.loop_s < base_s
         reason = f"{rival} did in {run.loop_s:.2f} s what emulation did in {base_s:.2f} s"
-    elif run.status == proc.TIMED_OUT:
+    elif run.timed_out:
         wins = False
         reason = f"{rival} did not finish in {limit_s:.1f} s what emulation did in {yardstick.total_s:.2f} s"
     else:
@@ -296,7 +297,7 @@ def boot(qemu: Path, image: Path, name: Name, cpu: str, limit_s: float) -> Run:
     if status in OUTSIDE:
         raise MachineError(f"the accelerator could not be chosen: QEMU was ended by signal {status - 128}")
     done = status == DONE and seen.keys() >= {"B", "E"}
-    return Run(status, total_s, seen["E"] - seen["B"] if done else None, said)
+    return Run(status, total_s, seen["E"] - seen["B"] if done else None, said, timed_out=late)
 
 
 def marks(child: proc.Child, deadline_s: float) -> dict[str, float]:
@@ -332,7 +333,7 @@ def aborted(run: Run) -> bool:
 
 def ending(run: Run) -> str:
     """How a run ended that did not do the work, for the end of a sentence."""
-    if run.status == proc.TIMED_OUT:
+    if run.timed_out:
         return f"not done after {run.total_s:.1f} s"
     return f"QEMU ended with status {run.status}: {first_line(run.said)}"
 

@@ -8,7 +8,6 @@ import posixpath
 import re
 import secrets
 import shlex
-import tempfile
 from pathlib import Path
 
 from vmtasks import atomic, proc
@@ -50,8 +49,8 @@ def put(target: Target, source: Path, dest: str, *, mode: int | None = None, tim
         words = {"FOLDER": _word(folder), "BESIDE": _word(beside), "PLACE": _word(place), "MODE": f"{bits:o}"}
         text = re.sub("@([A-Z]+)@", lambda found: words[found[1]], PUT)
         said = bytearray()
-        status = proc.stream(target.argv(ssh.remote_line(text)), said.extend, timeout_s=timeout_s, stdin=data)
-    _check(status, said.decode(errors="replace"), f"{source} could not be put to {target.name}:{place}", timeout_s)
+        ended = proc.stream(target.argv(ssh.remote_line(text)), said.extend, timeout_s=timeout_s, stdin=data)
+    _check(ended, said.decode(errors="replace"), f"{source} could not be put to {target.name}:{place}", timeout_s)
 
 
 def get(target: Target, source: str, dest: Path, *, timeout_s: float = TIMEOUT_S) -> Path:
@@ -62,13 +61,13 @@ def get(target: Target, source: str, dest: Path, *, timeout_s: float = TIMEOUT_S
     """
     place = dest / posixpath.basename(source) if dest.is_dir() else dest
     text = GET.replace("@PLACE@", _word(source))
-    with tempfile.TemporaryFile() as errors, atomic.replacing(place) as beside:
+    errors = proc.Head()
+    with atomic.replacing(place) as beside:
         with beside.open("wb") as data:
             argv = target.argv(ssh.remote_line(text))
-            status = proc.stream(argv, data.write, timeout_s=timeout_s, errors=errors)
-        errors.seek(0)
-        said = errors.read().decode(errors="replace")
-        _check(status, said, f"{target.name}:{source} could not be fetched", timeout_s)
+            ended = proc.stream(argv, data.write, timeout_s=timeout_s, errors=errors)
+        said = errors.text
+        _check(ended, said, f"{target.name}:{source} could not be fetched", timeout_s)
     if "::vmtasks:x" in said:
         place.chmod(0o755)
     return place
@@ -79,11 +78,11 @@ def _word(path: str) -> str:
     return shlex.quote(path if path.startswith("/") else f"./{path}")
 
 
-def _check(status: int, said: str, what: str, limit_s: float) -> None:
+def _check(ended: proc.Ended, said: str, what: str, limit_s: float) -> None:
     said = " ".join(line for line in said.splitlines() if not line.startswith("::vmtasks"))
-    if status == ssh.FAILED:
+    if ended.status == ssh.FAILED:
         raise ConnectionLostError(f"{what}: {ssh.explain(said)}", hint="doit status")
-    if status == proc.TIMED_OUT:
-        raise CommandError(f"{what} within {limit_s:g} s", status=status, stderr=said)
-    if status != 0:
-        raise CommandError(f"{what}: {said or f'status {status}'}", status=status, stderr=said)
+    if ended.timed_out:
+        raise CommandError(f"{what} within {limit_s:g} s", status=ended.status, stderr=said, timed_out=True)
+    if ended.status != 0:
+        raise CommandError(f"{what}: {said or f'status {ended.status}'}", status=ended.status, stderr=said)

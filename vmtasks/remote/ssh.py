@@ -190,7 +190,7 @@ def attach(target: Target, argv: Sequence[str], *, stdin: bool = True, timeout_s
     shared = _share(target)
     if shared.status == 0:
         return proc.attach(argv, stdin=stdin, timeout_s=timeout_s)
-    late = f"ssh: {target.name} did not let us in within {SHARE_S} s\n" if shared.status == proc.TIMED_OUT else ""
+    late = f"ssh: {target.name} did not let us in within {SHARE_S} s\n" if shared.timed_out else ""
     progress.to_stderr(shared.stderr + late)
     return FAILED
 
@@ -249,15 +249,15 @@ def end_script(pidfile: str, user: str = "") -> str:
 
 def execute(
     target: Target, text: str, sink: Callable[[bytes], None], *, timeout_s: float, at_deadline: str = ""
-) -> int:
-    """Run a script in the guest; output goes to `sink` as it comes. Returns its status, 124 after `timeout_s`.
+) -> proc.Ended:
+    """Run a script in the guest; output goes to `sink` as it comes. Returns how it ended, at the latest `timeout_s`.
 
     `at_deadline` is a script that ends in the guest what `text` has started.
     """
-    status = proc.stream(target.argv(remote_line(f"{{ {text}\n}} 2>&1 </dev/null")), sink, timeout_s=timeout_s)
-    if status == proc.TIMED_OUT and at_deadline:
+    ended = proc.stream(target.argv(remote_line(f"{{ {text}\n}} 2>&1 </dev/null")), sink, timeout_s=timeout_s)
+    if ended.timed_out and at_deadline:
         proc.run(target.argv(remote_line(at_deadline)), timeout_s=30, check=False)
-    return status
+    return ended
 
 
 def end_group_script(group: int, user: str = "") -> str:

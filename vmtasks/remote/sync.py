@@ -21,6 +21,8 @@ ASK_BYTES = 32 << 20
 """A tree that takes less is sent without asking whether there is room for it."""
 ROOM_S = 60.0
 TIMEOUT_S = 3600.0
+ERROR_BYTES = 1 << 20
+"""So much of what rsync says is wrong is looked at."""
 PARTIAL = 23
 """rsync's status when it could not copy some files, but all others."""
 VANISHED = 24
@@ -245,24 +247,25 @@ def _dry(argv: Sequence[str]) -> list[str]:
 
 def _run(target: Target, argv: Sequence[str], stdin: bytes, told: Told | None = None) -> str:
     """Run rsync, once more where files went while it ran; returns what it has said."""
-    status, said, stderr = _once(argv, stdin, told)
-    if status == VANISHED:
-        status, again, stderr = _once(argv, stdin, told)
+    ended, said, stderr = _once(argv, stdin, told)
+    if ended.status == VANISHED:
+        ended, again, stderr = _once(argv, stdin, told)
         said += again
-    if status == 0:
+    if ended.status == 0:
         return said
     lines = [line for line in stderr.splitlines() if line.strip()]
-    why = _words(lines[0]) if lines else f"rsync ended with status {status}"  # later ones follow from it
-    if status == proc.TIMED_OUT:
+    why = _words(lines[0]) if lines else f"rsync ended with status {ended.status}"  # later ones follow from it
+    if ended.timed_out:
         why = f"rsync did not end within {TIMEOUT_S:g} s"
-    if status in RSYNC_CONNECTION:
+    if ended.status in RSYNC_CONNECTION:
         raise SshError(f"rsync lost or never had the connection to {target.name}: {why}")
-    raise CommandError(why, status=status, stderr=stderr)
+    raise CommandError(why, status=ended.status, stderr=stderr, timed_out=ended.timed_out)
 
 
-def _once(argv: Sequence[str], stdin: bytes, told: Told | None) -> tuple[int, str, str]:
+def _once(argv: Sequence[str], stdin: bytes, told: Told | None) -> tuple[proc.Ended, str, str]:
     out = bytearray()
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as errors:
+    errors = proc.Head(ERROR_BYTES)
+    with tempfile.TemporaryFile() as given:
         given.write(stdin)
         given.seek(0)
 
@@ -271,9 +274,8 @@ def _once(argv: Sequence[str], stdin: bytes, told: Told | None) -> tuple[int, st
             if told is not None:
                 told(out)
 
-        status = proc.stream(argv, take, timeout_s=TIMEOUT_S, errors=errors, stdin=given, env={"LC_ALL": "C"})
-        errors.seek(0)
-        return status, os.fsdecode(bytes(out)), errors.read().decode(errors="replace")
+        ended = proc.stream(argv, take, timeout_s=TIMEOUT_S, errors=errors, stdin=given, env={"LC_ALL": "C"})
+    return ended, os.fsdecode(bytes(out)), errors.text
 
 
 def _words(line: str) -> str:
