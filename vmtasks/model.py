@@ -86,7 +86,12 @@ class SuiteTable(Table, frozen=True, kw_only=True):
         Literal["auto", "tap", "go-json", "junit", "plain"], Meta(description="what the output looks like")
     ] = "auto"
     junit: Annotated[str, Meta(description="JUnit file that the suite writes, relative to `cwd`")] = ""
-    artifacts: Annotated[list[str], Meta(description="files to fetch after the run: globs relative to `cwd`")] = []
+    artifacts: Annotated[
+        list[str],
+        Meta(description="plain files and folders to fetch after the run, whatever its end: globs relative to `cwd`"),
+    ] = []
+    artifacts_limit: Annotated[Size, Meta(description="no more than this is fetched, and what was left is said")] = "1G"
+    artifacts_timeout_s: Annotated[Seconds, Meta(description="fetching takes no longer than this")] = 600
 
 
 class QuickTable(Table, frozen=True, kw_only=True):

@@ -137,7 +137,7 @@ class Verification:
 
     def _suites(self) -> str:
         results = Results(self.config)
-        suites = Suites(results)
+        suites = Suites(results, self.note)
         suites.sync()
         with (self.config.vm_dir / "build.log").open("wb") as log:
 

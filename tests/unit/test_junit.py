@@ -13,6 +13,7 @@ from junitparser import JUnitXml
 
 from vmtasks.junit import Counts, Format, report
 from vmtasks.junit.case import LOG_LIMIT, TEXT_LIMIT
+from vmtasks.proc import Ended
 
 CASES = sorted((Path(__file__).parent.parent / "data" / "junit").glob("*.toml"))
 FORMATS: tuple[Format, ...] = ("auto", "go-json", "junit", "plain", "tap")
@@ -45,9 +46,10 @@ OUTPUTS = st.one_of(
 )
 
 
-def run(output: str = "", **given_: Any) -> tuple[bytes, Counts]:
-    arguments = {"status": 0, "duration_s": 1.5, "fmt": "auto", "own_xml": None} | given_
-    return report("suite", output, **arguments)
+def run(output: str = "", status: int = 0, *, timed_out: bool = False, **given_: Any) -> tuple[bytes, Counts]:
+    arguments = {"duration_s": 1.5, "fmt": "auto", "own_xml": None} | given_
+    made = report("suite", output, ended=Ended(status, timed_out), **arguments)
+    return made.xml, made.counts
 
 
 def counted(data: bytes) -> Counts:
@@ -67,7 +69,8 @@ def counted(data: bytes) -> Counts:
 def test_case(path):
     case = tomllib.loads(path.read_text())
     own = case["own"].lstrip().encode() if "own" in case else None
-    data, counts = run(case["output"], status=case.get("status", 0), fmt=case.get("fmt", "auto"), own_xml=own)
+    how = {"status": case.get("status", 0), "timed_out": case.get("timed_out", False)}
+    data, counts = run(case["output"], **how, fmt=case.get("fmt", "auto"), own_xml=own)
     assert str(counts) == case["expect"]
     assert counted(data) == counts
     assert case.get("names", []) in ([], [case.get("name") for case in ET.fromstring(data).iter("testcase")])  # noqa: S314 - ours
@@ -94,7 +97,40 @@ def test_any_own_file_gives_valid_xml_and_is_never_green_by_mistake(own, status)
 @given(st.integers(1, 20), st.integers(0, 20))
 def test_a_tap_stream_cut_anywhere_is_not_green(planned, ran):
     lines = [f"1..{planned}", *(f"ok {number}" for number in range(1, min(ran, planned) + 1))]
-    assert run("\n".join(lines))[1].green == (ran >= planned)
+    assert run("\n".join(lines), fmt="tap")[1].green == (ran >= planned)
+    assert not ran or run("\n".join(lines))[1].green == (ran >= planned)
+
+
+OWN = b"<testsuite><testcase/></testsuite>"
+
+
+@pytest.mark.parametrize(
+    ("output", "given_", "counts", "trouble"),
+    [
+        ("1..5\nok 1 - a\n", {}, "1 passed, 1 error", 'planned 5 tests, ran 1 (if this is no TAP: format = "plain")'),
+        ("1..5\nok 1 - a\n", {"fmt": "tap"}, "1 passed, 1 error", "planned 5 tests, ran 1"),
+        ("1..2\nok 1 - a\nnot ok 2 - b", {"status": 1}, "1 passed, 1 failed", ""),
+        ("", {"status": 124}, "1 failed", ""),
+        ("1..1\nok 1 - a", {"status": 124}, "1 passed, 1 error", "exited with status 124, although no test failed"),
+        ("", {"status": 124, "timed_out": True}, "1 error", "timed out after 1.5 s"),
+        ("", {"problem": "no r.xml"}, "1 error", "no r.xml"),
+        ("1..1\nok 1 - a", {"problem": "no r.xml"}, "1 error", "no r.xml"),
+        ("", {"problem": "no r.xml", "status": 3}, "2 errors", "no r.xml"),
+        ("", {"problem": "the guest is gone", "ended": None}, "1 error", "the guest is gone"),
+        ("1..2\nok 1 - a", {"problem": "gone", "ended": None}, "1 passed, 2 errors", "planned 2 tests, ran 1"),
+        ("", {"problem": "gone", "ended": None, "fmt": "junit"}, "1 error", "gone"),
+        ("", {"own_xml": OWN}, "1 passed", ""),
+        ("", {"own_xml": OWN, "status": 1}, "1 passed, 1 error", "exited with status 1, although no test failed"),
+        ("", {"own_xml": b"<x/>"}, "1 error", "the suite's JUnit XML cannot be used: its root is <x>"),
+    ],
+)
+def test_the_trouble_is_told_in_a_sentence(output: str, given_: dict[str, Any], counts: str, trouble: str) -> None:
+    given = {"ended": Ended(given_.pop("status", 0), given_.pop("timed_out", False))} | given_
+    made = report("suite", output, **{"duration_s": 1.5, "fmt": "auto", "own_xml": None} | given)
+    assert str(made.counts) == counts
+    assert counted(made.xml) == made.counts
+    assert made.trouble.startswith(trouble)
+    assert bool(trouble) == bool(made.trouble)
 
 
 def test_huge_output_loses_its_middle_and_says_so():
@@ -122,8 +158,8 @@ def test_stray_bytes_of_output_are_marked():
 
 
 def test_names_of_suites_may_hold_anything():
-    data, _ = report('a<b>&"\x00\n c', "", status=0, duration_s=0, fmt="auto", own_xml=None)
-    assert JUnitXml.fromstring(data).name == 'a<b>&" c'
+    made = report('a<b>&"\x00\n c', "", ended=Ended(0), duration_s=0, fmt="auto", own_xml=None)
+    assert JUnitXml.fromstring(made.xml).name == 'a<b>&" c'
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ artifacts = ["made.txt", "out/*"]
     output = project.doit("test:bad", "test:good").bad()
     assert "ran bad" in output
     assert "ran good" not in output
-    fetched = project.state / "results" / "good"
+    fetched = project.state / "results" / "good" / "artifacts"
     assert (fetched / "made.txt").read_text() == "it's\n"
     assert (fetched / "out/a.txt").read_text() == "a\n"
     assert (fetched / "out/b.txt").read_text() == "root\n"

@@ -3,12 +3,12 @@
 import signal
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from vmtasks.junit import gotest, own, tap
 from vmtasks.junit.case import LOG_LIMIT, TEXT_LIMIT, Case, Outcome, clean, one_line, seconds, shorten
-from vmtasks.proc import TIMED_OUT
+from vmtasks.proc import Ended
 
 Format = Literal["auto", "tap", "go-json", "junit", "plain"]
 
@@ -39,45 +39,79 @@ class Counts:
         return ", ".join(f"{number} {what}" for number, what in shown if number) or "no tests"
 
 
+@dataclass(frozen=True)
+class Report:
+    """JUnit XML, its counts, and in one sentence the first trouble that is not a failed test of the suite's own."""
+
+    xml: bytes
+    counts: Counts
+    trouble: str
+
+
 def report(
-    name: str, output: str, *, status: int, duration_s: float, fmt: Format, own_xml: bytes | None
-) -> tuple[bytes, Counts]:
+    name: str,
+    output: str,
+    *,
+    ended: Ended | None,
+    duration_s: float,
+    fmt: Format,
+    own_xml: bytes | None,
+    problem: str = "",
+) -> Report:
     """Say as JUnit XML how the suite `name` went, and count its cases.
 
-    `own_xml` is the JUnit file that the suite wrote, if any: it is believed before `output`. `status` is the suite's
-    exit status, 124 after its deadline. The counts are never green when the status is not 0, nor when what the suite
-    left behind says that something is missing. The same arguments give the same bytes.
+    `own_xml` is the JUnit file that the suite wrote, if any: it is believed before `output`. `problem`: why it is not
+    there although there should be one, or, with `ended` None, why nobody knows how the suite ended. The counts are
+    never green when the suite has not ended with 0, nor when what it left behind says that something is missing. The
+    same arguments give the same bytes.
     """
-    log = clean(output)
+    log, status = clean(output), ended.status if ended else None
     kind = "junit" if own_xml is not None else detect(log) if fmt == "auto" else fmt
     report_of_its_own, counts, cases = b"", Counter[Outcome](), list[Case]()
-    if kind == "junit":
+    if problem and ended:
+        cases = [Case("JUnit file", "error", problem, _tail(log))]
+    elif kind == "junit" and (ended or own_xml is not None):
         report_of_its_own, counts, cases = _own(own_xml, log)
     elif kind == "tap":
-        cases = tap.cases(log)
+        cases = [_or_plain(case) if fmt == "auto" and status == 0 else case for case in tap.cases(log)]
     elif kind == "go-json":
         cases, log = gotest.cases(log)
-    else:
-        cases = [_plain(status, log)]
+    elif ended and not ended.timed_out:
+        cases = [_plain(ended.status, log)]
+    bad = counts["failed"] + counts["error"] + sum(case.outcome in ("failed", "error") for case in cases)
+    if ended is None:
+        cases.append(Case("run", "error", problem, _tail(log)))
+    elif ended.timed_out or (status != 0 and (problem or not bad)):
+        cases.append(Case("exit status", "error", _meaning(ended, duration_s), _tail(log)))
     counts += Counter(case.outcome for case in cases)
-    if status == TIMED_OUT or (status != 0 and not (counts["failed"] or counts["error"])):
-        cases.append(Case("exit status", "error", _meaning(status, duration_s), _tail(log)))
-        counts["error"] += 1
     suite = _suite(one_line(name), cases, log, duration_s)
     totals = Counts(counts["passed"], counts["failed"], counts["skipped"], counts["error"])
-    return _document(report_of_its_own, suite, totals), totals
+    trouble = next((one_line(case.message) for case in cases if case.outcome == "error"), "")
+    return Report(_document(report_of_its_own, suite, totals), totals, trouble)
 
 
 def detect(log: str) -> Format:
-    """Tell what the output of a suite looks like; the first line that is typical of a format decides."""
+    """Tell what the output of a suite looks like; the first line that only one format has decides.
+
+    Or, of TAP, a plan and a test point.
+    """
     if log.lstrip().startswith(("<?xml", "<testsuite")):
         return "junit"
+    seen = set[tap.Kind]()
     for line in log.split("\n"):
-        if tap.is_typical(line):
+        seen |= {kind} if (kind := tap.kind(line)) else set()
+        if "sure" in seen or seen >= {"plan", "point"}:
             return "tap"
         if gotest.event(line) is not None:
             return "go-json"
     return "plain"
+
+
+def _or_plain(case: Case) -> Case:
+    """Say of a case that TAP makes of output that may not be meant as TAP what to do then."""
+    if case.outcome != "error":
+        return case
+    return replace(case, message=f'{case.message} (if this is no TAP: format = "plain")')
 
 
 def _own(data: bytes | None, log: str) -> tuple[bytes, Counter[Outcome], list[Case]]:
@@ -97,10 +131,11 @@ def _plain(status: int, log: str) -> Case:
     return Case("exit status", "failed", f"exited with status {status}", _tail(log))
 
 
-def _meaning(status: int, duration_s: float) -> str:
-    """Say why a status other than 0 is an error although no test failed."""
-    if status == TIMED_OUT:
-        return f"timed out after {seconds(duration_s):g} s (status {status})"
+def _meaning(ended: Ended, duration_s: float) -> str:
+    """Say why a suite that did not end with 0 is an error although no test failed."""
+    status = ended.status
+    if ended.timed_out:
+        return f"timed out after {seconds(duration_s):g} s"
     names = {128 + number: number.name for number in signal.Signals}
     how = f"{status}, which is death by {names[status]}" if status in names else str(status)
     return f"exited with status {how}, although no test failed"

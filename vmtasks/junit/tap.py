@@ -4,21 +4,31 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Literal
 
 from vmtasks.junit.case import Case
 
 _VERSION = re.compile(r"TAP version \d+\s*$", re.ASCII)
 _PLAN = re.compile(r"1\.\.(?P<count>\d{1,9})\s*(?:#(?P<why>.*))?$", re.ASCII)
-_NUMBERED = re.compile(r"(?:not )?ok \d{1,9}(?:\s|$)", re.ASCII)
+_SURE = re.compile(
+    r"TAP version \d+\s*$|not ok \d{1,9}(?:\s|$)|ok \d{1,9} - |1\.\.0\s*#\s*(?i:skip)|\s*(?i:Bail out!)", re.ASCII
+)
 _POINT = re.compile(r"(?P<not>not )?ok(?:\s+(?P<number>\d{1,9})(?=\s|$))?(?:\s+-)?(?:\s+(?P<title>.*))?$", re.ASCII)
 _DIRECTIVE = re.compile(r"(?<!\\)#\s*(?P<what>todo|skip(?:ped|ping)?)\b[:\s]*(?P<why>.*)$", re.IGNORECASE)
 _BAIL_OUT = re.compile(r"\s*Bail out!\s*(?P<why>.*)$", re.IGNORECASE)
 _YAML_MESSAGE = re.compile(r"\s+message:\s*(?P<quote>['\"]?)(?P<text>[^|>\s].*?)(?P=quote)$")
 
 
-def is_typical(line: str) -> bool:
-    """Tell whether `line` is one that hardly anything but TAP has: a version, a plan or a numbered test point."""
-    return any(pattern.match(line) for pattern in (_VERSION, _PLAN, _NUMBERED))
+Kind = Literal["sure", "plan", "point"]
+_KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (("sure", _SURE), ("plan", _PLAN), ("point", _POINT))
+
+
+def kind(line: str) -> Kind | None:
+    """Tell what part of TAP `line` looks like; `sure`: hardly anything else prints such a line.
+
+    Programs do print `1..5` or `ok 3 files` by chance.
+    """
+    return next((name for name, pattern in _KINDS if pattern.match(line)), None)
 
 
 def cases(log: str) -> list[Case]:

@@ -104,34 +104,41 @@ def task_test() -> Iterator[Task]:
     Exit status: 0 passed, now or before; 1 it failed or took too long; 2 wrong configuration.
     Example: doit -a test:unit     (-a: also if nothing has changed)
     """
-    results = Results(CONFIG)
-    for name, suite in CONFIG.suites.items():
+    results, before = Results(CONFIG), "build"
+    for name in in_order():
+        suite = CONFIG.suites[name]
+        # doit releases what waits for one task in no order, so each waits for a task of its own that follows the one
+        # before. As a setup it does not keep the others from running where it fails.
+        yield {"basename": f"_turn_{name}", "actions": None, "setup": [before]}
+        before = f"_turn_{name}"
         yield {
             "name": name,
             "doc": suite.command,
             "actions": [action(partial(_run, results, name))],
             "uptodate": [Intact(partial(results.why_stale, name))],
             "task_dep": images_needed(),
-            "setup": ["build"],
+            "setup": [before],
             "meta": {"fresh": Said(partial(_last, results, name))},
             "io": {"capture": False},
         }
 
 
+def in_order() -> list[str]:
+    """All suites as they run: those of `quick` as they stand there, then the others as they stand in the file."""
+    return list(dict.fromkeys([*CONFIG.quick, *CONFIG.suites]))
+
+
 def _run(results: Results, name: str) -> Any:
     from doit.exceptions import TaskFailed  # noqa: PLC0415
 
-    from vmtasks.proc import TIMED_OUT  # noqa: PLC0415
-
-    progress.say(f"test:{name}: {CONFIG.suites[name].command}")
     spoken = CONFIG.suites[name].format == "go-json"
     with _live() as sink:
         record = suites(results).run(name, _spoken(sink) if spoken else sink)
     if record.status != 0:
         log, limit = results.folder / name / "output.log", CONFIG.suites[name].timeout_s
-        late = record.status == TIMED_OUT and record.duration_s >= limit
-        how = f"ended at its deadline of {limit} s" if late else f"status {record.status}"
-        return TaskFailed(f"{describe(record)} ({how})\nlog: {log}\nhint: doit ssh; {results.xml(name)}")
+        how = f"ended at its deadline of {limit} s" if record.timed_out else f"status {record.status}"
+        why = f": {record.trouble}" if record.trouble else ""
+        return TaskFailed(f"{describe(record)} ({how}){why}\nlog: {log}\nhint: doit ssh; {results.xml(name)}")
     progress.say(f"test:{name}: {describe(record)}")
     return None
 
@@ -153,7 +160,7 @@ def task_test_all() -> Task:
     Exit status: 0 all passed; 1 one failed.
     Example: doit test_all
     """
-    return {"actions": None, "task_dep": [f"test:{name}" for name in CONFIG.suites]}
+    return {"actions": None, "task_dep": [f"test:{name}" for name in in_order()]}
 
 
 def task_quick() -> Task:
