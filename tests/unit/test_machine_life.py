@@ -345,7 +345,7 @@ def test_odd_names_in_the_folder_of_machines_harm_nobody(home: Home, name: str):
 
 def test_a_machine_that_is_just_being_made_is_left_alone(home: Home):
     made = Machine(home.config, "a")
-    made.make_folder()
+    made.folder.mkdir(parents=True)
     with made.lock(0):
         assert home.project.reap(lambda _: None) == []
         assert made.folder.is_dir()
