@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
-from vmtasks import atomic, image, plan, proc, progress, tidy
-from vmtasks.errors import StateError
+from vmtasks import arguments, atomic, image, plan, proc, progress, tidy
+from vmtasks.errors import ConfigError, StateError
 from vmtasks.lock import lock
 from vmtasks.media import installer, template
 from vmtasks.media.iso import write_iso
@@ -45,12 +45,13 @@ class Builder(State):
     # -- steps
 
     def make_key(self) -> None:
-        """Make the user's key pair when it is first needed."""
-        if self.key.is_file() and self.public_key.is_file():
+        """Make the user's key pair when it is first needed, and its public half anew when that cannot be read."""
+        if self.key.is_file() and _holds_public_key(self.public_key):
             return
         with self.store.lock("key", timeout_s=60):
             if self.key.is_file():
-                if not self.public_key.is_file():
+                if not _holds_public_key(self.public_key):
+                    progress.say(f"{self.public_key}: no public key; made anew from the private one")
                     made = proc.run(["ssh-keygen", "-y", "-f", self.key], timeout_s=60).stdout
                     atomic.write(self.public_key, made)
                 return
@@ -270,3 +271,10 @@ class Builder(State):
 def _whole(folder: Path) -> list[Path]:
     """The files in a folder, without those that another run is writing just now: their names begin with a dot."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _holds_public_key(path: Path) -> bool:
+    try:
+        return bool(arguments.public_keys(path.read_text(), str(path)))
+    except (OSError, ValueError, ConfigError):
+        return False

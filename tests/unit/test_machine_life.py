@@ -27,6 +27,7 @@ from phaserun import needs_qemu
 
 from bootsector import hang, sector
 from vmtasks import proc
+from vmtasks.build import Builder
 from vmtasks.errors import StateError
 from vmtasks.machine import vm
 from vmtasks.session import Machine, Wants
@@ -461,3 +462,24 @@ def test_rm_all_leaves_the_projects_own_machine_and_what_may_be_it(home: Home):
     assert "there are no machines of `vmtasks run`; nothing was removed" in done.stderr
     assert home("rm", "--force", "tiny", "second", "c").returncode == 0
     assert home.project.names() == []
+
+
+# -- the store's key pair
+
+
+@pytest.mark.parametrize(
+    "damaged", [b"", b"ssh-ed25519 AAAAC3Nz", bytes(range(256)), None], ids=["empty", "cut", "binary", "gone"]
+)
+def test_a_public_key_that_cannot_be_read_is_made_anew(tmp_path: Path, damaged: bytes | None):
+    """What is rendered would hold it, and nobody could log in to what is installed so."""
+    home = Home(tmp_path)
+    builder = Builder(home.config)
+    builder.make_key()
+    public = builder.public_key.read_text()
+    builder.public_key.unlink()
+    if damaged is not None:
+        builder.public_key.write_bytes(damaged)
+    builder.render(3)
+    assert builder.public_key.read_text().split()[:2] == public.split()[:2]
+    key = public.split()[1]
+    assert any(key in path.read_text() for path in builder.folder(3).iterdir())

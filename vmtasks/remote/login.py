@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import paramiko
 from paramiko.common import MSG_CHANNEL_REQUEST
 
+from vmtasks.arguments import public_key
 from vmtasks.errors import AuthFailedError, BannerError, ConnectRefusedError, ConnectTimeoutError, HostKeyError
 from vmtasks.remote.banner import HOST
 from vmtasks.remote.ssh import KEX, Target
@@ -159,8 +160,8 @@ def _keys(target: Target) -> list[paramiko.PKey]:
         raise AuthFailedError(f"the private key {target.key} cannot be used: {said(error)}") from None
     held = list(paramiko.Agent().get_keys())
     public = Path(f"{target.key}.pub")
-    wanted = public.read_text().split()[1:2] if public.is_file() else []
-    found = [key for key in held if not wanted or key.get_base64() == wanted[0]]
+    named = public_key(public.read_text(errors="replace")) if public.is_file() else None
+    found = [key for key in held if named is None or key.get_base64() == named.blob]
     if not found:
         raise AuthFailedError(f"{target.key} is encrypted, and no agent holds it", hint=f"ssh-add {target.key}")
     return found
