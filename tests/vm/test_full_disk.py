@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Project, copy_store
+from machines import Cli
 
 from vmtasks.store import Store
 
@@ -58,4 +59,50 @@ def test_a_store_that_fills_up(tmp_path: Path, small: Path) -> None:
     project.doit("phase:1").good()
     (digest,) = project.published()
     assert Store(small).find(digest, look="bytes")[1] == ""
+    project.clean_up()
+
+
+@pytest.fixture
+def little(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 6 MB for a state folder."""
+    root = tmp_path / "little"
+    root.mkdir()
+    argv = ["mount", "-t", "tmpfs", "-o", "size=6M", "tmpfs", root]
+    mount = subprocess.run(argv, capture_output=True, text=True, check=False)
+    if mount.returncode != 0:
+        pytest.skip(f"cannot mount a file system here: {mount.stderr.strip()}")
+    try:
+        yield root
+    finally:
+        subprocess.run(["umount", "-l", root], check=True)
+
+
+def test_a_machine_whose_disk_finds_no_space_goes_on_when_there_is_some(
+    tmp_path: Path, store: Path, little: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project = Project(tmp_path / "project", store)
+    project.state = little / ".vm"
+    project.tiny = project.state / "tiny"
+    monkeypatch.setattr(project, "env", lambda: {**Project.env(project), "VM_DIR": str(project.state)})
+    cli = Cli(project)
+    cli.make("box")
+    fill = ["dd", "if=/dev/urandom", "of=big", "bs=64k", "count=200", "conv=fsync"]
+    writing = cli.start("exec", "box", *fill)
+    said = writing.stderr.readline().decode()  # type: ignore[union-attr]
+    assert "its disk could not be written" in said
+    assert f"free some space in {cli.run_folder / 'box'}: the next command lets it go on" in said
+    for words in (("exec", "box", "true"), ("resume", "box"), ("exec", "-d", "box", "true")):
+        refused = cli(*words)
+        assert refused.returncode != 0
+        assert "its disk cannot be written" in refused.stderr.decode()
+        assert "Traceback" not in refused.stderr.decode()
+    assert "free some space in" in cli("doctor", "box").stdout.decode()
+    assert cli.machine("box")["status"] == "paused"
+    resize(little, 64 << 20)
+    assert cli.good("exec", "box", "echo", "here") == "here\n"
+    assert writing.wait(120) == 0, "and the guest has not noticed anything"
+    assert cli.good("exec", "box", "stat", "-c", "%s", "big") == f"{200 << 16}\n"
+    assert cli("doctor", "box").returncode == 0
+    cli.good("stop", "box")
+    cli.good("rm", "--force", "box")
     project.clean_up()

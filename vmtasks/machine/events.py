@@ -30,7 +30,7 @@ class Events:
         """It need not be there yet."""
         self._base = base
         self._started = self._offset = self._ended = 0
-        self._stands = False
+        self._stands = self._cut = False
         self._lock = threading.Lock()
 
     def boot(self) -> str:
@@ -45,6 +45,11 @@ class Events:
         """Whether the guest's CPU stands still: somebody has paused it, its kernel has panicked, its disk is full."""
         with self._lock:
             return self._look() and self._stands
+
+    def cut(self) -> bool:
+        """Whether the last line is not whole: on a full disk QEMU cannot write what has become of its guest."""
+        with self._lock:
+            return self._look() and self._cut
 
     def _look(self) -> bool:
         """Take in what is new; False when there is no record."""
@@ -64,6 +69,7 @@ class Events:
             record.seek(self._offset)
             new = record.read()
         whole = new[: new.rfind(b"\n") + 1]
+        self._cut = len(whole) < len(new)
         self._offset += len(whole)
         for line in whole.splitlines():
             name = _event(line)

@@ -19,7 +19,7 @@ STUCK = {
     "shutdown": "the guest has powered off",
 }
 """What QMP calls a machine that will not run on by itself, and what that means; see QEMU's qapi/run-state.json."""
-PANICKED = "guest-panicked"
+FULL, PANICKED = "io-error", "guest-panicked"
 log = logging.getLogger(__name__)
 
 

@@ -16,7 +16,6 @@ from vmtasks.config import FALLBACK_PORTS, Config
 from vmtasks.errors import MissingToolError, VmTasksError
 from vmtasks.machine import qmp
 from vmtasks.machine.console import read_log
-from vmtasks.machine.events import Events
 from vmtasks.machine.ports import port_free, port_holder
 from vmtasks.progress import Say
 from vmtasks.remote import alive
@@ -25,9 +24,6 @@ from vmtasks.session import launch
 from vmtasks.session.machine import Machine
 from vmtasks.state import MachineRecord, State
 from vmtasks.store import Store
-
-GOES_ON = ("paused", "io-error")
-"""States of a machine that can be let go on, once what stopped it is gone."""
 
 LAYER_S = 15.0
 STANDS_EVERY_S = 0.5
@@ -46,12 +42,9 @@ def telling(machine: Machine, note: Say) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        events = Events(machine.events)
         while not over.wait(STANDS_EVERY_S):
-            state = qmp.status(machine.qmp) if events.stands() else "running"
-            if state in qmp.STUCK:
-                onward = "resume" if state in GOES_ON else "stop --force"
-                note(f"machine {machine.name}: {qmp.STUCK[state]}; vmtasks {onward} {machine.name}")
+            if state := machine.stuck():
+                note(f"machine {machine.name}: {qmp.STUCK[state]}; {machine.onward(state)}")
                 return
 
     threading.Thread(target=watch, name="vmtasks stands", daemon=True).start()
@@ -76,7 +69,7 @@ def machine_layers(machine: Machine) -> Iterator[Layer]:
     target = machine.target(record)
     looks = {
         "process": lambda: _process(machine, record),
-        "QMP": lambda: alive.cpu(machine.qmp),
+        "QMP": lambda: _cpu(machine),
         "console": lambda: _console(machine),
         **alive.network(target, LAYER_S),
     }
@@ -86,6 +79,12 @@ def machine_layers(machine: Machine) -> Iterator[Layer]:
             yield replace(layer, says=f"{layer.says}: the guest has been booting for {up}")
         else:
             yield layer
+
+
+def _cpu(machine: Machine) -> tuple[Verdict, str]:
+    verdict, says = alive.cpu(machine.qmp)
+    state = says.partition(":")[0]
+    return verdict, f"{says}; {machine.onward(state)}" if state in qmp.STUCK else says
 
 
 def _process(machine: Machine, record: MachineRecord) -> tuple[Verdict, str]:

@@ -7,7 +7,6 @@ import msgspec
 from vmtasks import proc
 from vmtasks.errors import MachineError, VmTasksError
 from vmtasks.machine import argv, qmp, vm
-from vmtasks.machine.events import Events
 from vmtasks.progress import Say
 from vmtasks.remote import ssh
 from vmtasks.session.place import Place
@@ -75,11 +74,15 @@ def _tidy(place: Place, record: MachineRecord | None) -> None:
 
 def roused(place: Place, note: Say) -> bool:
     """Whether the guest can power off: not one that panicked or whose disk is full. One that was paused goes on."""
-    state = qmp.status(place.qmp) if Events(place.events).stands() else "running"
+    state = place.stuck()
+    if state == qmp.FULL:
+        with suppress(MachineError):
+            place.go_on(note)
+            state = ""
     if state == "paused":
         with suppress(MachineError):
             vm.control(place.qmp, "cont")()
-    elif state in qmp.STUCK:
+    elif state:
         note(f"machine {place.name} cannot power off: {qmp.STUCK[state]}")
         return False
     return True

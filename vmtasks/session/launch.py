@@ -122,8 +122,7 @@ class Watch:
             state = qmp.status(self.place.qmp)
             stuck = qmp.STUCK.get(state)
             if stuck is not None and not (self.patient and state == "paused"):
-                force = "vmtasks stop --force" if self.record.own else "doit stop"
-                raise SshError(f"machine {self.place.name}: {stuck}", hint=f"{force}, then start it again")
+                raise SshError(f"machine {self.place.name}: {stuck}", hint=self.place.onward(state))
         return self.place.pid(self.record) is not None
 
     def heed_console(self) -> None:

@@ -71,20 +71,24 @@ class Machine(Place):
 
     def _running(self, record: MachineRecord) -> Status:
         """What a machine is doing whose QEMU runs. Its CPU is asked first: SSH would only keep silent."""
-        if Events(self.events).stands():
-            return "panicked" if qmp.status(self.qmp) == qmp.PANICKED else "paused"
+        if state := self.stuck():
+            return "panicked" if state == qmp.PANICKED else "paused"
         if ssh.is_ready(self.target(record)):
             return "running"
         return "unreachable" if record.ready else "booting"
 
-    def running(self) -> ssh.Target:
-        """The target of a machine that runs. StateError, which tells them apart, when it does not."""
+    def running(self, note: Say = progress.say) -> ssh.Target:
+        """The target of a machine that runs. StateError, which tells them apart, when it does not.
+
+        One that had no space for its disk goes on, or MachineError says that there still is none.
+        """
         record = self.record()
         if record is None:
             raise StateError(f"machine {self.name} is not running: there is none", hint=self.command("start"))
         if self.pid(record) is None:
             how = "its process has ended without being stopped" if record.pid else "it is stopped"
             raise StateError(f"machine {self.name} is not running: {how}", hint=self.command("start"))
+        self.go_on(note)
         return self.target(record)
 
     def link(self, window_s: float = WINDOW_S) -> "Link":
@@ -433,6 +437,7 @@ class Machine(Place):
 
     def _attach(self, record: MachineRecord, note: Callable[[str], None]) -> ssh.Target:
         """Use a machine that runs already; it may still be booting."""
+        self.go_on(note)
         target = launch.wait(self, record)
         note(f"machine {self.name} is running (pid {record.pid}, port {record.ssh_port})")
         has = {"memory": show_size(record.memory), "cpus": record.cpus, "network": record.network}

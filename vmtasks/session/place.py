@@ -1,18 +1,21 @@
 """Where a machine keeps what is its own: folder, record, lock, sockets and key; and whether its process is still it."""
 
 import contextlib
+import shutil
 from pathlib import Path
 
 from vmtasks import proc, progress
 from vmtasks.config import Config
 from vmtasks.errors import MachineError, StateError
 from vmtasks.lock import lock
-from vmtasks.machine import vm
+from vmtasks.machine import qmp, vm
+from vmtasks.machine.events import Events
 from vmtasks.remote import ssh
 from vmtasks.state import MachineRecord, State
 from vmtasks.store import write_record
 
 LOCK_S = 1800.0
+STOPS_AGAIN_S = 1.0
 
 
 class Place:
@@ -142,6 +145,37 @@ class Place:
             return int(self.pidfile.read_text())
         except (OSError, ValueError):
             return 0
+
+    def stuck(self) -> str:
+        """The key of qmp.STUCK that says why the machine's CPU stands still; '' when it runs, or QEMU does not answer.
+
+        QEMU is asked only where its events say so, or where the last one could not be written.
+        """
+        events = Events(self.events)
+        state = qmp.status(self.qmp) if events.stands() or events.cut() else ""
+        return state if state in qmp.STUCK else ""
+
+    def onward(self, state: str) -> str:
+        """What to do about a machine that is stuck."""
+        if state == qmp.FULL:
+            return f"free some space in {self.folder}: the next command lets it go on"
+        return f"vmtasks {'resume' if state == 'paused' else 'stop --force'} {self.name}"
+
+    def go_on(self, note: progress.Say) -> None:
+        """Let the machine go on if QEMU has stopped it as its disk could not be written; its guest notices nothing.
+
+        MachineError when it cannot be written yet.
+        """
+        if self.stuck() != qmp.FULL:
+            return
+        vm.control(self.qmp, "cont")()  # QEMU writes again what it could not
+        if vm.wait_until(lambda: qmp.status(self.qmp) == qmp.FULL, STOPS_AGAIN_S, every_s=0.2):
+            free = shutil.disk_usage(self.folder).free >> 10
+            raise MachineError(
+                f"machine {self.name} stands still: its disk cannot be written; {self.folder} has {free} KiB free",
+                hint=self.onward(qmp.FULL),
+            )
+        note(f"machine {self.name}: its disk can be written again, and it goes on")
 
     def door_key(self, record: MachineRecord) -> Path:
         """The private key that the machine's image lets in: the store's, or the one that was saved with a snapshot."""
