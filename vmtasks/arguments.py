@@ -157,14 +157,15 @@ def _one_way(guest: str) -> str:
 
 
 def image(text: str) -> tuple[str, str]:
-    """`guest[:snapshot]` -> both, either empty where it was left out. ConfigError for what is neither."""
+    """`guest[:snapshot]` -> both; the snapshot may be left out, or all. ConfigError for what is neither."""
     guest, colon, snapshot = text.partition(":")
     for part, what in ((guest, "guest"), (snapshot, "snapshot")):
         _not_too_long(f"image: the {what}", part, NAME_CHARS)
         if part and not re.fullmatch(NAME, part):
             raise ConfigError(f"image {text!r}: {part!r} is no name of a {what}; write GUEST or GUEST:SNAPSHOT")
-    if text and ((not guest and not snapshot) or (colon and not snapshot)):
-        raise ConfigError(f"image {text!r}: nothing after the colon; write GUEST or GUEST:SNAPSHOT")
+    if colon and not (guest and snapshot):
+        side = "after" if guest else "before"
+        raise ConfigError(f"image {text!r}: nothing {side} the colon; write GUEST or GUEST:SNAPSHOT")
     return guest, snapshot
 
 

@@ -123,7 +123,6 @@ def run(
     status other than 0 or at the deadline (status 124).
     """
     words = tuple(str(word) for word in argv)
-    log.debug("run %s", quote(words))
     with spawn(words, cwd=cwd, env=env, pipe=True, stdin=stdin is not None) as child:
         try:
             out, err = child.communicate(stdin.encode() if isinstance(stdin, str) else stdin, timeout=timeout_s)
@@ -261,6 +260,7 @@ def spawn(
     """
     words = [str(word) for word in argv]
     words[0] = find(words[0])
+    log.debug("run %s", quote(words))
     sink = subprocess.PIPE if pipe else (output or subprocess.DEVNULL)
     child: Child | None = None
     try:

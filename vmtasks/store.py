@@ -272,6 +272,12 @@ class Store:
 
     # -- pruned
 
+    def drop(self, record: ImageRecord) -> None:
+        """Remove an image, its record first. For who holds its lock."""
+        image = self.image(record)
+        image.with_suffix(".toml").unlink(missing_ok=True)
+        image.unlink(missing_ok=True)
+
     def reachable(self, named: Iterable[tuple[str, str]], stems: Iterable[str]) -> set[str]:
         """The names of all image files that are needed: by digest and SHA-256, by name, and below one that is.
 

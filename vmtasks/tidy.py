@@ -88,6 +88,22 @@ def prune(store: Store, *, dry_run: bool = False, forget: Path | None = None) ->
     return Pruned(gone=gone, size=size, warnings=warnings)
 
 
+def drop(store: Store, digest: str, sha256: str) -> bool:
+    """Remove an image, and the key that lets in to it, unless some project names it or may; whether it went."""
+    with _lock(store):
+        names, _, complete = _all_names(store, None)
+        images = {(named, of) for each in names for named, _, of in (item.partition(" ") for item in each.images)}
+        record = store.record(digest, sha256)
+        disks = {disk for each in names for disk in each.disks}
+        if record is None or not complete or record.stem in store.reachable(images, disks):
+            return False
+        with store.lock(f"image-{digest}", timeout_s=0):
+            store.drop(record)
+            if not store.made(digest):
+                store.snapshot_key(digest).unlink(missing_ok=True)
+    return True
+
+
 def names_of(vm_dir: Path) -> tuple[Names, list[Path]]:
     """What the records and overlays below a state folder name, and those that cannot be read."""
     unread: list[Path] = []

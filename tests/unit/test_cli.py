@@ -1,6 +1,9 @@
 """The command line itself: usage errors are status 2 on stderr, help is there, nothing is done by mistake."""
 
+import hashlib
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +12,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from vmtasks import cli
+from vmtasks import cli, tidy
 from vmtasks.cli import app
 from vmtasks.cli.files import _remote
 from vmtasks.cli.jobs import _how
@@ -18,6 +21,8 @@ from vmtasks.errors import ConfigError
 from vmtasks.remote.job import View
 from vmtasks.rules import first_port
 from vmtasks.session import Project, Wants
+from vmtasks.state import MachineRecord, PhaseRecord, State
+from vmtasks.store import ImageRecord, write_record
 
 
 def bare(home: Path) -> dict[str, str]:
@@ -99,6 +104,23 @@ def test_k1_every_command_has_help(words: list[str]) -> None:
         (["keys", "list", "dev", "--user", ""], "--user '': empty"),
         (["keys", "add", "dev", "/nosuch.pub"], "error: FILE.pub /nosuch.pub: cannot be read"),
         (["rm"], "rm: name machines"),
+        (["run", "-d", "--", "ls"], "do not go with -d"),
+        (["run", "-d", "-i"], "do not go with -d"),
+        (["run", "--json", "--", "ls"], "--json goes with -d"),
+        (["run", ":clean"], "image ':clean': nothing before the colon"),
+        (["exec", "--bogus", "dev", "true"], "--bogus"),
+        (["exec", "-d", "-i", "dev", "true"], "-i, -t and --timeout do not go with -d"),
+        (["exec", "--timeout", "0", "dev", "true"], "--timeout 0"),
+        (["exec", "--timeout", "nan", "dev", "true"], "--timeout nan"),
+        (["-C", "/nosuch", "ps"], "-C /nosuch: No such file"),
+        (["stop", "--all", "dev"], "not both"),
+        (["ps", "-q", "--json"], "--quiet and --json"),
+        (["snapshot", "dev"], "SNAPSHOT"),
+        (["snapshot", "rm", "--force", "tiny:"], "nothing after the colon"),
+        (["forward", "dev", "-D", "x"], "-D 'x': 'x' is not a port"),
+        (["forward", "dev", "-D", "0"], "-D '0'"),
+        (["forward", "dev", "-L", "1:h:70000"], "'70000' is not a port"),
+        (["forward", "dev", "-L", "1::2"], "the host is missing"),
         (["forward", "x"], "nothing to forward"),
     ],
 )
@@ -108,6 +130,174 @@ def test_k9_usage_errors_are_status_2(words: list[str], says: str, tmp_path: Pat
     assert says in done.stderr
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["run", "--", "true"], 125),
+        (["exec", "nosuch", "true"], 125),
+        (["ssh", "nosuch", "true"], 125),
+        (["attach", "nosuch", "0"], 125),
+        (["stop", "nosuch"], 1),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_failure_of_our_own_is_no_status_of_the_command(words: list[str], status: int, tmp_path: Path) -> None:
+    """Here there is neither an image nor a machine."""
+    done = vmtasks(*words, cwd=tmp_path)
+    assert (done.returncode, done.stderr[:7]) == (status, "error: ")
+
+
+@pytest.mark.parametrize("words", every(), ids=" ".join)
+def test_usage_lines_have_one_pair_of_brackets(words: list[str]) -> None:
+    usage = CliRunner().invoke(app, [*words, "--help"], prog_name="vmtasks").stdout.splitlines()[1]
+    assert "[[" not in usage
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
+class Here:
+    """Machines and snapshots that are on disk only, of nobody's project."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.state = State(self.project().config())
+
+    def env(self) -> dict[str, str]:
+        return {"VM_DIR": str(self.root / "state"), "VMTASKS_STORE": str(self.root / "store")}
+
+    def project(self) -> Project:
+        return Project(None, {**bare(self.root), **self.env()})
+
+    def __call__(self, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+        return vmtasks(*words, cwd=self.root, **self.env(), **env)
+
+    def machine(self, name: str, snapshot: str = "clean", **more: object) -> None:
+        """A machine that was made, and never started."""
+        record = MachineRecord(
+            name=name, guest="tiny", family="tiny", snapshot=snapshot, image="0" * 64, image_sha256="", ssh_user="dev",
+            host_keys=[], **more,
+        )  # fmt: skip
+        write_record(self.state.machine_folder(name) / "machine.toml", record)
+
+    def snapshot(self, name: str) -> str:
+        """A snapshot with an image in the store; returns its digest."""
+        store, digest = self.state.store, _digest(name)
+        store.partial(digest).parent.mkdir(parents=True, exist_ok=True)
+        store.partial(digest).write_bytes(b"disk")
+        made = store.publish(
+            digest,
+            lambda stat, sha256: ImageRecord(
+                digest=digest, guest="tiny", version="", name=name, size=stat.st_size, mtime_ns=stat.st_mtime_ns,
+                sha256=sha256, virtual_size=4,
+            ),
+        )  # fmt: skip
+        store.snapshot_key(digest).parent.mkdir(parents=True, exist_ok=True)
+        store.snapshot_key(digest).write_text("key")
+        write_record(self.state.snapshot_record(name), PhaseRecord(digest=digest, sha256=made.sha256))
+        tidy.register(store, self.state.config.vm_dir)
+        return digest
+
+
+@pytest.fixture
+def here(tmp_path: Path) -> Here:
+    return Here(tmp_path)
+
+
+def test_of_many_machines_all_are_tried(here: Here) -> None:
+    for name in ("a", "b"):
+        here.machine(name, own=True)
+    done = here("stop", "a", "nosuch", "b", "a")
+    assert done.returncode == 1
+    said = [line for line in done.stderr.splitlines() if not line.startswith("hint: ")]
+    assert said == [
+        "machine a is not running",
+        "error: nosuch: there is no machine 'nosuch'; there is: a, b",
+        "machine b is not running",
+    ]
+    assert here("stop", "--all").returncode == 0
+    done = here("inspect", "b", "nosuch")
+    assert done.returncode == 1
+    (shown,) = json.loads(done.stdout)
+    assert (shown["name"], shown["status"], shown["folder"]) == ("b", "stopped", str(here.state.machine_folder("b")))
+    assert here("ps", "-q").stdout == "a\nb\n"
+    done = here("rm", "--force", "nosuch", "a")
+    assert (done.returncode, "machine a: removed" in done.stderr, here("ps", "-q").stdout) == (1, True, "b\n")
+
+
+def test_rm_all_leaves_the_projects_own_machine(here: Here) -> None:
+    here.machine("mine", own=True)
+    here.machine("tiny")
+    done = here("rm", "--all", "--force")
+    assert done.returncode == 0
+    assert here("ps", "-q").stdout == "tiny\n"
+    assert here("rm", "--force", "tiny").returncode == 0
+    assert here("ps", "-q").stdout == ""
+
+
+def test_restore_asks_first(here: Here) -> None:
+    here.machine("a", own=True)
+    done = here("restore", "a", "one")
+    assert done.returncode == 1
+    assert "nothing was changed: nobody is there to ask\nhint: vmtasks restore --yes" in done.stderr
+    assert "there is no snapshot 'one' of tiny" in here("restore", "--yes", "a", "one").stderr
+
+
+def test_snapshots_are_removed_with_what_they_hold(here: Here) -> None:
+    gone, used = here.snapshot("one"), here.snapshot("two")
+    here.machine("a", snapshot="two", own=True)
+    assert "nobody is there to ask" in here("snapshot", "rm", "tiny:one").stderr
+    assert here.state.store.made(gone)
+    done = here("snapshot", "rm", "--force", "tiny:two", "tiny:nosuch", "tiny:one")
+    assert done.returncode == 1
+    assert "snapshot tiny:two: in use by a; nothing was removed" in done.stderr
+    assert "error: tiny:nosuch: there is no snapshot 'nosuch' of tiny; there is: one, two" in done.stderr
+    assert "snapshot tiny:one: removed\n" in done.stderr
+    left = [path.name for path in here.state.store.root.rglob("*") if gone in path.name and path.parent.name != "locks"]
+    assert left == []
+    assert here.state.store.made(used)
+    assert "is what the phases end in" in here("snapshot", "rm", "--force", "tiny:clean").stderr
+
+
+def test_an_image_that_another_project_names_stays(here: Here, tmp_path: Path) -> None:
+    digest = here.snapshot("one")
+    other = tmp_path / "other"
+    (made,) = here.state.store.made(digest)
+    write_record(other / "tiny" / "snapshots" / "copy.toml", PhaseRecord(digest=digest, sha256=made.sha256))
+    tidy.register(here.state.store, other)
+    assert "its image stays until vmtasks prune" in here("snapshot", "rm", "--force", "tiny:one").stderr
+    assert here.state.store.made(digest)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("vmtasks stop d", "dev\ndoc"),
+        ("vmtasks -C elsewhere stop d", "dev\ndoc"),
+        ("vmtasks run tiny:", "tiny:one\ntiny:two"),
+        ("vmtasks snapshot rm tiny:t", "tiny:two"),
+        ("vmtasks snapshots t", "tiny"),
+        ("vmtasks restore dev ", "one\ntwo"),
+        ("vmtasks attach dev 0", ""),
+    ],
+)
+def test_names_complete(words: str, found: str, here: Here) -> None:
+    (here.root / "elsewhere").mkdir()
+    for name in ("dev", "doc", "box"):
+        here.machine(name, own=True)
+    here.snapshot("one")
+    here.snapshot("two")
+    given = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_VMTASKS_COMPLETE": "complete_bash"}
+    done = here(**given)
+    assert (done.stdout.strip(), done.stderr) == (found, "")
+
+
+def test_the_programs_that_are_run_can_be_seen(here: Here) -> None:
+    assert re.search(r"(?m)^\+ run \S*qemu-system", here("-v", "doctor").stderr), "to try the accelerator, once"
+    assert here("doctor").stderr == ""
 
 
 def test_any_free_port_may_be_asked_for_twice(tmp_path: Path) -> None:
@@ -150,7 +340,7 @@ def test_descriptors_of_closed_streams_are_taken(tmp_path: Path) -> None:
 
 def test_k14_errors_are_plain_text_on_stderr(tmp_path: Path) -> None:
     done = vmtasks("ssh", "nosuch", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 125
     assert done.stdout == ""
     assert done.stderr.startswith("error: there is no machine 'nosuch'")
     assert "\x1b" not in done.stderr
@@ -158,7 +348,7 @@ def test_k14_errors_are_plain_text_on_stderr(tmp_path: Path) -> None:
 
 def test_k10_a_store_without_an_image_names_the_next_step(tmp_path: Path) -> None:
     done = vmtasks("run", cwd=tmp_path)
-    assert done.returncode == 1
+    assert done.returncode == 125
     assert "has no image of tiny" in done.stderr
     assert "doit auto_install" in done.stderr
     assert not list(tmp_path.rglob("machine.toml"))
@@ -195,7 +385,12 @@ def test_what_is_for_ssh_and_what_for_the_guest(given: list[str], options: list[
 
 @pytest.mark.parametrize(
     ("kind", "text", "line"),
-    [("-L", "1:h:2", "127.0.0.1:1:h:2"), ("-R", "localhost:1:h:2", "localhost:1:h:2"), ("-D", "9", "127.0.0.1:9")],
+    [
+        ("-R", "0:h:2", "127.0.0.1:0:h:2"),
+        ("-L", "1:h:2", "127.0.0.1:1:h:2"),
+        ("-R", "localhost:1:h:2", "localhost:1:h:2"),
+        ("-D", "9", "127.0.0.1:9"),
+    ],
 )
 def test_listeners_are_on_loopback(kind: str, text: str, line: str) -> None:
     assert loopback(kind, text) == line

@@ -105,6 +105,7 @@ def check_vmtasks(words: list[str]) -> None:
         if word in getattr(command, "commands", {}):
             command = command.commands[word]  # type: ignore[attr-defined]
             continue
+        command = getattr(command, "commands", {}).get(getattr(command, "default", ""), command)
         assert not hasattr(command, "commands") or word.startswith("--"), f"vmtasks {shlex.join(words)}: {word}"
         if word.startswith("-") and getattr(command, "name", "") not in ("exec", "ssh"):
             options = {name for parameter in command.params for name in parameter.opts}  # type: ignore[attr-defined]

@@ -58,9 +58,10 @@ class Cli:
         assert done.returncode == 0, (words, done.returncode, done.stdout, done.stderr.decode())
         return done.stdout.decode()
 
-    def bad(self, *words: str, status: int = 1) -> str:
-        """What a command said that must have failed, without a traceback."""
+    def bad(self, *words: str, status: int = 0) -> str:
+        """What a command said that must have failed, without a traceback; by default with the status of our own."""
         done = self(*words)
+        status = status or (125 if words[0] in ("attach", "exec", "run", "ssh") else 1)
         said = done.stderr.decode()
         assert done.returncode == status, (words, done.returncode, said)
         assert "Traceback" not in said, said

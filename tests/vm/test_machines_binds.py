@@ -1,5 +1,6 @@
 """Folders of this host in a guest whose kernel has no 9p, so that they are copied; and what cannot be copied."""
 
+import json
 import shlex
 import signal
 import subprocess
@@ -65,6 +66,14 @@ def test_b16_binds(cli: Cli, tmp_path: Path) -> None:
     script = "cat '/work/o u r s/from host' /work/readonly/more; echo back >'/work/o u r s/from guest'"
     assert cli.good("ssh", "a", script) == "new\nmore\n"
     assert (root / "ours" / "from guest").read_text() == "back\n"
+    (root / "ours" / "for the job").write_text("fresh\n")
+    job = cli.good(
+        "exec", "-d", "--cwd", "/work/o u r s", "a", "sh", "-c", "cat 'for the job'; echo done >'of the job'"
+    )
+    entry = json.loads((cli.project.state / "access.log").read_text().splitlines()[-1])
+    assert (entry["verb"], entry["command"].split()[0], entry["status"]) == ("exec", "sh", 0)
+    assert cli.good("attach", "a", job.strip()) == "fresh\n"
+    assert (root / "ours" / "of the job").read_text() == "done\n"
     done = cli("exec", "--user", "root", "a", "touch", "/work/readonly/x")
     assert done.returncode == 1
     assert b"Read-only file system" in done.stderr
@@ -131,7 +140,7 @@ def test_b16_a_machine_whose_folder_cannot_be_copied(cli: Cli, folder: Path) -> 
 
     cli("ssh", "a", SSHD_OFF)
     done = cli("exec", "a", "true")
-    assert done.returncode == 255, done.stderr
+    assert done.returncode == 125, done.stderr
     assert b"error: banner: " in done.stderr
     assert b"rsync" not in done.stderr
     done = cli("stop", "a")

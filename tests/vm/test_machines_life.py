@@ -217,7 +217,7 @@ def test_k29_back_to_a_snapshot_after_its_key_was_rotated(cli: Cli) -> None:
     cli.good("start", "a")
     cli.good("ssh", "a", "rm marker; sync")
     cli.good("keys", "rotate", "a")
-    cli.good("restore", "a", "one")
+    cli.good("restore", "--yes", "a", "one")
     cli.good("start", "a")
     assert cli.good("ssh", "a", "cat marker") == "one\n"
     assert cli.good("keys", "list", "a").count("ssh-ed25519") == 1

@@ -57,7 +57,50 @@ def test_b18_b39_exit_statuses_and_streams_come_back(cli: Cli, verb: str) -> Non
     done = cli(verb, "box", *([text] if verb == "ssh" else ["sh", "-c", text]))
     assert done.stdout == b"a\n\x01\xff"
     assert done.stderr == b"b\n"
-    assert cli(verb, "box", "cat", stdin=bytes(range(256))).stdout == bytes(range(256))
+    asked = ["exec", "-i"] if verb == "exec" else ["ssh"]
+    assert cli(*asked, "box", "cat", stdin=bytes(range(256))).stdout == bytes(range(256))
+
+
+def test_a_loop_keeps_its_list(cli: Cli, tmp_path: Path) -> None:
+    """Standard input is for the command only with -i, as podman has it."""
+    (tmp_path / "list").write_text("box\nbox\n")
+    loop = f'while read -r name; do {shlex.join(COMMAND)} exec "$name" cat; echo "did $name"; done <{tmp_path}/list'
+    done = subprocess.run(
+        ["sh", "-c", loop], cwd=cli.project.root, env=cli.env(), capture_output=True, check=False, timeout=60
+    )
+    assert (done.stdout, done.stderr) == (b"did box\ndid box\n", b"")
+
+
+def test_a_terminal_is_there_only_where_it_was_asked_for(cli: Cli) -> None:
+    assert cli("exec", "box", "tty").stdout == b"not a tty\n"
+    assert cli("exec", "-t", "box", "tty").stdout.startswith(b"/dev/pts/")
+    pid, master = pty.fork()
+    if pid == 0:
+        os.chdir(cli.project.root)
+        script = "stty -echo; echo ready; read -r word; echo got $word; tty"
+        os.execvpe(COMMAND[0], [*COMMAND, "exec", "-it", "box", "sh", "-c", script], cli.env())  # noqa: S606
+    shown = b""
+    while b"ready" not in shown:
+        shown += os.read(master, 65536)
+    os.write(master, b"typed\r")
+    with suppress(OSError):  # EIO: nobody holds the other side
+        while data := os.read(master, 65536):
+            shown += data
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    os.close(master)
+    assert b"got typed\r\n/dev/pts/" in shown
+
+
+def test_what_cannot_be_run_has_statuses_of_its_own(cli: Cli) -> None:
+    assert cli("exec", "box", "/etc/passwd").returncode == 126
+    assert cli("exec", "box", "no-such-program").returncode == 127
+
+
+def test_a_command_that_takes_too_long_is_ended(cli: Cli) -> None:
+    done = cli("exec", "--timeout", "4", "box", "sh", "-c", "echo a; sleep 4323")
+    assert (done.returncode, done.stdout) == (124, b"a\n")
+    assert done.stderr == b"error: the command did not end within 4 s; it was ended\n"
+    assert cli("exec", "box", "pgrep", "-f", "sleep 432[3]").stdout == b""
 
 
 @pytest.mark.parametrize("verb", ["ssh", "exec"])
@@ -438,6 +481,14 @@ def test_b21_rotation_cuts_no_session(cli: Cli, tmp_path: Path) -> None:
         assert session.stdout.read() == b"still here\n"
     assert session.returncode == 0
     assert key.read_bytes() != old.read_bytes()
+
+
+def test_restart(cli: Cli) -> None:
+    before = cli.machine("box")["pid"]
+    cli.good("exec", "box", "sh", "-c", "echo kept >kept; sync")
+    assert cli.good("restart", "box").startswith("ssh -F ")
+    assert cli.machine("box")["pid"] != before
+    assert cli.good("exec", "box", "cat", "kept") == "kept\n"
 
 
 # -- the last resort

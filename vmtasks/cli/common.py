@@ -1,9 +1,11 @@
 """What all commands share: the application, the project they speak of, output, and names that complete."""
 
 import json
+import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -11,6 +13,7 @@ import typer
 from typer.core import TyperCommand
 
 from vmtasks import __version__, printable
+from vmtasks.cli.complete import names
 from vmtasks.errors import ConfigError, StateError, VmTasksError, os_failure
 from vmtasks.interrupts import ignore, unwind_on_signals
 from vmtasks.progress import to_stderr
@@ -30,11 +33,24 @@ class Plain(TyperCommand):
         rest = super().parse_args(ctx, args)
         for item in () if ctx.resilient_parsing else self.params:
             source = ctx.get_parameter_source(item.name)
-            if source is not None and source.name == "COMMANDLINE" and ctx.params.get(item.name) == "":
-                shown = item.opts[-1] if item.param_type_name == "option" else str(item.metavar).strip("[]")
+            given = ctx.params.get(item.name)
+            empty = "" in given if isinstance(given, (list, tuple)) else given == ""
+            if source is not None and source.name == "COMMANDLINE" and empty:
+                shown = item.opts[-1] if item.param_type_name == "option" else str(item.metavar)
                 otherwise = "" if item.required else ", or leave it out"
                 raise ConfigError(f"{shown} '': empty; give a value{otherwise}")
         return rest
+
+
+class Through(Plain):
+    """A command whose exit status is that of what it runs: a failure of our own has one that is told from it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """As ever, but ends with OWN where we have failed ourselves."""
+        try:
+            return super().invoke(ctx)
+        except (VmTasksError, OSError) as error:
+            raise SystemExit(report(error, OWN)) from None
 
 
 class App(typer.Typer):
@@ -46,27 +62,28 @@ class App(typer.Typer):
 
 
 app = App(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-VERBATIM = {"allow_extra_args": True, "allow_interspersed_args": False, "ignore_unknown_options": True}
+OWN = 125
+"""What `run`, `exec`, `ssh` and `attach` end with when vmtasks itself has failed, as podman does."""
+
+VERBATIM = {"allow_extra_args": True, "allow_interspersed_args": False}
 """For commands whose last words are somebody else's command line."""
-
-
-def names(incomplete: str) -> list[str]:
-    """Machines, for the shell's completion, which must never fail."""
-    from vmtasks.session import Project  # noqa: PLC0415
-
-    try:
-        return [name for name in Project.find(Path.cwd()).names() if name.startswith(incomplete)]
-    except (VmTasksError, OSError):
-        return []
-
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The machine.", autocompletion=names, show_default=False)]
 AnyName = Annotated[
     str,
     typer.Argument(
-        metavar="[NAME]", help="The machine; by default the project's.", autocompletion=names, show_default=False
+        metavar="NAME", help="The machine; by default the project's.", autocompletion=names, show_default=False
     ),
 ]
+Names = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="NAME", help="Machines; by default the project's.", autocompletion=names, show_default=False
+    ),
+]
+Every = Annotated[bool, typer.Option("--all", "-a", help="All machines of this project.")]
+Interactive = Annotated[bool, typer.Option("--interactive", "-i", help="Hand our standard input on to it.")]
+Tty = Annotated[bool, typer.Option("--tty", "-t", help="Give it a terminal; -it for somebody who types.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -88,19 +105,27 @@ def _status() -> int:
     """Run the command line to its exit status."""
     try:
         app(prog_name="vmtasks")
-    except VmTasksError as error:
-        to_stderr(f"error: {error}\n")
-        return error.exit_code
-    except OSError as error:
-        if not (failure := os_failure(error)):
-            raise
-        to_stderr(f"error: {failure}\n")
-        return 1
+    except (VmTasksError, OSError) as error:
+        return report(error)
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(bool(end.code))
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def report(error: VmTasksError | OSError, otherwise: int = VmTasksError.exit_code) -> int:
+    """Tell a failure that a user can mend; returns 2 where it was asked for what makes no sense, else `otherwise`.
+
+    An OSError that is a bug is raised again.
+    """
+    if isinstance(error, VmTasksError):
+        to_stderr(f"error: {error}\n")
+        return error.exit_code if isinstance(error, ConfigError) else otherwise
+    if not (failure := os_failure(error)):
+        raise error
+    to_stderr(f"error: {failure}\n")
+    return otherwise
 
 
 def _open_streams() -> None:
@@ -115,13 +140,25 @@ def _open_streams() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def _version(
+def _everywhere(
+    folder: Annotated[
+        Path | None, typer.Option("-C", metavar="DIR", help="As if it was started in this folder.", show_default=False)
+    ] = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the programs that are run.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
     """Virtual machines in daily use: run one, log in, copy files, stop it; on images that `doit` has installed."""
     if version:
         typer.echo(f"vmtasks {__version__}")
         raise typer.Exit
+    if verbose:
+        logging.basicConfig(format="+ %(message)s", stream=sys.stderr)
+        logging.getLogger("vmtasks").setLevel(logging.DEBUG)
+    if folder is not None:
+        try:
+            os.chdir(folder)
+        except OSError as error:
+            raise ConfigError(f"-C {folder}: {error.strerror}") from None
 
 
 def project() -> "Project":
@@ -153,11 +190,54 @@ def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
         sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
 
 
-def confirm(question: str, otherwise: str) -> None:
-    """Ask a person. StateError when there is none to ask, or the answer is not yes."""
+def chosen(here: "Project", names: Sequence[str], *, every: bool) -> list[str]:
+    """The machines that were named, each once, or all there are. ConfigError for both; neither is the project's."""
+    if every and names:
+        raise ConfigError("name machines, or give --all; not both")
+    if every:
+        return here.names()
+    return list(dict.fromkeys(names)) or [here.config().name]
+
+
+class Attempts:
+    """Work on several machines: all are tried, each failure is told, and the exit status is 1. One fails as ever."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """`names` are all that will be tried."""
+        self._several = len(names) > 1
+        self.failed = False
+
+    @contextmanager
+    def of(self, name: str) -> Iterator[None]:
+        """One of them."""
+        try:
+            yield
+        except VmTasksError as error:
+            if not self._several:
+                raise
+            to_stderr(f"error: {name}: {error}\n")
+            self.failed = True
+
+    def end(self) -> None:
+        """End with the status of all."""
+        if self.failed:
+            raise typer.Exit(1)
+
+
+def each(names: Sequence[str], work: Callable[[str], None]) -> None:
+    """Do something with each of these machines."""
+    attempts = Attempts(names)
+    for name in names:
+        with attempts.of(name):
+            work(name)
+    attempts.end()
+
+
+def confirm(question: str, otherwise: str, done: str = "removed") -> None:
+    """Ask a person. StateError, that nothing was `done`, when there is none to ask, or the answer is not yes."""
     if not sys.stdin or sys.stdin.closed or not sys.stdin.isatty():
-        raise StateError("nothing was removed: nobody is there to ask", hint=otherwise)
+        raise StateError(f"nothing was {done}: nobody is there to ask", hint=otherwise)
     sys.stderr.write(f"{question} [y/N] ")
     sys.stderr.flush()
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise StateError("nothing was removed")
+        raise StateError(f"nothing was {done}")

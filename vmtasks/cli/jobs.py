@@ -1,12 +1,14 @@
 """`vmtasks jobs | attach | cancel`: commands in a machine that outlive the connection and this process."""
 
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmtasks.cli.common import AsJson, Name, app, machine, show, table
+from vmtasks.cli import complete
+from vmtasks.cli.common import AsJson, Name, Through, app, machine, show, table
 
 if TYPE_CHECKING:
     from vmtasks.remote.job import View
@@ -15,7 +17,12 @@ if TYPE_CHECKING:
 FOREVER_S = 14 * 86400.0
 """poll(2) takes no longer waits than 24 days."""
 
-Job = Annotated[str, typer.Argument(metavar="JOB", help="Its id; the first characters are enough.", show_default=False)]
+Job = Annotated[
+    str,
+    typer.Argument(
+        metavar="JOB", help="Its id; the first characters are enough.", autocompletion=complete.jobs, show_default=False
+    ),
+]
 
 
 @app.command(rich_help_panel="Jobs")
@@ -49,7 +56,7 @@ def jobs(
     table(("JOB", "STATE", "STATUS", "STARTED", "BYTES", "COMMAND"), rows)
 
 
-@app.command(rich_help_panel="Jobs")
+@app.command(cls=Through, rich_help_panel="Jobs")
 def attach(name: Name, which: Job) -> None:
     """Show all that a job has written, and go on until it is over; the exit status is the job's. Ctrl-C lets it run."""
     from vmtasks.remote import job  # noqa: PLC0415
@@ -79,9 +86,14 @@ def cancel(name: Name, which: Job) -> None:
 def start_job(name: str, words: list[str], *, cwd: str, env: dict[str, str], user: str) -> str:
     """Start a program as a job; returns its id."""
     from vmtasks.remote import job  # noqa: PLC0415
+    from vmtasks.session.use import using  # noqa: PLC0415
 
-    with _link(name) as link:
-        return job.start(link, words, cwd=cwd, env=env, user=user)
+    found = machine(name)
+    found.wait()
+    with found.link() as link, using(found, "exec", shlex.join(words), user, goes_on=True) as outcome:
+        started = job.start(link, words, cwd=cwd, env=env, user=user)
+        outcome.status = 0
+    return started
 
 
 def _link(name: str) -> "Link":

@@ -1,24 +1,61 @@
-"""`vmtasks ps | start | stop | rm | wait | pause | resume`: a machine's life."""
+"""`vmtasks ps | start | restart | stop | rm | wait | pause | resume`: a machine's life."""
 
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vmtasks.cli.common import AnyName, AsJson, Name, app, confirm, machine, project, show, table
+from vmtasks.cli import complete
+from vmtasks.cli.common import (
+    AsJson,
+    Attempts,
+    Every,
+    Name,
+    Names,
+    app,
+    chosen,
+    confirm,
+    each,
+    machine,
+    project,
+    show,
+    table,
+)
+
+if TYPE_CHECKING:
+    from vmtasks.session import Machine
 
 WAIT_S = 600
 
 
+Force = Annotated[
+    bool, typer.Option("--force", "-f", help="Do not ask the guest, nor wait for another command: cut its power.")
+]
+Timeout = Annotated[
+    float | None, typer.Option(help="Seconds for each of: power off in the guest, ACPI.", show_default=False)
+]
+
+
 @app.command(rich_help_panel="Machines")
-def ps(as_json: AsJson = False) -> None:
+def ps(
+    as_json: AsJson = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only their names.")] = False,
+) -> None:
     """List machines: what they are, what they do, and who uses them now."""
     from vmtasks import progress  # noqa: PLC0415
     from vmtasks.cli.look import described  # noqa: PLC0415
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
 
-    machines = list(project().machines())
+    if quiet and as_json:
+        raise ConfigError("ps: --quiet and --json do not go together")
+    here = project()
+    if quiet:
+        sys.stdout.write("".join(f"{name}\n" for name in here.names()))
+        return
+    machines = list(here.machines())
     with ThreadPoolExecutor(8) as threads:  # one that does not answer must not hold up the others
         found = list(threads.map(described, machines))
     if as_json:
@@ -38,47 +75,73 @@ def ps(as_json: AsJson = False) -> None:
 
 
 @app.command(rich_help_panel="Machines")
-def start(name: AnyName = "", as_json: AsJson = False) -> None:
-    """Start a machine, and wait until it lets us in; one that runs already is left as it is."""
-    from vmtasks.cli.look import described  # noqa: PLC0415
-
-    here = project()
-    found = here.machine(name) if name else here.default()
-    found.start()
-    if as_json:
-        show(described(found))
-    else:
-        sys.stdout.write(f"{found.ssh_line()}\n")
+def start(names: Names = None, every: Every = False, as_json: AsJson = False) -> None:
+    """Start machines, and wait until they let us in; one that runs already is left as it is."""
+    _start(names or [], every=every, as_json=as_json, before=lambda _: None)
 
 
 @app.command(rich_help_panel="Machines")
-def stop(
-    name: AnyName = "",
-    force: Annotated[
-        bool,
-        typer.Option("--force", "-f", help="Do not ask the guest, nor wait for another command: cut its power."),
-    ] = False,
-    timeout: Annotated[
-        float | None, typer.Option(help="Seconds for each of: power off in the guest, ACPI.", show_default=False)
-    ] = None,
+def restart(
+    names: Names = None, every: Every = False, force: Force = False, timeout: Timeout = None, as_json: AsJson = False
 ) -> None:
-    """Stop a machine: power off in the guest, then ACPI, QMP quit, SIGTERM, SIGKILL; says which was needed."""
+    """Stop machines as `stop` does, and start them; one that does not run is started."""
+
+    def stop_first(found: "Machine") -> None:
+        if found.folder.exists():
+            found.stop(gentle=not force, timeout_s=timeout)
+
+    _start(names or [], every=every, as_json=as_json, before=stop_first)
+
+
+def _start(names: list[str], *, every: bool, as_json: bool, before: "Callable[[Machine], object]") -> None:
+    """Start machines, and show how to log in to each."""
+    from vmtasks.cli.look import described  # noqa: PLC0415
+
+    here, shown = project(), []
+    wanted = chosen(here, names, every=every)
+
+    def work(name: str) -> None:
+        found = here.machine(name) if names or every else here.default()
+        before(found)
+        found.start()
+        if as_json:
+            shown.append(described(found))
+        else:
+            sys.stdout.write(f"{found.ssh_line()}\n")
+            sys.stdout.flush()
+
+    try:
+        each(wanted, work)
+    finally:
+        if as_json and (shown or every or len(wanted) > 1):
+            show(shown if every or len(wanted) > 1 else shown[0])
+
+
+@app.command(rich_help_panel="Machines")
+def stop(names: Names = None, every: Every = False, force: Force = False, timeout: Timeout = None) -> None:
+    """Stop machines: power off in the guest, then ACPI, QMP quit, SIGTERM, SIGKILL; says which was needed."""
     from vmtasks import progress  # noqa: PLC0415
 
-    found = machine(name)
-    record = found.state.machine(found.name)
-    rung = found.stop(gentle=not force, timeout_s=timeout)
-    if rung == "already stopped":
-        progress.say(f"machine {found.name} is not running")
-    if record is not None and record.throwaway:
-        found.destroy(lambda _: None)
-        progress.say(f"machine {found.name}: removed")
+    here = project()
+
+    def work(name: str) -> None:
+        found = here.machine(name)
+        record = found.state.machine(found.name)
+        rung = found.stop(gentle=not force, timeout_s=timeout)
+        if rung == "already stopped":
+            progress.say(f"machine {found.name} is not running")
+        if record is not None and record.throwaway:
+            found.destroy(lambda _: None)
+            progress.say(f"machine {found.name}: removed")
+
+    each(chosen(here, names or [], every=every), work)
 
 
 @app.command(rich_help_panel="Machines")
 def rm(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Machines.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="NAME", help="Machines.", autocompletion=complete.names, show_default=False),
     ] = None,
     every: Annotated[bool, typer.Option("--all", "-a", help="All of `vmtasks run`; not the project's own.")] = False,
     force: Annotated[
@@ -90,30 +153,33 @@ def rm(
     --all leaves alone what `doit start` has made: only its name, given here, or `doit destroy` removes that.
     """
     from vmtasks import progress  # noqa: PLC0415
-    from vmtasks.errors import ConfigError, StateError, VmTasksError  # noqa: PLC0415
+    from vmtasks.errors import ConfigError, StateError  # noqa: PLC0415
 
     if every == bool(names):
         raise ConfigError("rm: name machines, or give --all")
     here = project()
-    found = here.own_machines() if every else [here.machine(name) for name in dict.fromkeys(names or [])]
-    if not found:
-        progress.say("there are no machines of `vmtasks run`; nothing was removed")
-        return
-    failed = 0
-    running = [one.name for one in found if one.runs()]
-    if running and not force:
-        raise StateError(f"running: {', '.join(running)}; nothing was removed", hint="stop them first, or rm --force")
-    if not force:
+    found: list[Machine] = []
+
+    def look(name: str) -> None:
+        one = here.machine(name)
+        if not force and one.runs():
+            raise StateError(f"running: {name}; nothing was removed", hint=f"vmtasks stop {name}, or rm --force")
+        found.append(one)
+
+    wanted = [one.name for one in here.own_machines()] if every else chosen(here, names or [], every=False)
+    attempts = Attempts(wanted)
+    for name in wanted:
+        with attempts.of(name):
+            look(name)
+    if found and not force:
         confirm(f"Remove {', '.join(one.name for one in found)} with all that is on their disks?", "vmtasks rm --force")
     for one in found:
-        try:
+        with attempts.of(one.name):
             one.destroy(lambda _: None, force=force)
-        except VmTasksError as error:
-            progress.say(f"error: machine {one.name}: {error}")
-            failed += 1
-        else:
             progress.say(f"machine {one.name}: removed")
-    raise typer.Exit(1 if failed else 0)
+    if every and not wanted:
+        progress.say("there are no machines of `vmtasks run`; nothing was removed")
+    attempts.end()
 
 
 @app.command(rich_help_panel="Machines")

@@ -1,13 +1,14 @@
 """`vmtasks ssh | exec | forward | console | ssh-config`: into a machine, by SSH or by its console."""
 
+import re
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vmtasks.cli.common import VERBATIM, AnyName, Name, app, machine
-from vmtasks.cli.jobs import start_job
+from vmtasks.cli.common import OWN, VERBATIM, AnyName, Interactive, Name, Through, Tty, app, machine, report
+from vmtasks.cli.jobs import FOREVER_S, start_job
 
 if TYPE_CHECKING:
     from vmtasks.session import Machine
@@ -16,7 +17,7 @@ WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
 """Options of ssh(1) that take a value."""
 
 
-@app.command(context_settings=VERBATIM, rich_help_panel="Use")
+@app.command(cls=Through, context_settings=VERBATIM, rich_help_panel="Use")
 def ssh(
     ctx: typer.Context,
     name: Name,
@@ -24,8 +25,9 @@ def ssh(
 ) -> None:
     """Log in, or run a command: `vmtasks ssh NAME [-- SSH-OPTIONS] [COMMAND]`.
 
-    One word is a line for the remote shell; several are passed on as they are. The exit status is that of the command,
-    and 255 when SSH itself failed.
+    One word is a line for the remote shell; several are passed on as they are. As with ssh(1), the command reads our
+    standard input (`-- -n` hands nothing on), and 255 says that SSH itself failed. Else the exit status is that of the
+    command; 125 when vmtasks has failed.
     """
     found = machine(name)
     if show:
@@ -36,7 +38,7 @@ def ssh(
     raise typer.Exit(session(found, "ssh", options, words))
 
 
-@app.command("exec", context_settings=VERBATIM, rich_help_panel="Use")
+@app.command("exec", cls=Through, context_settings=VERBATIM, rich_help_panel="Use")
 def execute(
     ctx: typer.Context,
     name: Name,
@@ -44,31 +46,57 @@ def execute(
     cwd: Annotated[str, typer.Option(help="Run in this folder of the guest.", show_default=False)] = "",
     env: Annotated[list[str] | None, typer.Option("--env", "-e", metavar="NAME=VALUE", help="Repeatable.")] = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="As a job: print its id and let it run.")] = False,
+    interactive: Interactive = False,
+    tty: Tty = False,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds; then it is ended, and the status is 124.", show_default=False)
+    ] = None,
 ) -> None:
     """Run a program with its arguments as they are: `vmtasks exec [OPTIONS] NAME PROGRAM [ARGUMENTS]`.
 
-    No shell of the guest sees them. The exit status is the program's; 128 + N after signal N; 255 when SSH failed.
+    No shell of the guest sees them. It reads nothing unless -i is given. The exit status is the program's; 128 + N
+    after signal N; 125 when vmtasks or SSH has failed, 126 when the program cannot be run, 127 when it is not there.
     """
     from vmtasks import arguments  # noqa: PLC0415
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.rules import VARIABLE  # noqa: PLC0415
+    from vmtasks.errors import CommandTimeoutError, ConfigError  # noqa: PLC0415
+    from vmtasks.proc import TIMED_OUT  # noqa: PLC0415
     from vmtasks.session.login import log_in  # noqa: PLC0415
 
     words = ctx.args[1:] if ctx.args[:1] == ["--"] else ctx.args
     if not words:
         raise ConfigError("exec: no program; write vmtasks exec NAME PROGRAM [ARGUMENTS]")
+    if detach and (interactive or tty or timeout is not None):
+        raise ConfigError("exec: -i, -t and --timeout do not go with -d: a job reads nothing, and nobody waits for it")
+    if timeout is not None and not 0 < timeout < FOREVER_S:
+        raise ConfigError(f"--timeout {timeout:g}: use seconds, more than 0")
+    given: dict[str, Any] = {"cwd": cwd, "env": _variables(env or []), "user": arguments.user(user) if user else ""}
+    if detach:
+        sys.stdout.write(f"{start_job(name, words, **given)}\n")
+        return
+    shown = shlex.join(words)
+    try:
+        status = log_in(
+            machine(name), "exec", f"command {shown}", failed=OWN, shown=shown, stdin=interactive, timeout_s=timeout,
+            tty=tty, **given,
+        )  # fmt: skip
+    except CommandTimeoutError as late:
+        report(late)
+        raise typer.Exit(TIMED_OUT) from None
+    raise typer.Exit(status)
+
+
+def _variables(given: list[str]) -> dict[str, str]:
+    """`NAME=VALUE` each. ConfigError for what is not."""
+    from vmtasks.errors import ConfigError  # noqa: PLC0415
+    from vmtasks.rules import VARIABLE  # noqa: PLC0415
+
     values = {}
-    for item in env or []:
+    for item in given:
         key, equals, value = item.partition("=")
         if not equals or not VARIABLE.fullmatch(key):
             raise ConfigError(f"--env {item!r}: write NAME=VALUE")
         values[key] = value
-    who = arguments.user(user) if user else ""
-    if detach:
-        sys.stdout.write(f"{start_job(name, words, cwd=cwd, env=values, user=who)}\n")
-        return
-    shown = shlex.join(words)
-    raise typer.Exit(log_in(machine(name), "exec", f"command {shown}", cwd=cwd, env=values, shown=shown, user=who))
+    return values
 
 
 def split(words: list[str]) -> tuple[list[str], list[str]]:
@@ -87,14 +115,17 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
     return options, rest
 
 
-def session(found: "Machine", verb: str, options: list[str], words: list[str]) -> int:
-    """Log in to a machine, or run a command in it, with our streams; returns the status of what ran."""
+def session(found: "Machine", verb: str, options: list[str], words: list[str], **more: Any) -> int:
+    """Log in to a machine, or run a command in it, with our streams; returns the status of what ran.
+
+    `more` as for log_in().
+    """
     from vmtasks.session.login import log_in  # noqa: PLC0415
 
     shown = words[0] if len(words) == 1 else shlex.join(words)
     # The login shell runs it as a child, so that a death by signal becomes a status, as in any shell.
     command = f'"${{SHELL:-/bin/sh}}" -c {shlex.quote(shown)}' if words else ""
-    return log_in(found, verb, command, options=options, shown=shown)
+    return log_in(found, verb, command, options=options, shown=shown, **more)
 
 
 @app.command(rich_help_panel="Use")
@@ -136,12 +167,19 @@ def loopback(kind: str, text: str) -> str:
 
     fields = text.split(":")
     plain = 1 if kind == "-D" else 3
-    if len(fields) == plain:
-        return f"127.0.0.1:{text}"
-    if len(fields) == plain + 1 and fields[0] in ("127.0.0.1", "localhost"):
-        return text
     form = "PORT" if kind == "-D" else "PORT:HOST:PORT"
-    raise ConfigError(f"{kind} {text!r}: write {form}; the listener is always on 127.0.0.1")
+    explicit = len(fields) == plain + 1
+    if (explicit and fields[0] not in ("127.0.0.1", "localhost")) or not plain <= len(fields) <= plain + 1:
+        raise ConfigError(f"{kind} {text!r}: write {form}; the listener is always on 127.0.0.1")
+    listener, *to = fields[explicit:]
+    for port, least in ((listener, 0 if kind == "-R" else 1), *((port, 1) for port in to[1:])):
+        if not re.fullmatch(r"[0-9]{1,5}", port) or not least <= int(port) <= 65535:
+            raise ConfigError(
+                f"{kind} {text!r}: {port!r} is not a port; write {form}, with ports from {least} to 65535"
+            )
+    if to and not to[0]:
+        raise ConfigError(f"{kind} {text!r}: the host is missing; write {form}")
+    return text if explicit else f"127.0.0.1:{text}"
 
 
 @app.command("ssh-config", rich_help_panel="Use")

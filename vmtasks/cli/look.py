@@ -1,4 +1,4 @@
-"""`vmtasks logs | port | doctor`: look at a machine, or at this host."""
+"""`vmtasks inspect | logs | port | doctor`: look at a machine, or at this host."""
 
 import sys
 import time
@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vmtasks import printable
-from vmtasks.cli.common import AnyName, AsJson, Name, app, machine, project, show, table
+from vmtasks.cli import complete
+from vmtasks.cli.common import AnyName, AsJson, Every, Name, Names, app, chosen, each, machine, project, show, table
 
 if TYPE_CHECKING:
-    from vmtasks.session import Machine
+    from vmtasks.session import Machine, Project
 
 POLL_S = 0.2
 
@@ -108,6 +109,32 @@ def _rss(pid: int) -> int:
 
 
 @app.command(rich_help_panel="Look")
+def inspect(names: Names = None, every: Every = False) -> None:
+    """Show all that is known of machines, as a list in JSON."""
+    here: Project = project()
+    shown: list[dict[str, Any]] = []
+
+    def look(name: str) -> None:
+        found = here.machine(name)
+        record = found.state.machine(name)
+        shown.append(
+            {
+                **described(found),
+                "disk_size": record.disk_size if record is not None else 0,
+                "folder": str(found.folder),
+                "disk": str(found.disk),
+                "console_log": str(found.console_log),
+                "qemu_log": str(found.qemu_log),
+            }
+        )
+
+    try:
+        each(chosen(here, names or [], every=every), look)
+    finally:
+        show(shown)
+
+
+@app.command(rich_help_panel="Look")
 def logs(
     name: AnyName = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the machine ends.")] = False,
@@ -150,7 +177,9 @@ def port(name: Name, as_json: AsJson = False) -> None:
 
 @app.command(rich_help_panel="Look")
 def doctor(
-    name: Annotated[str, typer.Argument(metavar="[NAME]", help="A machine; without one, this host.")] = "",
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A machine; without one, this host.", autocompletion=complete.names)
+    ] = "",
     store: Annotated[
         bool, typer.Option("--store", help="Read every byte of the images and downloads in the store.")
     ] = False,

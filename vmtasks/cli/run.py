@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vmtasks.cli.common import AsJson, Plain, app, project, show
+from vmtasks.cli import complete
+from vmtasks.cli.common import OWN, AsJson, Interactive, Through, Tty, app, project, show
 
 if TYPE_CHECKING:
     from vmtasks.arguments import PublicKey
@@ -16,7 +17,7 @@ COMMAND = "vmtasks.command"
 """Where the words after `--` are kept."""
 
 
-class WithCommand(Plain):
+class WithCommand(Through):
     """A command whose words after the first `--` are left alone, so that IMAGE may be left out before them."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -32,7 +33,12 @@ class WithCommand(Plain):
 def run(
     ctx: typer.Context,
     image: Annotated[
-        str, typer.Argument(metavar="[IMAGE]", help="GUEST[:SNAPSHOT]; by default the project's guest, and clean.")
+        str,
+        typer.Argument(
+            metavar="IMAGE",
+            help="GUEST[:SNAPSHOT]; by default the project's guest, and clean.",
+            autocompletion=complete.images,
+        ),
     ] = "",
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Leave it running, and print its name.")] = False,
     name: Annotated[str, typer.Option(help="Its name; by default one is made up.", show_default=False)] = "",
@@ -57,11 +63,14 @@ def run(
         list[Path] | None, typer.Option(metavar="FILE.pub", help="Let the holder of this key in too; repeatable.")
     ] = None,
     user: Annotated[str, typer.Option(help="The user to log in as; it must exist.", show_default=False)] = "",
+    interactive: Interactive = False,
+    tty: Tty = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a machine and log in, or run the words after `--` in it; then it is removed, unless -d is given.
 
-    It has a disk, a key and a port of its own. The exit status is that of the command.
+    It has a disk, a key and a port of its own. Words after `--` read nothing unless -i is given. The exit status is
+    that of the command; 125 when vmtasks or SSH has failed.
     """
     from vmtasks.errors import ConfigError  # noqa: PLC0415
     from vmtasks.session import Wants  # noqa: PLC0415
@@ -69,6 +78,10 @@ def run(
     words: list[str] = ctx.meta.get(COMMAND, [])
     if rm and not detach:
         raise ConfigError("--rm goes with -d: without -d the machine is always removed")
+    if as_json and not detach:
+        raise ConfigError("--json goes with -d: without -d the output is the command's")
+    if detach and (words or interactive or tty):
+        raise ConfigError("run: a command, -i and -t do not go with -d; vmtasks exec runs one in a machine")
     if exclude and not bind:
         raise ConfigError("--exclude goes with --bind: without --bind there is nothing to leave out")
     given = _wants(
@@ -79,22 +92,25 @@ def run(
         image=image, cpus=cpus, network=_network(network), ssh_port=_ssh_port(ssh_port), user=_user(user),
         throwaway=rm or not detach, **given,
     )  # fmt: skip
-    (_detached if detach else _coupled)(wants, words, as_json=as_json)
+    if detach:
+        _detached(wants, as_json=as_json)
+    else:
+        # A shell reads what there is; a command only what it is meant to.
+        _coupled(wants, words, stdin=interactive or not words, tty=tty)
 
 
-def _coupled(wants: "Wants", words: list[str], *, as_json: bool) -> None:  # noqa: ARG001 - both are called alike
+def _coupled(wants: "Wants", words: list[str], *, stdin: bool, tty: bool) -> None:
     from vmtasks import progress  # noqa: PLC0415
     from vmtasks.cli.login import session  # noqa: PLC0415
     from vmtasks.session import ephemeral  # noqa: PLC0415
 
     with ephemeral(project(), wants) as machine:
-        status = session(machine, "run", [], words)
+        status = session(machine, "run", [], words, failed=OWN, stdin=stdin, tty=tty)
     progress.say(f"machine {machine.name}: removed")
     raise typer.Exit(status)
 
 
-def _detached(wants: "Wants", words: list[str], *, as_json: bool) -> None:
-    from vmtasks.cli.login import session  # noqa: PLC0415
+def _detached(wants: "Wants", *, as_json: bool) -> None:
     from vmtasks.cli.look import described  # noqa: PLC0415
     from vmtasks.session import first_start  # noqa: PLC0415
 
@@ -104,9 +120,6 @@ def _detached(wants: "Wants", words: list[str], *, as_json: bool) -> None:
         show(described(machine))
     else:
         sys.stdout.write(f"{machine.name}\n")
-        sys.stdout.flush()
-    if words:
-        raise typer.Exit(session(machine, "run", [], words))
 
 
 # -- what was given

@@ -1,15 +1,37 @@
-"""`vmtasks snapshot | restore | snapshots`: keep what is on a machine's disk, and go back."""
+"""`vmtasks snapshot | snapshot rm | restore | snapshots`: keep what is on a machine's disk, go back, forget it."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
-from vmtasks.cli.common import AsJson, Name, app, machine, project, show, table
+from vmtasks.cli import complete
+from vmtasks.cli.common import App, AsJson, Name, app, confirm, each, machine, project, show, table
 
 
-@app.command(rich_help_panel="Snapshots")
-def snapshot(
+class SaveByDefault(TyperGroup):
+    """`snapshot NAME SNAPSHOT` is `snapshot save NAME SNAPSHOT`."""
+
+    default = "save"
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As ever, with the verb that was left out."""
+        if args and not args[0].startswith("-") and args[0] not in self.commands:
+            args = [self.default, *args]
+        return super().parse_args(ctx, args)
+
+
+group = App(
+    cls=SaveByDefault,
+    no_args_is_help=True,
+    help="Save a stopped machine's disk: `vmtasks snapshot NAME SNAPSHOT`; or remove what was saved.",
+)
+app.add_typer(group, name="snapshot", rich_help_panel="Snapshots")
+
+
+@group.command()
+def save(
     name: Name,
     tag: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Its name; one of that name is replaced.")],
 ) -> None:
@@ -19,22 +41,52 @@ def snapshot(
     sys.stdout.write(f"{found.config.guest.name}:{tag}\n")
 
 
+@group.command("rm")
+def remove(
+    images: Annotated[
+        list[str], typer.Argument(metavar="GUEST:SNAPSHOT", autocompletion=complete.images, show_default=False)
+    ],
+    force: Annotated[bool, typer.Option("--force", "-f", help="Do not ask.")] = False,
+) -> None:
+    """Remove snapshots with their images; one that a machine stands on stays."""
+    from vmtasks import progress  # noqa: PLC0415
+
+    here = project()
+    if not force:
+        confirm(f"Remove {', '.join(images)}?", "vmtasks snapshot rm --force")
+
+    def work(image: str) -> None:
+        whole = here.remove_snapshot(image)
+        progress.say(f"snapshot {image}: removed{'' if whole else '; its image stays until vmtasks prune'}")
+
+    each(list(dict.fromkeys(images)), work)
+
+
 @app.command(rich_help_panel="Snapshots")
 def restore(
     name: Name,
-    tag: Annotated[str, typer.Argument(metavar="[SNAPSHOT]", help="By default the one it came from.")] = "",
+    tag: Annotated[
+        str,
+        typer.Argument(metavar="SNAPSHOT", help="By default the one it came from.", autocompletion=complete.snapshots),
+    ] = "",
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Throw away what a machine has written, and go back to a snapshot; it is stopped then."""
     from vmtasks import progress  # noqa: PLC0415
 
     found = machine(name)
+    if not yes:
+        confirm(f"Throw away all that machine {name} has written?", "vmtasks restore --yes", "changed")
     image = found.restore(tag)
     progress.say(f"machine {name}: restored to {tag or 'where it came from'} ({image.digest[:12]})")
 
 
 @app.command(rich_help_panel="Snapshots")
 def snapshots(
-    guest: Annotated[str, typer.Argument(metavar="[GUEST]", help="By default the project's guest.")] = "",
+    guest: Annotated[
+        str,
+        typer.Argument(metavar="GUEST", help="By default the project's guest.", autocompletion=complete.guests),
+    ] = "",
     as_json: AsJson = False,
 ) -> None:
     """List the images that machines can be made from."""

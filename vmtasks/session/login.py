@@ -22,6 +22,7 @@ def log_in(
     *,
     cwd: str = "",
     env: Mapping[str, str] | None = None,
+    failed: int = ssh.FAILED,
     options: Sequence[str] = (),
     shown: str = "",
     stdin: bool = True,
@@ -29,7 +30,7 @@ def log_in(
     tty: bool = False,
     user: str = "",
 ) -> int:
-    """Log in to a machine, or run a shell command there; returns its status, 255 where ssh failed.
+    """Log in to a machine, or run a shell command there; returns its status, `failed` where ssh failed.
 
     The command runs in `cwd` (relative to the home of who logs in) with `env`, as `user`. It reads our stdin, or
     nothing, and has a terminal with `tty`. CommandTimeoutError after `timeout_s`. What it has started is ended in the
@@ -40,9 +41,7 @@ def log_in(
     target = machine.wait()
     mark = f"vmtasks-{secrets.token_hex(8)}"
     text = ssh.script(f": {mark}\n{command}\nexit $?", cwd=cwd, env=env or {}, user=user)
-    argv = target.argv(
-        *([ssh.session_line(text)] if command else []), options=[*options, *(["-tt"] if command and tty else [])]
-    )
+    argv = target.argv(*([ssh.session_line(text)] if command else []), options=[*options, *(["-tt"] if tty else [])])
     # Options may ask for another user, or for a connection of its own.
     run = partial(proc.attach, argv) if options else partial(ssh.attach, target, argv)
     with health.telling(machine, progress.say), using(machine, verb, shown, user) as outcome:
@@ -62,6 +61,7 @@ def log_in(
             _end(machine, target, mark, user)
     if outcome.status == ssh.FAILED and (why := health.is_alive(machine).reason):
         progress.say(f"error: {why}\nhint: vmtasks doctor {machine.name}")
+        return failed
     return outcome.status
 
 

@@ -24,8 +24,8 @@ from vmtasks.private import Private
 from vmtasks.progress import Say
 from vmtasks.session import binds
 from vmtasks.session.machine import Machine
-from vmtasks.state import CLEAN, MachineRecord, State
-from vmtasks.store import write_record
+from vmtasks.state import CLEAN, MachineRecord, PhaseRecord, State
+from vmtasks.store import read_record, write_record
 
 STAGED = ".new-"
 
@@ -93,6 +93,15 @@ class Project:
         """The machines that `vmtasks run` has made. One whose record cannot be read may be anybody's."""
         found = [self._open(name) for name in self.names()]
         return [one for one in found if (record := one.state.machine(one.name)) is not None and record.own]
+
+    def guests(self) -> list[str]:
+        """The names of the guests that this project has, or that come with vmtasks, sorted."""
+        phases = (self.root or config.shipped()) / config.PHASES_PATH
+        return sorted(path.parent.name for path in phases.glob("*/guest.toml"))
+
+    def snapshots(self, guest: str = "") -> list[str]:
+        """The snapshots of a guest, by default the configured one."""
+        return Machine(self.config(guest)).snapshots()
 
     def machine(self, name: str = "") -> Machine:
         """The machine of this name, by default the configured one. StateError when there is none."""
@@ -207,6 +216,33 @@ class Project:
                 raise
             return False
         return True
+
+    def remove_snapshot(self, image: str) -> bool:
+        """Remove `GUEST:SNAPSHOT`, and its image where no record of any project names it; False where one may.
+
+        StateError when there is no such snapshot, or a machine stands on it.
+        """
+        guest, tag = arguments.image(image)
+        state = State(self.config(guest))
+        if not tag or state.snapshot_record(tag) == state.clean_record:
+            raise StateError(
+                f"{image!r} is what the phases end in, and no snapshot of a machine; nothing was removed",
+                hint="name GUEST:SNAPSHOT; vmtasks snapshots lists them",
+            )
+        if tag not in self.snapshots(guest):
+            Machine(state.config).find_image(tag)  # says what there is
+        records = {name: state.machine(name) for name in self.names()}
+        label = state.config.label
+        users = [name for name, record in records.items() if record and (record.guest, record.snapshot) == (label, tag)]
+        if users:
+            raise StateError(
+                f"snapshot {image}: in use by {', '.join(users)}; nothing was removed",
+                hint=f"vmtasks rm {users[0]}, or vmtasks restore {users[0]} {CLEAN}",
+            )
+        named = read_record(state.snapshot_record(tag), PhaseRecord)
+        with tidy.naming(state.store, state.config.vm_dir):
+            state.snapshot_record(tag).unlink()
+        return named is not None and tidy.drop(state.store, named.digest, named.sha256)
 
     # -- reaping
 

@@ -37,14 +37,18 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def using(machine: Machine, verb: str, command: str = "", user: str = "") -> Iterator[Outcome]:
+def using(
+    machine: Machine, verb: str, command: str = "", user: str = "", *, goes_on: bool = False
+) -> Iterator[Outcome]:
     """Count as a session of the machine for the length of the block, and leave a line in the access log.
 
     Copied binds are brought up to date in the guest first, and what is newer there comes back afterwards: when the
-    machine goes with this process, as the last thing before it does.
+    machine goes with this process, as the last thing before it does; when the command goes on after us, after the
+    `attach` that sees its end, or any other session.
     """
     record = machine.record()
     bound = record is not None and verb in ("exec", "run", "ssh")
+    back = verb == "attach" if not bound else not goes_on
     began, outcome = time.time(), Outcome()
     login = user or (record.ssh_user if record else "")
     use = Use(verb, login, command[:SHOWN_CHARS], os.getpid(), proc.started(os.getpid()), round(began, 1))
@@ -54,7 +58,7 @@ def using(machine: Machine, verb: str, command: str = "", user: str = "") -> Ite
     try:
         reached = record is None or not bound or binds.before(machine, record)
         yield outcome
-        if record is not None and bound and reached and record.owner != os.getpid():
+        if record is not None and back and reached and record.owner != os.getpid():
             binds.after(machine, record)
     finally:
         mark.unlink(missing_ok=True)
