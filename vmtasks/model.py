@@ -182,7 +182,7 @@ class Download(Table, frozen=True, kw_only=True, tag_field="source", tag="downlo
     sums: Annotated[
         str,
         Meta(
-            description="file beside the ISO with lines as in 'MD5 (file) = hex'; "
+            description="file beside the ISO with lines as in 'MD5 (file) = hex' or 'hex  file'; "
             "used for a version that `digests` does not have"
         ),
     ] = ""

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmtasks.errors import FetchError
-from vmtasks.media.digest import Digest, parse_bsd_sums
+from vmtasks.media.digest import Digest, parse_sums
 
 
 @given(
@@ -13,15 +13,21 @@ from vmtasks.media.digest import Digest, parse_bsd_sums
         st.from_regex(r"[a-zA-Z0-9][a-zA-Z0-9 ()=._-]{0,30}", fullmatch=True), st.binary(min_size=16, max_size=16)
     )
 )
-def test_bsd_sums(sums: dict[str, bytes]):
+def test_sums_in_both_forms(sums: dict[str, bytes]):
+    """As md5 of BSD writes them, and as md5sum of GNU does, also for files read as binary and below `.`."""
+    heading = ["# a heading", "d41d8cd98f00b204e9800998ecf8427 short", ""]
+    for mark in (" ", "*", " ./"):
+        lines = [f"{digest.hex()} {mark}{name}" for name, digest in sums.items() if not name.endswith(" ")]
+        known = {name: digest.hex() for name, digest in sums.items() if not name.endswith(" ")}
+        assert parse_sums("\n".join([*heading, *lines])) == known
     lines = [f"MD5 ({name}) = {digest.hex()}" for name, digest in sums.items()]
     text = "\r\n".join(["a heading", *lines, "SHA256 (x) = 00", "MD5 (short) = 00", ""])
-    assert parse_bsd_sums(text) == {name: digest.hex() for name, digest in sums.items()}
+    assert parse_sums(text) == {name: digest.hex() for name, digest in sums.items()}
 
 
 def test_bsd_sums_that_contradict_each_other():
     with pytest.raises(FetchError, match="two different digests for a"):
-        parse_bsd_sums(f"MD5 (a) = {'0' * 32}\nMD5 (a) = {'1' * 32}\n")
+        parse_sums(f"MD5 (a) = {'0' * 32}\nMD5 (a) = {'1' * 32}\n")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from vmtasks import rules
 from vmtasks.build import Builder
 from vmtasks.config import help_table, load, schema
 from vmtasks.errors import ConfigError, FetchError
+from vmtasks.media import release
 from vmtasks.model import GuestFile
 from vmtasks.store import MediaRecord, read_record
 
@@ -200,6 +201,24 @@ def test_the_list_of_sums_is_used_when_no_digest_is_known(tmp_path: Path, capsys
     assert f"no digest for version 1.0; its sha1 is taken from {site.url('md5.txt')}" in said
 
 
+def test_a_list_of_sums_may_have_the_form_of_gnu(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    listed = f"{hashlib.sha256(PACKED).hexdigest()} *{FILE}\n{hashlib.sha256(b'x').hexdigest()}  {FILE}.sig\n"
+    with serving({FILE: PACKED, "SHA256SUMS": listed.encode()}) as site:
+        builder = project(tmp_path / "a", site.base, sums="SHA256SUMS")
+        builder.fetch()
+        assert assert_fetched(builder).verified == site.url("SHA256SUMS")
+    assert "its sha256 is taken from" in capsys.readouterr().out
+
+
+def test_a_guest_without_a_version_is_not_told_of_one(tmp_path: Path):
+    wanted = release.Release(
+        name="x.iso", version="", folders=(str(tmp_path),), digests=(), sums="", known=(), size=None
+    )
+    with pytest.raises(FetchError, match="has none for this guest, which has no version") as caught:
+        release.obtain(wanted, tmp_path, print)
+    assert "check the version" not in caught.value.hint
+
+
 def test_a_known_digest_is_believed_and_no_list(tmp_path: Path):
     with serving({FILE: PACKED, "md5.txt": b"MD5 (x) = 0"}) as site:
         builder = project(tmp_path / "a", site.base, sums="md5.txt", digests=KNOWN)
@@ -222,7 +241,7 @@ def test_lists_that_do_not_help(tmp_path: Path, listed: str | None, match: str):
     with serving(files) as site:
         builder = project(tmp_path / "a", site.base, sums="md5.txt", digests={"0.9": KNOWN["1.0"]})
         error = refused(builder, match)
-        assert error.message.startswith(f"no digest is known for {FILE}: guest.toml has none for version '1.0', and ")
+        assert error.message.startswith(f"no digest is known for {FILE}: guest.toml has none for version 1.0, and ")
         assert "digests are known for 0.9" in error.hint
         assert "--allow-unverified" in error.hint
         assert FILE not in paths(site)

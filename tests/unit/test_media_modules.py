@@ -1,7 +1,13 @@
+import gzip
+import lzma
+import shutil
+import subprocess
+from dataclasses import replace
+
 import pytest
 
 from vmtasks.errors import ImageError
-from vmtasks.media.modules import Modules, depends
+from vmtasks.media.modules import Modules, depends, is_module
 from vmtasks.media.tree import Entry
 
 BASE = "lib/modules/6.1/kernel"
@@ -57,6 +63,42 @@ def test_listing_as_depmod_writes_it():
     ) in lines
 
 
-def test_compressed_module():
-    with pytest.raises(ImageError, match="compressed"):
-        depends(b"\xfd7zXZ")
+def zstd(data):
+    return subprocess.run(["zstd", "-qc"], input=data, capture_output=True, check=True).stdout
+
+
+PACKINGS = {"gz": gzip.compress, "xz": lambda data: lzma.compress(data, check=lzma.CHECK_CRC32), "zst": zstd}
+
+
+@pytest.mark.parametrize("base", ["lib/modules/6.1", "usr/lib/modules/6.12.1+deb13-amd64"])
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_compressed_modules_are_unpacked_wherever_they_are(base, packing):
+    """As Debian 13 and others have them."""
+    if packing == "zst" and not shutil.which("zstd"):
+        pytest.skip("zstd is not installed")
+    there = [replace(entry, path=entry.path.replace("lib/modules/6.1", base)) for entry in TREE]
+    packed = [
+        replace(entry, path=f"{entry.path}.{packing}", data=PACKINGS[packing](entry.data))
+        if is_module(entry)
+        else entry
+        for entry in there
+    ]
+    known = Modules(packed)
+    found = known.order(["sr_mod", "ext4", "virtio_scsi"])
+    assert found == Modules(there).order(["sr_mod", "ext4", "virtio_scsi"])
+    assert known.listing(found) == Modules(there).listing(found)
+    assert all(is_module(entry) for entry in packed if "builtin" not in entry.path)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_a_module_that_cannot_be_unpacked_is_named(packing):
+    if packing == "zst" and not shutil.which("zstd"):
+        pytest.skip("zstd is not installed")
+    entry = Entry(f"{BASE}/odd.ko.{packing}", "file", data=b"\x7fELF")
+    with pytest.raises(ImageError, match=rf"odd\.ko\.{packing}"):
+        Modules([entry]).order(["odd"])
+
+
+def test_what_is_no_module_is_named():
+    with pytest.raises(ImageError, match=r"odd\.ko has no depends= line"):
+        depends(Entry(f"{BASE}/odd.ko", "file", data=b"\xfd7zXZ"))

@@ -32,13 +32,21 @@ class Digest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         msgspec.structs.force_setattr(self, "hex", self.hex.lower())
 
 
-def parse_bsd_sums(text: str, algorithm: str = "md5") -> dict[str, str]:
-    """`MD5 (file) = hex` lines -> {file: hex}; other lines are skipped. FetchError if a file has two digests."""
+def parse_sums(text: str, algorithm: str = "md5") -> dict[str, str]:
+    """`MD5 (file) = hex` lines, as BSD has them, and `hex  file`, as GNU has them -> {file: hex}.
+
+    Other lines are skipped. FetchError if a file has two digests.
+    """
+    hex_ = rf"(?P<hex>[0-9a-f]{{{HEX_DIGITS[algorithm]}}})"
+    bsd = re.compile(rf"{algorithm} ?\((?P<name>.+)\) ?= ?{hex_}\s*", re.IGNORECASE)
+    gnu = re.compile(rf"{hex_} [ *](?:\./)?(?P<name>.*\S)\s*", re.IGNORECASE)
     sums: dict[str, str] = {}
     for line in text.splitlines():
-        match = re.fullmatch(rf"{algorithm} \((.+)\) = ([0-9a-f]{{{HEX_DIGITS[algorithm]}}})\s*", line, re.IGNORECASE)
-        if match and sums.setdefault(match[1], match[2].lower()) != match[2].lower():
-            raise FetchError(f"the list of sums has two different digests for {match[1]}", hint="use another mirror")
+        match = bsd.fullmatch(line) or gnu.fullmatch(line)
+        if match and sums.setdefault(match["name"], match["hex"].lower()) != match["hex"].lower():
+            raise FetchError(
+                f"the list of sums has two different digests for {match['name']}", hint="use another mirror"
+            )
     return sums
 
 

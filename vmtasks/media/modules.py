@@ -1,31 +1,74 @@
-"""Linux kernel modules: which depend on which, as the .ko files themselves say, and the order to load them in."""
+"""Linux kernel modules: which depend on which, as the .ko files themselves say, and the order to load them in.
+
+They may be compressed in their package, as distributions have them now. What loads them in a guest need not know of it:
+they are unpacked here.
+"""
 
 import re
+import tempfile
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import PurePosixPath
 
+from vmtasks import proc
 from vmtasks.errors import ImageError
+from vmtasks.media.decompress import Unpacker
+from vmtasks.media.problem import Problem
 from vmtasks.media.tree import Entry
 
-SUFFIX = ".ko"
+MODULE = re.compile(r"(.*\.ko)(?:\.(gz|xz|zst))?", re.DOTALL)
+UNPACK_S = 60.0
 DEPENDS = re.compile(rb"\0depends=([^\0]*)\0")
 
 
 def name(path: str) -> str:
     """The module's name for a path or a spelling of it: the kernel takes `-` and `_` for the same."""
-    return PurePosixPath(path).name.removesuffix(SUFFIX).replace("-", "_")
+    found = MODULE.fullmatch(path)
+    return PurePosixPath(found[1] if found else path).name.removesuffix(".ko").replace("-", "_")
 
 
 def is_module(entry: Entry) -> bool:
     """Whether an entry is a kernel module."""
-    return entry.kind == "file" and entry.path.endswith(SUFFIX)
+    return entry.kind == "file" and MODULE.fullmatch(entry.path) is not None
 
 
-def depends(data: bytes) -> list[str]:
+def plain(entry: Entry) -> Entry:
+    """A module as it is without compression, under a name without it. ImageError for what cannot be unpacked."""
+    found = MODULE.fullmatch(entry.path)
+    if found is None or not found[2]:
+        return entry
+    try:
+        data = _unzstd(entry) if found[2] == "zst" else _unpack(entry, found[2])
+    except Problem as problem:
+        raise ImageError(f"the kernel module {entry.path} {problem}") from None
+    return replace(entry, path=found[1], data=data)
+
+
+def _unpack(entry: Entry, packing: str) -> bytes:
+    unpacker = Unpacker(packing)
+    data = b"".join(unpacker.feed(entry.read()))
+    unpacker.finish()
+    return data
+
+
+def _unzstd(entry: Entry) -> bytes:
+    """Python reads this format from 3.14 on; the program is a package everywhere."""
+    blocks: list[bytes] = []
+    said = proc.Head()
+    with tempfile.TemporaryFile() as packed:
+        packed.write(entry.read())
+        packed.seek(0)
+        ended = proc.stream(["zstd", "-dcq"], blocks.append, timeout_s=UNPACK_S, stdin=packed, errors=said)
+    if ended.status != 0:
+        raise ImageError(f"the kernel module {entry.path}: zstd ended with {ended.status}: {said.text.strip()}")
+    return b"".join(blocks)
+
+
+def depends(entry: Entry) -> list[str]:
     """What a module says that it needs: the `depends=` line among the zero-terminated ones of its .modinfo."""
-    found = DEPENDS.search(data)
+    found = DEPENDS.search(entry.read())
     if found is None:
-        raise ImageError("a kernel module has no depends= line: is it compressed?")
+        raise ImageError(f"the kernel module {entry.path} has no depends= line: it is none, or it is compressed")
     return [name(word) for word in found[1].decode("ascii").split(",") if word]
 
 
@@ -42,15 +85,22 @@ class Modules:
             elif entry.path.endswith("/modules.builtin"):
                 self._builtin = {name(line) for line in entry.read().decode().splitlines()}
         self._needs: dict[str, list[str]] = {}
+        self._plain: dict[str, Entry] = {}
+
+    def plain(self, module: str) -> Entry:
+        """The file of `module`, without compression."""
+        if module not in self._plain:
+            self._plain[module] = plain(self._files[module])
+        return self._plain[module]
 
     def needs(self, module: str) -> list[str]:
         """Direct dependencies of `module`."""
         if module not in self._needs:
-            self._needs[module] = depends(self._files[module].read())
+            self._needs[module] = depends(self.plain(module))
         return self._needs[module]
 
     def order(self, roots: Iterable[str]) -> list[Entry]:
-        """Files of `roots` and their dependencies, each after what it needs, otherwise in the order asked for.
+        """Files of `roots` and their dependencies, plain, each after what it needs, otherwise in the order asked for.
 
         What is built into the kernel is passed over. ImageError for a module that the tree has not.
         """
@@ -66,7 +116,7 @@ class Modules:
                 raise ImageError(f"there is no kernel module {module}{because}", hint="check `modules` and the kernel")
             for needed in self.needs(module):
                 visit(needed, (*chain, module))
-            ordered[module] = self._files[module]
+            ordered[module] = self.plain(module)
 
         for root in roots:
             visit(name(root), ())

@@ -9,7 +9,7 @@ import msgspec
 
 from vmtasks import progress
 from vmtasks.errors import FetchError
-from vmtasks.media.digest import HEX_DIGITS, Digest, parse_bsd_sums
+from vmtasks.media.digest import HEX_DIGITS, Digest, parse_sums
 from vmtasks.media.fetch import fetch
 from vmtasks.media.meter import Meter, megabytes
 from vmtasks.media.want import Fetched, Limits, Want
@@ -61,9 +61,7 @@ def obtain(wanted: Release, folder: Path, note: Say, *, allow_unverified: bool =
         try:
             digest, against = _published(wanted)
             digests = (digest,)
-            note(
-                f"guest.toml has no digest for version {wanted.version}; its {digest.algorithm} is taken from {against}"
-            )
+            note(f"guest.toml has no digest for {_which(wanted)}; its {digest.algorithm} is taken from {against}")
         except FetchError as error:
             if not allow_unverified:
                 raise
@@ -90,11 +88,10 @@ def sums(wanted: Release) -> tuple[str, str]:
 
 def _published(wanted: Release) -> tuple[Digest, str]:
     """The strongest digest that the mirrors' list of sums has for the file, and the list's address."""
-    missing = f"no digest is known for {wanted.name}: guest.toml has none for version {wanted.version!r}"
+    missing = f"no digest is known for {wanted.name}: guest.toml has none for {_which(wanted)}"
     known = f" (digests are known for {', '.join(wanted.known)})" if wanted.known else ""
-    hint = (
-        f"check the version{known}; add a digest to installer.digests in guest.toml; or `doit fetch --allow-unverified`"
-    )
+    check = f"check the version{known}; " if wanted.version else ""
+    hint = f"{check}add a digest to installer.digests in guest.toml; or `doit fetch --allow-unverified`"
     if not wanted.sums:
         raise FetchError(missing, hint=hint)
     try:
@@ -102,10 +99,14 @@ def _published(wanted: Release) -> tuple[Digest, str]:
     except FetchError as error:
         raise FetchError(f"{missing}, and {error.message}", hint=hint) from error
     for algorithm in sorted(HEX_DIGITS, key=lambda name: -HEX_DIGITS[name]):
-        listed = parse_bsd_sums(text, algorithm)
+        listed = parse_sums(text, algorithm)
         if wanted.name in listed:
             return _digest(f"{algorithm}:{listed[wanted.name]} of download"), url
     raise FetchError(f"{missing}, and {url} does not list it", hint=hint)
+
+
+def _which(wanted: Release) -> str:
+    return f"version {wanted.version}" if wanted.version else "this guest, which has no version"
 
 
 def _short(done: int, _: int | None) -> None:
