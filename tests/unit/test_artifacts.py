@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from vmtasks.remote import artifacts
-from vmtasks.remote.artifacts import Fetched, fetch, printable
+from vmtasks.remote.artifacts import Fetched, fetch
 from vmtasks.remote.ssh import Target
 
 MIB = 1 << 20
@@ -105,10 +105,7 @@ def test_names_come_as_they_are_and_are_told_so_that_no_terminal_obeys(
         (cwd / f"{name}-link").symlink_to("/nowhere")
     done = get(local_guest, tmp_path / "got", "*")
     assert inside(tmp_path / "got") == dict.fromkeys(odd, "x")
-    assert all(line.isprintable() and line.isascii() for line in done.told() if "é" not in line)
-    assert printable(odd[0]) == r"two\nlines"
-    assert printable(odd[1] + odd[2]) == r"\x1b]0;title\x07\x9b31m"
-    assert printable(os.fsdecode(b"caf\xe9")) == r"caf\udce9"
+    assert all(line.isprintable() for line in done.told())
 
 
 def test_a_huge_file_stays_and_what_is_too_much_together_is_cut(local_guest: Target, cwd: Path, tmp_path: Path) -> None:
@@ -160,7 +157,7 @@ def test_failures_in_the_guest_are_told(local_guest: Target, cwd: Path, tmp_path
     (cwd / "a").touch()
     (tmp_path / "bin/tar").write_text("#!/bin/sh\necho 'tar: ./a: \x1b[1mPermission denied' >&2; exit 2\n")
     (tmp_path / "bin/tar").chmod(0o755)
-    assert list(get(local_guest, tmp_path / "got", "*").told()) == [r"a: tar: ./a: \x1b[1mPermission denied"]
+    assert list(get(local_guest, tmp_path / "got", "*").told()) == ["a: tar: ./a: Permission denied"]
     shutil.rmtree(cwd)
     (told,) = (line for line in get(local_guest, tmp_path / "none", "*").told())
     assert told.startswith("not all could be listed: ")

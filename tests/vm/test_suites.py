@@ -12,6 +12,8 @@ from xml.etree import ElementTree as ET
 import pytest
 from conftest import Doit, Project, until
 
+from vmtasks.machine import qmp
+
 pytestmark = pytest.mark.timeout(300)
 
 OUTSIDE = "secret of this host\n"
@@ -215,6 +217,29 @@ def test_a_build_that_fails_is_one_error_and_no_result_of_before_stays(project: 
     project.doit("test:one").good()
     assert not (project.state / "results/_build.xml").exists()
     assert not (project.state / "results/_build").exists()
+
+
+@pytest.mark.exhaustive
+def test_a_guest_that_stands_still_is_the_suites_result(project: Project) -> None:
+    """Its deadline passes, and nothing in it can be ended: minutes, as each question to it is given time."""
+    suites(project, WAITS.replace("command", "timeout_s = 20\ncommand"))
+    run = project.start("-a", "test:waits")
+    run.wait_for("\nbegun")
+    control = (project.state / "run/tiny/tiny-monitor.socket").resolve()
+    with qmp.connect(control, timeout_s=20) as monitor:
+        monitor.cmd("stop")
+    try:
+        output = run.wait(600).bad()
+    finally:
+        with qmp.connect(control, timeout_s=20) as monitor:
+            monitor.cmd("cont")
+    trouble = str(record(project, "waits")["trouble"])
+    assert trouble
+    assert trouble in output
+    assert len(report(project, "waits").findall(".//error")) == 1
+    project.ssh("touch /tmp/pass")
+    assert "begun" in project.doit("test:waits").good()
+    assert "sleep 4321" not in project.ssh("ps -o args").stdout
 
 
 def test_a_machine_that_is_lost_is_the_suites_result(project: Project) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from vmtasks import proc
+from vmtasks import printable, proc
 from vmtasks.config import show_size
 from vmtasks.remote import ssh
 from vmtasks.remote.ssh import Target
@@ -67,7 +67,7 @@ class Fetched:
         for name, why in self.left.items():
             reasons.setdefault(why, []).append(name)
         for why, names in reasons.items():
-            yield from (f"{printable(name)}: {why}" if name else why for name in names[:TOLD])
+            yield from (f"{printable.line(name)}: {why}" if name else why for name in names[:TOLD])
             if len(names) > TOLD:
                 yield f"and {len(names) - TOLD} more: {why}"
 
@@ -109,11 +109,6 @@ def fetch(
 def shell_glob(pattern: str) -> str:
     """A glob as a shell word: everything is quoted but `*`, `?` and bracket expressions."""
     return "".join(c if c in "*?[]-" else shlex.quote(c) for c in pattern)
-
-
-def printable(text: str) -> str:
-    """What a guest says, on one line and without anything that a terminal would obey."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 # -- what there is
@@ -277,7 +272,7 @@ def _cut(limit: int) -> str:
 
 def _why(ended: proc.Ended, errors: proc.Head) -> str:
     """Why a command in the guest has failed, or nothing."""
-    said = [printable(line) for line in errors.text.splitlines() if line.strip()]
+    said = [printable.line(line) for line in errors.text.splitlines() if line.strip()]
     if ended.timed_out:
         return "there was no time left (artifacts_timeout_s)"
     if ended.status == ssh.FAILED:
