@@ -115,9 +115,14 @@ def publish(beside: Path, path: Path, mode: int = 0o644) -> None:
 
 
 def write(path: Path, data: bytes | str, mode: int = 0o644) -> None:
-    """Put `data` at `path`, all of it or nothing."""
-    with replacing(path, mode) as beside:
-        beside.write_bytes(data if isinstance(data, bytes) else data.encode())
+    """Put `data` at `path`, all of it or nothing. OSError that names it, also where writing itself fails."""
+    try:
+        with replacing(path, mode) as beside:
+            beside.write_bytes(data if isinstance(data, bytes) else data.encode())
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_if_changed(path: Path, data: bytes | str, mode: int = 0o644) -> bool:

@@ -249,7 +249,8 @@ def os_failure(error: OSError) -> str:
     where = f"{error.filename}: " if error.filename else ""
     text = f"{where}{error.strerror}"
     if error.errno in FULL:
-        return f"{text}\nhint: free some space, or put the store elsewhere with VMTASKS_STORE=/path (or store=)"
+        where = "put the store elsewhere with VMTASKS_STORE=/path (or store=), the state folder with VM_DIR=/path"
+        return f"{text}\nhint: free some space, or {where}"
     if error.errno in FORBIDDEN:
         return f"{text}\nhint: choose folders that you may write with VMTASKS_STORE=/path and VM_DIR=/path"
     return text

@@ -25,12 +25,16 @@ NOT_GUESTS = ("results", "run")
 
 
 class Names(msgspec.Struct, frozen=True, kw_only=True):
-    """What a state folder names: images as `digest sha256`, image files that overlays stand on, installers."""
+    """What a state folder names: images as `digest sha256`, image files that overlays stand on, installers.
+
+    `complete`: all that it names could be read once.
+    """
 
     vm_dir: str
     images: list[str] = []
     disks: list[str] = []
     installers: list[str] = []
+    complete: bool = True
 
 
 class Pruned(msgspec.Struct, kw_only=True):
@@ -77,7 +81,7 @@ def prune(store: Store, *, dry_run: bool = False, forget: Path | None = None) ->
         gone = store.prune(needed if complete else None, dry_run=dry_run)
         size = sum(sizes.get(path, 0) for path in gone)
         if complete:
-            _prune_keys(store, {digest for digest, _ in images}, dry_run=dry_run)
+            _prune_keys(store, {stem.partition(".")[0] for stem in needed}, dry_run=dry_run)
             installers = {sha256 for each in names for sha256 in each.installers}
             for path, bytes_ in _prune_media(store, installers, warnings, dry_run=dry_run):
                 gone.append(path)
@@ -150,8 +154,8 @@ def _remember(store: Store, vm_dir: Path) -> None:
     entry = _entry(store, vm_dir)
     named, unread = names_of(vm_dir)
     before = read_record(entry, Names)
-    if unread and before is not None:
-        named = _joined(named, before)
+    if unread:
+        named = _joined(named, before) if before else msgspec.structs.replace(named, complete=False)
     if named != before:
         write_record(entry, named)
     entry.with_suffix("").unlink(missing_ok=True)  # as older versions wrote it
@@ -163,6 +167,7 @@ def _joined(one: Names, other: Names) -> Names:
         images=sorted({*one.images, *other.images}),
         disks=sorted({*one.disks, *other.disks}),
         installers=sorted({*one.installers, *other.installers}),
+        complete=other.complete,
     )
 
 
@@ -180,14 +185,15 @@ def _all_names(store: Store, forgotten: Path | None) -> tuple[list[Names], list[
             continue
         named, unread = names_of(vm_dir)
         away = not (vm_dir.is_dir() and any(vm_dir.iterdir()))
-        if away and remembered is not None and not (remembered.images or remembered.disks or remembered.installers):
+        if away and remembered == Names(vm_dir=str(vm_dir)):  # it named nothing
             entry.unlink(missing_ok=True)
             continue
         if away:
             unread = [vm_dir]
         found.append(named if remembered is None or not unread else _joined(named, remembered))
-        kept = "what it named last is kept" if remembered else NOTHING_GOES
-        complete = complete and (remembered is not None or not unread)
+        known = remembered is not None and remembered.complete
+        kept = "what it named last is kept" if known else NOTHING_GOES
+        complete = complete and (known or not unread)
         if away:
             warnings.append(f"{vm_dir} is not there; {kept}. If it is gone for good: vmtasks prune --forget {vm_dir}")
         else:

@@ -1,6 +1,7 @@
 """What `prune` keeps: of projects that are away or moved, whose records cannot be read, or that are at work."""
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import msgspec
 import pytest
 from test_store import files, fill, make, publish, real
 
-from vmtasks import tidy
+from vmtasks import cli, tidy
 from vmtasks.errors import ConfigError
 from vmtasks.media import disk
 from vmtasks.state import MachineRecord, PhaseRecord
@@ -192,8 +193,17 @@ def test_a_disk_keeps_what_it_stands_on_whatever_has_become_of_records(store: St
     spoil(machine)
     for record in (a, b):
         spoil(store.image(record).with_suffix(".toml"))
+    key = store.snapshot_key(b.digest)
+    key.parent.mkdir(parents=True)
+    key.write_text("key")
     tidy.register(store, home.vm_dir)
-    tidy.prune(store)
+    done = tidy.prune(store)
+    assert done.gone == [], "what it names was never read: it may name any image"
+    assert any(str(machine) in warning and "no image" in warning for warning in done.warnings)
+    assert key.exists()
+    named, unread = tidy.names_of(home.vm_dir)
+    assert unread == [machine]
+    store.prune(store.reachable((), named.disks))
     assert store.image(a).exists()
     assert store.image(b).exists()
     assert disk.info(machine.with_name("disk.qcow2"))["full-backing-filename"] == str(store.image(b))
@@ -246,7 +256,7 @@ def test_an_installer_is_kept_while_somebody_fetches_it(store: Store, home: Home
 PRUNE = """
     import sys
     from pathlib import Path
-    from vmtasks import tidy
+    from vmtasks import cli, tidy
     from vmtasks.store import Store
     print("goes", flush=True)
     print(*tidy.prune(Store(Path(sys.argv[1]))).gone, flush=True)
@@ -287,3 +297,63 @@ def test_names_are_written_whole(store: Store, home: Home):
     tidy.register(store, home.vm_dir)
     assert tidy.prune(store).warnings == []
     assert msgspec.to_builtins(tidy.names_of(home.vm_dir)[0])["vm_dir"] == str(home.vm_dir)
+
+
+# ---- on the command line
+
+
+def vmtasks(home: Home, *words: str) -> subprocess.CompletedProcess[str]:
+    """The command, outside a project, with the state folder of `home`."""
+    env = {
+        "HOME": str(home.store.root.parent), "PATH": os.environ["PATH"],
+        "PYTHONPATH": str(Path(cli.__file__).parents[2]),
+        "VMTASKS_STORE": str(home.store.root), "VM_DIR": str(home.vm_dir),
+    }  # fmt: skip
+    argv = [sys.executable, "-m", "vmtasks.cli", *words]
+    return subprocess.run(
+        argv, cwd=home.store.root.parent, env=env, capture_output=True, check=False, text=True, timeout=120
+    )
+
+
+def test_prune_on_the_command_line(store: Store, home: Home, tmp_path: Path):
+    away = Home(store, tmp_path / "away/.vm")
+    kept, extra = make(store, "a"), make(store, "x")
+    away.name(make(store, "b"))
+    shutil.rmtree(away.vm_dir)
+    (home.vm_dir / "tiny").mkdir(parents=True)
+    write_record(home.vm_dir / "tiny/phase-1.toml", PhaseRecord(digest="a", sha256=kept.sha256))
+    dry = vmtasks(home, "prune", "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert set(dry.stdout.splitlines()) == {f"would remove {path}" for path in files(store, extra)}
+    assert f"warning: {away.vm_dir} is not there" in dry.stderr
+    assert "2 would be removed, 0 MiB" in dry.stderr
+    assert store.find("x")[1] == ""
+    done = vmtasks(home, "prune")
+    assert set(done.stdout.splitlines()) == {f"removed {path}" for path in files(store, extra)}
+    assert store.find("a")[1] == "", "the folder that we are in names it, although it has never told the store"
+    wrong = vmtasks(home, "prune", "--forget", str(tmp_path / "nowhere"))
+    assert (wrong.returncode, str(away.vm_dir) in wrong.stderr) == (2, True)
+    assert "2 removed" in vmtasks(home, "prune", "--forget", str(away.vm_dir)).stderr
+
+
+def test_doctor_reads_every_byte_of_the_store(store: Store, home: Home):
+    whole, damaged = make(store, "a"), make(store, "b", None, bytes(1 << 20))
+    home.installer()
+    assert vmtasks(home, "doctor", "--store").returncode == 0
+    path = store.image(damaged)
+    path.chmod(0o644)
+    with path.open("rb+") as file:
+        file.seek(500_000)
+        file.write(b"x")
+    os.utime(path, ns=(0, damaged.mtime_ns))
+    assert store.find("b")[1] == ""
+    done = vmtasks(home, "doctor", "--store")
+    assert done.returncode == 1
+    assert f"✗ image b, g b: {path.name} does not have the bytes that its record says; doit auto_install" in done.stdout
+    assert "✓ image a, g a" in done.stdout
+    assert store.find("b") == (None, "the image was damaged")
+    assert store.find("a") == (whole, "")
+    path.write_bytes(bytes(1 << 20))
+    assert "its bytes are right again" in vmtasks(home, "doctor", "--store").stdout
+    assert store.find("b") == (damaged, "")
+    assert vmtasks(home, "doctor", "--store", "box").returncode == 2

@@ -49,7 +49,7 @@ def prune(
         here = Project.find(Path.cwd(), os.environ).config() if dry_run else project().config()
     except ConfigError as error:
         typer.echo(f"machines were not looked at: {printable.text(error.message)}", err=True)
-    made = Store(store or default_store(os.environ))
+    made = Store(store or (here.store_dir if here else default_store(os.environ)))
     if here is not None and here.vm_dir.is_dir() and here.store_dir == made.root and made.root.is_dir():
         tidy.register(made, here.vm_dir)  # a project that was moved names its images from its new place
     pruned = tidy.prune(made, dry_run=dry_run, forget=forget)
