@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vmtasks.errors import ConfigError
-from vmtasks.remote import command
+from vmtasks.remote import command, ssh
 from vmtasks.remote.command import Header, Lines, Via
 
 SHELLS = {
@@ -69,7 +69,7 @@ def test_input_status_and_streams(shell: str, via: Via, tmp_path: Path):
     none = run(shell, command.wire("cat", "1", via), tmp_path, leads=False, stdin=data)
     assert (none.stdout, none.returncode) == (b"", 0)
     long = command.wire("cat; exit 3 #" + "é" * 9000, "1", via, stdin=True)
-    assert len(long.line) < command.LINE_BYTES
+    assert len(long.line) < ssh.LINE_BYTES
     done = run(shell, long, tmp_path, leads=False, stdin=data)
     assert (done.stdout, done.returncode) == (data, 3)
 

@@ -3,6 +3,7 @@
 import os
 import pwd
 import secrets
+import shlex
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from unit.shellserver import serving
 from vmtasks import proc
 from vmtasks.remote import ssh
 
@@ -312,3 +314,29 @@ def test_an_openssh_that_cannot_choose_chooses_as_it_does(tmp_path: Path, monkey
 )
 def test_the_stage_of_a_connection(said: str, stage: str):
     assert stage in ssh.explain(said)
+
+
+LONG = {
+    "quotes": ["printf", "%s", "'" * 3000],
+    "beyond ASCII": ["printf", "%s", "é€😀" * 7000],
+    "two of 100 kB": ["printf", "%s", "x" * 100_000, "'y" * 20_000 + "z" * 60_000],
+    "lines": ["printf", "%s", "a\nb'c!\\n\\0" * 2000 + "\n\n"],
+}
+
+
+@pytest.mark.parametrize("words", LONG.values(), ids=LONG)
+@pytest.mark.parametrize("tree", ["", "src"])
+def test_a_session_takes_words_as_long_as_the_system_does(words: list[str], tree: str, tmp_path: Path):
+    """OpenSSH's client, a real server, its shell: as it is run where no SSH is between."""
+    with serving(tmp_path / "home") as target:
+        (tmp_path / "home/src").mkdir()
+        ssh.write_config(target)
+        command = f'printf \'%s|\' "$PWD" "$V"; cat; {shlex.join(words)}'
+        argv = ssh.session_argv(target, f"vmtasks-{1:016x}", command, cwd=tree, env={"V": "it's\n"})
+        try:
+            done = proc.run(argv, timeout_s=60, check=False, stdin="stdin é")
+        finally:
+            ssh.close(target)
+        folder = str((tmp_path / "home" / tree).resolve())
+        assert (done.stdout, done.status) == (f"{folder}|it's\n|stdin é" + "".join(words[2:]), 0)
+        assert not list((tmp_path / "home").glob(".vmtasks/scripts/*")), "it removes itself"

@@ -13,9 +13,6 @@ from typing import Literal
 from vmtasks.errors import ConfigError
 from vmtasks.remote import ssh
 
-LINE_BYTES = 8000
-"""A longer command line goes through stdin: dropbear takes 9000 bytes; see MAX_CMD_LEN in its sysoptions.h."""
-
 GROUP_FIRST = "kill -0 -$$ 2>/dev/null || ! command -v setsid >/dev/null 2>&1 || "
 """OpenSSH's server makes a group for each command, dropbear does not. Not every system has setsid; where a shell does
 not lead its group, setsid needs no fork, so that the status stays that of the command."""
@@ -95,7 +92,7 @@ def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
         body = f"{GROUP_FIRST}exec setsid /bin/sh -c {shlex.quote(forms['setsid'])}\n{forms['sh']}"
     program = "setsid /bin/sh" if via == "setsid" else "/bin/sh"
     line = ssh.remote_line(body, program)
-    if len(line) <= LINE_BYTES:
+    if len(line) <= ssh.LINE_BYTES:
         return Wire(line, b"", token)
     return Wire(ssh.remote_line(READ + RUN, program), ssh.plain(body).encode() + b"\n", token)
 

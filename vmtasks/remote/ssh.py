@@ -23,6 +23,11 @@ FAILED = 255
 CONNECT_S = 10
 SHARE_S = 60
 KEX = "curve25519-sha256,curve25519-sha256@libssh.org"
+LINE_BYTES = 8000
+"""A longer command line is sent otherwise: dropbear takes 9000 bytes; see MAX_CMD_LEN in its sysoptions.h."""
+SCRIPTS = ".vmtasks/scripts"
+"""Below the login user's home: scripts that are about to be run."""
+
 OTHER_HOST_KEY = "the guest shows another host key than the one its image recorded"
 STAGES = (
     ("Connection refused", "nothing listens on the port: QEMU is not forwarding it"),
@@ -223,10 +228,7 @@ def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pi
     Another user is reached through doas, sudo or, from root, su, whichever the guest has. `pidfile`: where the id of
     the process group is written, for end_script().
     """
-    exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
-    place = shlex.quote(cwd) if cwd.startswith("/") else '"$0"/' + shlex.quote(cwd)  # $0: the login user's home
-    inner = f"{exports}{f'cd {place} && ' if cwd else ''}{{ {command}\n}}"
-    body = become(user, inner)
+    body = become(user, _prepared(command, cwd, env, home='"$0"'))
     if not pidfile:
         return body
     # A group of its own: OpenSSH's server makes one for each command, dropbear does not, and not every system has
@@ -236,6 +238,13 @@ def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pi
         f"setsid /bin/sh -c {shlex.quote(body)} & echo $! >{shlex.quote(pidfile)}; wait $!\n"
         f"else echo $$ >{shlex.quote(pidfile)}\n{body}\nfi"
     )
+
+
+def _prepared(command: str, cwd: str, env: Mapping[str, str], home: str) -> str:
+    """`command` in its folder, with its environment; `home` is how it names the login user's home."""
+    exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
+    place = shlex.quote(cwd) if cwd.startswith("/") else f"{home}/{shlex.quote(cwd)}"
+    return f"{exports}{f'cd {place} && ' if cwd else ''}{{ {command}\n}}"
 
 
 def end_script(pidfile: str, user: str = "") -> str:
@@ -265,6 +274,46 @@ def end_group_script(group: int, user: str = "") -> str:
     gone = "kill -0 -$group 2>/dev/null || exit 0"
     inner = f"group={group}; kill -TERM -$group 2>/dev/null; {gone}; sleep 1; {gone}; sleep 1; kill -KILL -$group"
     return become(user, inner + " 2>/dev/null; exit 0")
+
+
+def session_argv(
+    target: Target,
+    mark: str,
+    command: str,
+    *,
+    cwd: str = "",
+    env: Mapping[str, str] | None = None,
+    user: str = "",
+    options: Sequence[str] = (),
+    tty: bool = False,
+) -> list[str]:
+    """The command line of ssh that runs `command` as script() does; end_marked_script() ends what it has started.
+
+    A command that is too long for a command line goes to the guest before, as a file that it removes as it begins.
+    SshError when that fails.
+    """
+    marked = f": {mark}\n{command}\nexit $?"
+    terminal = ["-tt"] if tty else []
+    line = session_line(script(marked, cwd=cwd, env=env or {}, user=user))
+    if len(line) > LINE_BYTES:
+        # As oneself nothing need stand in an argument, which Linux limits to 128 KiB.
+        home = '"$HOME"'
+        text = script(marked, cwd=cwd, env=env or {}, user=user) if user else _prepared(marked, cwd, env or {}, home)
+        path = f"{SCRIPTS}/{mark}"
+        put = f'umask 077; mkdir -p {SCRIPTS} && printf %b "$(cat)" >{path}'
+        sent = proc.run(
+            target.argv(remote_line(put), options=options),
+            timeout_s=SHARE_S,
+            check=False,
+            stdin=plain(f"rm -f {path}\n{text}\n"),
+        )
+        if sent.status != 0:
+            why = explain(sent.stderr)
+            raise SshError(
+                f"{target.name}: the command is too long for a line, and its script could not be sent: {why}"
+            )
+        line = session_line(f"exec /bin/sh {path}")
+    return target.argv(line, options=[*options, *terminal])
 
 
 def session_line(text: str) -> str:

@@ -40,11 +40,12 @@ def log_in(
     """
     target = machine.wait()
     mark = f"vmtasks-{secrets.token_hex(8)}"
-    text = ssh.script(f": {mark}\n{command}\nexit $?", cwd=cwd, env=env or {}, user=user)
-    argv = target.argv(*([ssh.session_line(text)] if command else []), options=[*options, *(["-tt"] if tty else [])])
-    # Options may ask for another user, or for a connection of its own.
-    run = partial(proc.attach, argv) if options else partial(ssh.attach, target, argv)
     with health.telling(machine, progress.say), using(machine, verb, shown, user) as outcome:
+        argv = target.argv(options=[*options, *(["-tt"] if tty else [])])
+        if command:
+            argv = ssh.session_argv(target, mark, command, cwd=cwd, env=env, user=user, options=options, tty=tty)
+        # Options may ask for another user, or for a connection of its own.
+        run = partial(proc.attach, argv) if options else partial(ssh.attach, target, argv)
         try:
             outcome.status = run(stdin=stdin, timeout_s=timeout_s)
         except CommandTimeoutError:
