@@ -18,7 +18,7 @@ from vmtasks.cli.files import _remote
 from vmtasks.cli.jobs import _how
 from vmtasks.cli.login import loopback, split
 from vmtasks.errors import ConfigError
-from vmtasks.remote.job import View
+from vmtasks.remote.jobview import View
 from vmtasks.rules import first_port
 from vmtasks.session import Project, Wants
 from vmtasks.state import MachineRecord, PhaseRecord, State

@@ -11,7 +11,7 @@ from vmtasks.cli import complete
 from vmtasks.cli.common import AsJson, Name, Through, app, machine, show, table
 
 if TYPE_CHECKING:
-    from vmtasks.remote.job import View
+    from vmtasks.remote.jobview import View
     from vmtasks.remote.link import Link
 
 FOREVER_S = 14 * 86400.0

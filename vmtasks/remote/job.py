@@ -15,17 +15,16 @@ looked for under that name, and nothing is started twice.
 
 import re
 import secrets
-import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from vmtasks import interrupts
 from vmtasks.errors import CommandTimeoutError, ConfigError, ConnectionLostError, RebootedError, SshError, StateError
-from vmtasks.remote import boot, jobscript
+from vmtasks.remote import boot, jobscript, jobview
 from vmtasks.remote import command as commands
 from vmtasks.remote.command import Command, Lines, OnData, OnLine, Stream
+from vmtasks.remote.jobview import View
 from vmtasks.remote.link import Link
 
 ASK_S = 60.0
@@ -36,29 +35,6 @@ TITLE_BYTES = 120
 TRIES = 5
 GONE = 4
 """The status of a script that found no folder of that name."""
-
-State = Literal["starting", "running", "ended", "lost", "rebooted", "damaged"]
-"""`lost`: its runner was killed, so that nobody knows how the command ended; `rebooted`: by a boot of the guest.
-`damaged`: what stands in its folder tells nothing."""
-
-STATUS = re.compile(r"(exit|signal) (\d{1,3}) (\d{1,11})", re.ASCII)
-
-
-@dataclass(frozen=True)
-class View:
-    """A job as it is now. Times are seconds since 1970 by the guest's clock, 0 where not known; `size` is its log's."""
-
-    job: str
-    title: str
-    state: State
-    status: int | None = None
-    signal: str = ""
-    started: int = 0
-    ended: int = 0
-    size: int = 0
-    user: str = ""
-    cancelled: bool = False
-    group: int = 0
 
 
 @dataclass(frozen=True)
@@ -317,7 +293,7 @@ def _rest(link: Link, tap: _Tap) -> View:
     facts, _, errors = told.partition(f"\n{jobscript.MARK}\n".encode())  # not in a line: a title may say it too
     if errors:
         tap(errors, "stderr")
-    views = _views(facts.decode(errors="replace"), link)
+    views = jobview.parse(facts.decode(errors="replace"), link.boot)
     if not views:
         raise _none(link, tap.job)
     return views[0]
@@ -351,7 +327,7 @@ def _show(link: Link, which: str) -> list[View]:
     for left in reversed(range(TRIES)):
         try:
             done = link.execute(jobscript.fill(jobscript.SHOW, WHICH=which), timeout_s=ASK_S)
-            return _views(done.stdout.decode(errors="replace"), link)
+            return jobview.parse(done.stdout.decode(errors="replace"), link.boot)
         except RebootedError:
             if not left:
                 raise
@@ -359,56 +335,6 @@ def _show(link: Link, which: str) -> list[View]:
             if not left or not lost.explained:
                 raise
     raise AssertionError("the last try returns or raises")
-
-
-def _views(text: str, link: Link) -> list[View]:
-    jobs: list[dict[str, str]] = []
-    for line in text.split("\n"):
-        name, _, value = line.partition(" ")
-        if name == "job":
-            jobs.append({})
-        if jobs:
-            jobs[-1][name] = value
-    return [_view(facts, link) for facts in jobs]
-
-
-def _view(facts: Mapping[str, str], link: Link) -> View:
-    """What a job's files say. Whatever they say: who can write them may have."""
-    state = _state(facts, link)
-    found = STATUS.fullmatch(facts.get("status", "")) if state == "ended" else None
-    status, name = (int(found[2]), "") if found else (None, "")
-    if found and status is not None and found[1] == "signal":
-        name = signal.Signals(status).name.removeprefix("SIG") if status in signal.valid_signals() else str(status)
-        status += 128
-    return View(
-        job=facts["job"],
-        title=facts.get("title", ""),
-        state=state,
-        status=status,
-        signal=name,
-        started=_number(facts, "started"),
-        ended=int(found[3]) if found else 0,
-        size=_number(facts, "size"),
-        user=facts.get("user", ""),
-        cancelled="cancelled" in facts,
-        group=_number(facts, "group"),
-    )
-
-
-def _state(facts: Mapping[str, str], link: Link) -> State:
-    """A status is believed only of a job whose runner has ended."""
-    if "alive" in facts:
-        return "running" if facts.get("group") else "starting"
-    if "status" in facts:
-        return "ended" if STATUS.fullmatch(facts["status"]) else "damaged"
-    if boot.compare(boot.from_text(facts.get("boot", "")), link.boot()) == "rebooted":
-        return "rebooted"
-    return "lost" if facts.get("pid") else "starting"
-
-
-def _number(facts: Mapping[str, str], name: str) -> int:
-    text = facts.get(name, "")
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 12 else 0
 
 
 def _none(link: Link, job: str) -> StateError:
