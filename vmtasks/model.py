@@ -136,6 +136,21 @@ class HardwareTable(Table, frozen=True, kw_only=True):
 class SshTable(Table, frozen=True, kw_only=True):
     """[ssh] in guest.toml."""
 
+    host_keys: Annotated[
+        str,
+        Meta(
+            pattern=r"^(/.+)?$(?!\n)",
+            description="folder of the server's host keys, `ssh_host_TYPE_key`, which each machine gets anew; "
+            "empty: it keeps those of its image",
+        ),
+    ] = "/etc/ssh"
+    reload: Annotated[
+        str,
+        Meta(
+            description="command, run as root, that has the server read its host keys again; empty: SIGHUP to the "
+            "process in /run/sshd.pid or /var/run/sshd.pid"
+        ),
+    ] = ""
     ready_timeout_s: Annotated[
         Seconds, Meta(description="from power on to the first login, on fast hardware; scaled under emulation")
     ] = 120
@@ -262,5 +277,12 @@ class GuestFile(Table, frozen=True, kw_only=True):
     failures: list[FailureText] = []
     phases: Annotated[list[PhaseTable], Meta(min_length=1)]
     poweroff: Annotated[str, Meta(description="command that powers the guest off")] = "poweroff"
+    hostname: Annotated[
+        str,
+        Meta(
+            description="commands, run as root, that give a machine the host name $name for good; empty: hostname, and "
+            "/etc/hostname, /etc/rc.conf and /etc/hosts where they hold one"
+        ),
+    ] = ""
     questions: list[Question] = []
     vars: Annotated[dict[str, Value], Meta(description="values for the templates, with their defaults")] = {}

@@ -51,9 +51,11 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     `image` is empty for one that was installed by hand. `changed` is another text each time that its system was
     changed in a way that its image does not tell: installed by hand, provisioned. `own`: made by `vmtasks run`, so that
     it keeps to its own settings and not to those of the project. `key` says who is let in: `build` the key of the
-    store, `own` the machine's, `changing` either. `want_port` and `want_forwards` are what was asked for, `ssh_port`
-    and `forwards` what was given at the last start. `owner`: the process with which it goes. `throwaway`: nothing of it
-    is kept when it stops.
+    store, `own` the machine's, `changing` either. `identity` says whose SSH host keys it shows: those of its `image`,
+    its `own`, `changing` either; `shared`: those of its image for good. `mac` is empty for one that was made before
+    machines had addresses of their own. `want_port` and `want_forwards` are what was asked for, `ssh_port` and
+    `forwards` what was given at the last start. `owner`: the process with which it goes. `throwaway`: nothing of it is
+    kept when it stops.
     """
 
     name: str
@@ -79,6 +81,8 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     owner: int = 0
     owner_started: str = ""
     key: Literal["build", "changing", "own"] = "build"
+    identity: Literal["image", "changing", "own", "shared"] = "image"
+    mac: str = ""
     authorized: list[str] = []
     login: str = ""
     disk_size: int = 0

@@ -110,7 +110,7 @@ def test_every_field_of_a_machine_is_in_its_argv():
         "name": "x", "accel": "kvm", "cpu": "host", "machine_type": "q35", "memory": 1 << 30, "cpus": 4, "disk": "/x",
         "disk_bus": "ide", "disk_serial": "x", "cds": ["/x"], "nic": "e1000", "network": "none", "ssh_port": 2222,
         "rng": False, "console_socket": "/x", "console_log": "/x", "qmp_socket": "/x", "firmware_log": "/x",
-        "events": "/x", "pidfile": "/x", "throwaway": True, "boot": "cd",
+        "events": "/x", "mac": "02:00:00:00:00:01", "pidfile": "/x", "throwaway": True, "boot": "cd",
         "disk_cache": "none", "forwards": ((8080, 80),), "shares": (argv.Share("bind0", "/x"),),
     }  # fmt: skip
     only_with_cds = {"cd_bus"}

@@ -161,6 +161,23 @@ def test_another_host_key_is_refused(stopped: Project) -> None:
     assert stopped.qemus() == []
 
 
+def test_a_machine_of_before_machines_had_an_identity_starts_as_it_did(stopped: Project) -> None:
+    """Its card keeps the address that its guest may have written down; its host keys are replaced."""
+    path = stopped.state / "run/tiny/machine.toml"
+    text = re.sub(r"(?m)^(mac|identity) = .*\n", "", path.read_text())
+    assert "mac" not in text
+    path.write_text(text)
+    before = stopped.machine()["host_keys"]
+    stopped.doit("start").good()
+    assert stopped.ssh("cat /sys/class/net/eth0/address").stdout == "52:54:00:12:34:56\n"
+    after = stopped.machine()
+    assert after["identity"] == "own"
+    assert after["host_keys"] != before
+    shown = stopped.ssh("cut -d' ' -f1,2 /etc/ssh/ssh_host_*_key.pub").stdout.splitlines()
+    assert shown == after["host_keys"]
+    stopped.doit("stop").good()
+
+
 @pytest.mark.parametrize("known", ["pid", "pid and start"])
 def test_a_process_that_is_not_ours_is_left_alone(stopped: Project, known: str) -> None:
     """As after a restart of the host: the number of our QEMU belongs to somebody else now."""

@@ -9,17 +9,21 @@ import shutil
 import signal
 import subprocess
 import termios
+import time
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import Project, free_port, until
 from machines import RANGE, Cli, digest, held, here, login, make_key, range_alone, sockets
 
+from vmtasks.errors import HostKeyError
 from vmtasks.machine import vm
 from vmtasks.media import disk
+from vmtasks.remote.link import Link
 from vmtasks.session import Project as Machines
 from vmtasks.session import Wants
 from vmtasks.state import PhaseRecord
@@ -270,6 +274,86 @@ def test_k13_folder_name_and_port_from_the_environment(cli: Cli) -> None:
     finally:
         cli.good("rm", "--force", "server")
     assert not (cli.project.root / "vms/run/server").exists()
+
+
+# -- identity
+
+WHO = "hostname; cat /sys/class/net/eth0/address; cut -d' ' -f1,2 /etc/ssh/ssh_host_*_key.pub"
+
+
+def record(cli: Cli, name: str) -> dict[str, object]:
+    return tomllib.loads((cli.run_folder / name / "machine.toml").read_text())
+
+
+@pytest.mark.timeout(900)
+def test_each_machine_has_a_name_an_address_and_host_keys_of_its_own(cli: Cli) -> None:
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(cli.make, ("a", "b")))
+    seen = {name: cli.good("ssh", name, WHO).splitlines() for name in ("a", "b")}
+    known = {name: record(cli, name) for name in ("a", "b")}
+    for name in ("a", "b"):
+        assert seen[name] == [name, known[name]["mac"], *known[name]["host_keys"]]  # type: ignore[misc]
+    assert not set(seen["a"]) & set(seen["b"])
+    shown = Machines(cli.project.root, cli.env()).machine("a")
+    with pytest.raises(HostKeyError, match="which is not pinned"):  # as when "b" had come after "a" on its port
+        Link(replace(shown.running(), port=int(str(known["b"]["ssh_port"])))).open()
+    elsewhere = ["-o", "ControlPath=none", "-p", str(known["b"]["ssh_port"]), "a", "true"]
+    ssh = subprocess.run(["ssh", "-F", shown.folder / "ssh_config", *elsewhere], capture_output=True, check=False)
+    assert ssh.returncode == 255
+    assert b"Host key verification failed" in ssh.stderr
+    cli.good("stop", "a")
+    cli.good("start", "a")
+    assert cli.good("ssh", "a", WHO).splitlines() == seen["a"]
+
+
+@pytest.mark.timeout(1800)
+def test_killed_while_a_machine_gets_its_own_keys(cli: Cli, request: pytest.FixtureRequest) -> None:
+    """Whatever stands in the guest by then, the next command gets in, and still by a host key that is on record.
+
+    The first time it gets a login key of its own as well. Later it is told that its host keys are its image's.
+    """
+    exhaustive = request.config.getoption("--exhaustive", default=False)
+    path = cli.run_folder / "a" / "machine.toml"
+    start = ["run", "-d", "--name", "a", "--ssh-port", str(free_port())]
+    for late_s in (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2) if exhaustive else (0, 0.3):
+        run = cli.start(*start)
+        until(lambda: 'identity = "changing"' in read(path) or run.poll() is not None, 300, "the change")  # noqa: B023
+        time.sleep(late_s)
+        run.kill()
+        run.communicate()
+        assert record(cli, "a")["identity"] in ("changing", "own")
+        assert cli.good("ssh", "a", WHO).splitlines()[2:] == record(cli, "a")["host_keys"]
+        after = record(cli, "a")
+        assert (after["identity"], after["key"], len(after["host_keys"])) == ("own", "own", 1)  # type: ignore[arg-type]
+        assert cli.good("ssh", "a", "cat .ssh/authorized_keys").count("ssh-ed25519") == 1
+        start = ["ssh", "a", "true"]
+        text = path.read_text().replace('identity = "own"', 'identity = "image"')
+        path.write_text(text.replace("ready = true", "ready = false"))
+
+
+@pytest.mark.timeout(900)
+def test_guests_that_cannot_have_host_keys_of_their_own(cli: Cli) -> None:
+    """One has none where it says, the other's server does not read them before the next boot."""
+    toml = "phases/tiny/guest.toml"
+    cli.project.edit(toml, 'user = "dev"\n', 'user = "dev"\nhost_keys = "/etc/none"\n')
+    start = ("run", "-d", "--name", "a", "--ssh-port", str(free_port()))
+    said = cli(*start).stderr.decode()
+    assert "keeps the SSH host keys of its image: there is no /etc/none/ssh_host_ed25519_key" in said
+    assert record(cli, "a")["identity"] == "shared"
+    assert cli.good("ssh", "a", WHO).splitlines()[2:] == record(cli, "a")["host_keys"]
+    cli.good("rm", "--force", "a")
+    cli.project.edit(toml, 'host_keys = "/etc/none"\n', 'reload = "true"\n')
+    said = cli(*start).stderr.decode()
+    assert "shows SSH host keys of its own from its next boot on" in said
+    image, own = sorted(record(cli, "a")["host_keys"], key=lambda key: key in cli.good("ssh", "a", WHO))  # type: ignore[call-overload]
+    cli.good("stop", "a")
+    cli.good("start", "a")
+    assert (record(cli, "a")["identity"], record(cli, "a")["host_keys"]) == ("own", [own])
+    assert image not in cli.good("ssh", "a", WHO)
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 # -- ports and pids

@@ -24,7 +24,8 @@ class Share:
 class Spec:
     """One QEMU. `memory` in bytes; `ssh_port` None: no forward; `network` "none": the guest reaches nobody.
 
-    `forwards` are loopback ports of this host (0: any) with the guest's ports that they lead to.
+    `forwards` are loopback ports of this host (0: any) with the guest's ports that they lead to. Without `mac` the card
+    has the address that QEMU gives to the first one of any machine.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Spec:
     cd_bus: str = "ide"
     boot: str = "disk"
     nic: str
+    mac: str = ""
     network: str = "user"
     ssh_port: int | None = None
     forwards: tuple[tuple[int, int], ...] = ()
@@ -139,7 +141,8 @@ def network(spec: Spec) -> list[str]:
         options.append(f"hostfwd=tcp:127.0.0.1:{spec.ssh_port}-:{GUEST_SSH_PORT}")
     options += [f"hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in spec.forwards]
     # Without its ROM the card does not try to boot over the network for seconds when the disk cannot be booted.
-    return ["-netdev", ",".join(options), "-device", f"{spec.nic},netdev=net0,romfile="]
+    mac = f",mac={spec.mac}" if spec.mac else ""
+    return ["-netdev", ",".join(options), "-device", f"{spec.nic},netdev=net0{mac},romfile="]
 
 
 def shares(spec: Spec) -> list[str]:

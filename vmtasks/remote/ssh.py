@@ -222,6 +222,13 @@ def close(target: Target) -> None:
         proc.run(target.argv(options=["-o", path, "-O", "exit"]), timeout_s=10, check=False)
 
 
+def detach(target: Target) -> None:
+    """Have new sessions log in anew. Those that are open go on over the connection that was shared until now."""
+    if target.control.exists():
+        proc.run(target.argv(options=["-O", "stop"]), timeout_s=10, check=False)
+        target.control.unlink(missing_ok=True)
+
+
 def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pidfile: str = "") -> str:
     """A POSIX sh script that runs `command` in `cwd`, or where it is, with `env`, as `user` if not who logged in.
 

@@ -4,11 +4,12 @@ The guest's `authorized_keys` are rewritten beside and renamed, so that a kill a
 that are open stay open: a server looks at these files only when somebody logs in.
 """
 
+import os
+import shlex
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import msgspec
 
 from vmtasks import arguments, proc
 from vmtasks.arguments import PublicKey
@@ -67,12 +68,15 @@ class Listed:
     ours: bool
 
 
-def make_pair(private: Path, comment: str) -> PublicKey:
-    """Make an ed25519 key pair: `private` with mode 0600, the public half beside it. What is there is overwritten."""
+def make_pair(private: Path, comment: str, kind: Sequence[str] = ("ed25519",)) -> PublicKey:
+    """Make a key pair: `private` with mode 0600, the public half beside it. What is there is overwritten.
+
+    `kind` is what `ssh-keygen -t` takes, with further options.
+    """
     beside = private.with_name(f".{private.name}.new")
     for old in (beside, public_half(beside)):
         old.unlink(missing_ok=True)
-    proc.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", beside], timeout_s=60)
+    proc.run(["ssh-keygen", "-q", "-t", *kind, "-N", "", "-C", comment, "-f", beside], timeout_s=60)
     public_half(beside).rename(public_half(private))
     beside.rename(private)
     return read_public(private)
@@ -90,24 +94,43 @@ def read_public(private: Path) -> PublicKey:
     return key
 
 
-def settle(place: Place, record: MachineRecord) -> MachineRecord:
-    """Give a machine its own key in place of the one of its image, which is then refused. Returns the new record.
+def require_usable(private: Path, public: Path | None = None, remedy: str = "put it back from a copy") -> None:
+    """StateError, with the reason and the remedy, when ssh can log in nobody with this private key.
 
-    May be repeated after a kill at any moment: both keys are tried until the machine's own is known to work.
+    `public`: the half of it that guests have, where another one must be found out too.
     """
-    user = record.login or record.ssh_user
-    if not place.own_key.is_file():
-        make_pair(place.own_key, f"vmtasks {place.name}")
+    what = f"the private key {private}"
+    if not private.is_file():
+        how = "is no file" if private.exists() or private.is_symlink() else "is not there"
+        raise StateError(f"{what} {how}", hint=remedy)
+    stat = private.stat()
+    if stat.st_uid == os.getuid() and stat.st_mode & 0o077:
+        raise StateError(
+            f"{what} may be read by others (its mode is {stat.st_mode & 0o777:o}): ssh refuses such a key",
+            hint=f"chmod 600 {shlex.quote(str(private))}",
+        )
+    shown = proc.run(["ssh-keygen", "-y", "-P", "", "-f", private], timeout_s=30, check=False)
+    theirs = arguments.public_key(public.read_text(errors="replace").strip()) if public and public.is_file() else None
+    ours = arguments.public_key(shown.stdout.strip())
+    if shown.status != 0 and "incorrect passphrase" in shown.stderr:
+        half = public_half(private)
+        agent = proc.run(["ssh-add", "-L"], timeout_s=30, check=False).stdout
+        blob = half.read_text(errors="replace").split()[1:2] if half.is_file() else []
+        if not blob or blob[0] not in agent.split():
+            add = f"ssh-add {shlex.quote(str(private))}"
+            raise StateError(f"{what} is encrypted, and no agent holds it", hint=add)
+    elif ours is None:
+        said = (shown.stderr.strip().splitlines() or ["it is empty"])[-1]
+        raise StateError(f"{what} is not one: {said}", hint=remedy)
+    elif theirs is not None and theirs.blob != ours.blob:
+        raise StateError(f"{what} is not the one of {public}, which guests let in", hint=remedy)
+
+
+def admit(place: Place, record: MachineRecord) -> None:
+    """Let a machine's own key in, in place of the one of its image, which is then refused."""
     own, door = read_public(place.own_key), read_public(place.door_key(record))
-    record = place.write(msgspec.structs.replace(record, key="changing"))
-    target = replace(place.target(record), also=(place.own_key,))
-    ssh.write_config(target)
-    change(target, user, put=[str(own), *record.authorized], drop=[door.blob], everywhere=True)
-    ssh.close(target)
-    settled = msgspec.structs.replace(record, key="own", ssh_user=user)
-    ssh.write_config(place.target(settled))
-    prove(place.target(settled))
-    return place.write(settled)
+    user = record.login or record.ssh_user
+    change(place.target(record), user, put=[str(own), *record.authorized], drop=[door.blob], everywhere=True)
 
 
 def rotate(place: Place, record: MachineRecord) -> PublicKey:
@@ -126,7 +149,7 @@ def rotate(place: Place, record: MachineRecord) -> PublicKey:
         file.write(f"{old.blob}\n")
     fresh.rename(place.own_key)
     public_half(fresh).rename(public_half(place.own_key))
-    proc.run(target.argv(options=["-O", "stop"]), timeout_s=10, check=False)  # open sessions go on, new ones log in
+    ssh.detach(target)
     change(target, record.ssh_user, put=[], drop=retired.read_text().split(), everywhere=True)
     retired.unlink()
     return key

@@ -2,7 +2,7 @@
 
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from vmtasks.machine.argv import Share, Spec
 from vmtasks.machine.console import read_log
 from vmtasks.machine.ports import port_free, port_holder
 from vmtasks.remote import ssh
-from vmtasks.session import binds, keys, ladder
+from vmtasks.session import binds, identity, keys, ladder
 from vmtasks.session.place import Place
 from vmtasks.state import MachineRecord
 
@@ -32,6 +32,7 @@ AGAIN_S = 30.0
 
 def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> ssh.Target:
     """Start QEMU and wait until SSH answers; afterwards the record says so. On failure nothing is left running."""
+    require_keys(place, record)
     config, accel = place.config, place.state.accel
     record = binds.choose(place, record)
     place.make_folder()
@@ -74,12 +75,23 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
     return target
 
 
+def require_keys(place: Place, record: MachineRecord) -> None:
+    """StateError when a private key with which the machine is to be entered is none: nobody need wait for that."""
+    target = place.target(record)
+    for key in (target.key, *target.also):
+        store = key == place.state.key
+        other = f"put it back from a copy; without one: vmtasks rm {place.name}"
+        again = "put it back from a copy, or remove both halves: then all that lets them in is built anew"
+        keys.require_usable(key, place.state.public_key if store else None, again if store else other)
+
+
 def wait(place: Place, record: MachineRecord, console_from: int = 0) -> ssh.Target:
     """Wait until SSH answers, the keys are as they must be, and the binds are there. SshError or BindError: why not.
 
     The host keys of a machine that was installed by hand are learned here, once: nobody is between us and a port
     that our own QEMU forwards.
     """
+    require_keys(place, record)
     deadline_s = place.config.guest.ssh.ready_timeout_s * place.state.accel.factor
     if record.ready:
         deadline_s = min(deadline_s, AGAIN_S)
@@ -89,15 +101,12 @@ def wait(place: Place, record: MachineRecord, console_from: int = 0) -> ssh.Targ
         record = place.write(msgspec.structs.replace(record, host_keys=learned))
         deadline_s = LOGIN_S  # its server answers, so that a login must succeed soon
     target = place.target(record)
-    if record.key == "changing":
-        target = replace(target, also=(place.own_key,))
     place.open_sockets()
     ssh.write_config(target)
     links(place, record)
     ssh.wait_ready(target, timeout_s=deadline_s, alive=watch)
-    if record.own and record.key != "own":
-        record = keys.settle(place, record)
-        target = place.target(record)
+    record = identity.settle(place, record)
+    target = place.target(record)
     record = binds.attach(place, target, record)
     place.write(msgspec.structs.replace(record, ready=True))
     return target
@@ -223,6 +232,7 @@ def spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
             for number, bind in enumerate(record.binds)
             if not bind.copied
         ),
+        mac=record.mac,
         console_socket=place.serial,
         console_log=place.console_log.absolute(),
         qmp_socket=place.qmp,

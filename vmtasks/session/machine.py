@@ -27,7 +27,7 @@ from vmtasks.machine.events import Events
 from vmtasks.media import disk
 from vmtasks.progress import Say
 from vmtasks.remote import ssh
-from vmtasks.session import binds, breakin, ladder, launch
+from vmtasks.session import binds, breakin, identity, ladder, launch
 from vmtasks.session.place import Place
 from vmtasks.state import CLEAN, MANUAL, MachineRecord, PhaseRecord
 from vmtasks.store import ImageRecord, read_record
@@ -178,6 +178,7 @@ class Machine(Place):
                     image_sha256="",
                     ssh_user=user,
                     host_keys=[],
+                    mac=identity.mac(self.folder),
                     changed=secrets.token_hex(8),
                 )
             )
@@ -387,6 +388,7 @@ class Machine(Place):
             image_sha256=image.sha256,
             ssh_user=image.ssh_user,
             host_keys=image.host_keys,
+            mac=identity.mac(self.folder),
             family=self.config.guest.name,
             version=self.config.version,
             created=round(time.time(), 1),

@@ -185,7 +185,8 @@ class Place:
     def target(self, record: MachineRecord) -> ssh.Target:
         """The machine as ssh sees it."""
         key = self.own_key if record.key == "own" else self.door_key(record)
-        return ssh.Target(self.name, record.ssh_port, record.ssh_user, key, tuple(record.host_keys), self.sockets)
+        also = (self.own_key,) if record.key == "changing" else ()
+        return ssh.Target(self.name, record.ssh_port, record.ssh_user, key, tuple(record.host_keys), self.sockets, also)
 
     def command(self, verb: str) -> str:
         """What a user types to `start` or `stop` this machine."""

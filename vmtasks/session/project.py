@@ -22,7 +22,7 @@ from vmtasks.lock import drop
 from vmtasks.machine import vm
 from vmtasks.private import Private
 from vmtasks.progress import Say
-from vmtasks.session import binds
+from vmtasks.session import binds, identity
 from vmtasks.session.machine import Machine
 from vmtasks.state import CLEAN, MachineRecord, PhaseRecord, State
 from vmtasks.store import read_record, write_record
@@ -194,7 +194,8 @@ class Project:
             while True:
                 number += 1
                 chosen = name or f"{base.guest.name}-{number}"
-                write_record(staged / "machine.toml", msgspec.structs.replace(record, name=chosen))
+                named = msgspec.structs.replace(record, name=chosen, mac=identity.mac(run / chosen))
+                write_record(staged / "machine.toml", named)
                 if self._take(staged, Machine(base, chosen)):
                     return chosen
                 if name:
