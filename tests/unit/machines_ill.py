@@ -1,6 +1,7 @@
 """Machines whose guest never answers, on real QEMU: a store whose `clean` is one boot sector that sleeps."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,12 +11,12 @@ from contextlib import suppress
 from pathlib import Path
 
 from bootsector import hang, sector
-from vmtasks import cli
 from vmtasks.machine import argv
 from vmtasks.session import Project
 from vmtasks.state import PhaseRecord, State
 from vmtasks.store import ImageRecord, write_record
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 WAIT_S = 60.0
 DIGEST = "a" * 64
 
@@ -32,15 +33,18 @@ class Home:
     """Somebody's state folder and store, and `vmtasks` as they run it."""
 
     def __init__(self, root: Path) -> None:
-        """`root` is there and empty."""
+        """`root` is there and empty. It becomes a project of the tiny guest."""
         self.root = root
+        shutil.copytree(REPOSITORY / "phases/tiny", root / "phases/tiny", symlinks=True)
+        (root / "config").mkdir()
+        (root / "config/vm.toml").write_text('guest = "tiny"\n')
         self.run_folder = root / "vms" / "run"
         self.env = {
-            "HOME": str(root), "PATH": os.environ["PATH"], "PYTHONPATH": str(Path(cli.__file__).parents[2]),
+            "HOME": str(root), "PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY),
             "VMTASKS_STORE": str(root / "store"), "VM_DIR": str(root / "vms"),
         }  # fmt: skip
-        self.project = Project(None, self.env)
-        self.config = self.project.config("tiny")
+        self.project = Project(root, self.env)
+        self.config = self.project.config()
         self.state = State(self.config)
 
     def publish(self) -> None:

@@ -21,7 +21,7 @@ import msgspec
 import pytest
 import tomli_w  # noqa: F401 - as above
 from conftest import mounted_tmpfs
-from machines_ill import DIGEST, Home, until
+from machines_ill import Home, until
 from phaserun import machine as spec
 from phaserun import needs_qemu
 
@@ -29,8 +29,10 @@ from bootsector import hang, sector
 from vmtasks import proc
 from vmtasks.build import Builder
 from vmtasks.errors import StateError
+from vmtasks.lock import lock
 from vmtasks.machine import vm
 from vmtasks.session import Machine, Wants
+from vmtasks.state import BindRecord, MachineRecord
 
 pytestmark = pytest.mark.timeout(240)
 NOBODY = 65534
@@ -225,6 +227,40 @@ def test_force_ends_a_run_that_hangs_and_takes_its_machine_along(home: Home):
     assert list(home.run_folder.iterdir()) == []
 
 
+@pytest.fixture
+def bound(home: Home) -> MachineRecord:
+    """Of a machine `a` of this process, with a bind that is copied."""
+    record = home.project.create(Wants(name="a"), owner=os.getpid()).record()
+    assert record is not None
+    bind = BindRecord(host=str(home.root / "b"), guest="/b", how="rsync")
+    return Machine(home.config, "a").write(msgspec.structs.replace(record, ready=True, binds=[bind]))
+
+
+def test_force_waits_for_nobody_who_copies_binds(home: Home, bound: MachineRecord, capsys: pytest.CaptureFixture[str]):
+    machine = Machine(home.config, bound.name)
+    began = time.monotonic()
+    with lock(machine.folder / "binds.lock", "the binds", timeout_s=0):
+        machine.destroy(lambda _: None, force=True)
+    assert time.monotonic() - began < SOON_S
+    assert not machine.folder.exists()
+    assert "is copying; waiting" in (said := "".join(capsys.readouterr()))
+    assert f"warning: machine a: --bind {home.root}/b:/b: what is newer in the guest could not be copied back" in said
+
+
+@needs_qemu
+def test_stop_reaches_its_ladder_also_when_binds_cannot_even_be_locked(home: Home, alone: int):
+    machine = Machine(home.config, "a")
+    record = machine.record()
+    assert record is not None
+    bind = BindRecord(host=str(home.root / "b"), guest="/b", how="rsync")
+    machine.write(msgspec.structs.replace(record, ready=True, binds=[bind]))
+    (machine.folder / "binds.lock").mkdir()
+    done = home("stop", "a", "--timeout", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert "could not be copied back" in done.stderr
+    assert alone not in home.qemus()
+
+
 @pytest.mark.parametrize("noted", ["start", "command line", "file"])
 def test_a_holder_that_is_not_proven_is_never_signalled(home: Home, noted: str):
     """The note beside the lock names a process that is somebody else now, or that has not the lock."""
@@ -411,10 +447,8 @@ def open_umask() -> Iterator[None]:
 
 @pytest.mark.usefixtures("open_umask")
 def test_a_machines_folder_is_its_owners_alone(home: Home):
-    image = home.state.store.record(DIGEST)
-    assert image is not None
     own, projects = home.project.create(Wants(name="a")), Machine(home.config, "b")
-    projects.make("clean", image)
+    projects.make("clean")
     by_hand = Machine(home.config, "c")
     by_hand.empty("root", lambda _: None)
     for machine in (own, projects, by_hand):
@@ -447,10 +481,8 @@ def test_a_launched_qemu_is_no_zombie_after_its_end(tmp_path: Path):
 
 
 def test_rm_all_leaves_the_projects_own_machine_and_what_may_be_it(home: Home):
-    image = home.state.store.record(DIGEST)
-    assert image is not None
-    Machine(home.config).make("clean", image)
-    Machine(home.config, "second").make("clean", image)
+    Machine(home.config).make("clean")
+    Machine(home.config, "second").make("clean")
     for name in ("a", "b", "c"):
         home.project.create(Wants(name=name))
     (home.run_folder / "c" / "machine.toml").write_text("")

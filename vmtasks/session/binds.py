@@ -16,7 +16,7 @@ import msgspec
 
 from vmtasks import interrupts, proc, progress
 from vmtasks.arguments import Bind
-from vmtasks.errors import BindError, CommandError, ConfigError, SshError, VmTasksError
+from vmtasks.errors import BindError, CommandError, ConfigError, SshError, StateError, VmTasksError
 from vmtasks.lock import lock
 from vmtasks.private import Private
 from vmtasks.remote import ssh
@@ -183,15 +183,15 @@ def before(place: Place, record: MachineRecord) -> bool:
     return True
 
 
-def after(place: Place, record: MachineRecord, *, last: bool = False) -> None:
+def after(place: Place, record: MachineRecord, *, last: bool = False, wait_s: float = COPY_S) -> None:
     """Bring back what is newer in the guest, and say what could not be. Links that lead out of the folder stay there.
 
-    `last`: the machine goes after this.
+    `last`: the machine goes after this. `wait_s`: how long another command's copying may keep us from ours.
     """
     back = [bind for bind in record.binds if bind.how == "rsync" and not bind.read_only]
     left = list(back)
     try:
-        with interrupts.cuttable(), _alone(place, record):
+        with interrupts.cuttable(), _alone(place, record, wait_s):
             for number, bind in enumerate(back):
                 left = back[number:]
                 try:
@@ -202,6 +202,8 @@ def after(place: Place, record: MachineRecord, *, last: bool = False) -> None:
                 except VmTasksError as error:
                     partial = isinstance(error, CommandError) and error.status == PARTIAL
                     _warn(place, [bind], f"{PART_BACK if partial else NOT_BACK}: {error.message}", last=last)
+    except (StateError, OSError) as error:  # the lock cannot be had, or this host's disk is full
+        _warn(place, left, f"{NOT_BACK}: {error}", last=last)
     except KeyboardInterrupt:
         _warn(place, left, f"interrupted before {ALL_BACK}", last=last)
         raise
@@ -234,11 +236,17 @@ def _heed(place: Place, bind: BindRecord) -> None:
         )
 
 
-def _alone(place: Place, record: MachineRecord) -> contextlib.AbstractContextManager[object]:
+def _alone(place: Place, record: MachineRecord, wait_s: float = COPY_S) -> contextlib.AbstractContextManager[object]:
     """One copy at a time: sessions may begin and end together."""
     if not any(bind.how == "rsync" for bind in record.binds):
         return contextlib.nullcontext()
-    return lock(place.folder / "binds.lock", f"the binds of machine {place.name}", timeout_s=COPY_S)
+    what = f"the binds of machine {place.name}"
+    return lock(
+        place.folder / "binds.lock",
+        what,
+        timeout_s=wait_s,
+        waiting=lambda holder: progress.say(f"{what}: {holder} is copying; waiting"),
+    )
 
 
 def _place(target: ssh.Target, number: int, bind: BindRecord) -> None:

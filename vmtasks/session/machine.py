@@ -281,10 +281,10 @@ class Machine(Place):
         if not self.folder.exists():
             return []
         with self._alone(force=force):
-            return self.remove(note)
+            return self.remove(note, wait_s=breakin.LETS_GO_S if force else binds.COPY_S)
 
-    def remove(self, note: Say) -> list[Path]:
-        """As destroy(), for who holds the machine's lock."""
+    def remove(self, note: Say, *, wait_s: float = 0.0) -> list[Path]:
+        """As destroy(), for who holds the machine's lock. `wait_s`: how long others may still copy binds."""
         if not self.folder.exists():  # somebody else was first
             return []
         record = self.state.machine(self.name)
@@ -294,7 +294,7 @@ class Machine(Place):
             # Nobody has tried yet where it was ours: not even if it has ended by itself.
             there = record is not None and (record.owner == os.getpid() or self.pid(record) is not None)
             if record is not None and record.ready and record.binds and there and ladder.roused(self, note):
-                binds.after(self, record, last=True)
+                binds.after(self, record, last=True, wait_s=wait_s)
         finally:  # who interrupts the copying is rid of the machine all the same
             gone = self._remove(record, note)
         return gone
