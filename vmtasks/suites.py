@@ -77,6 +77,7 @@ class Suites:
         with self._alone_with(name):
             last = self.results.last(name)
             if name in self.results.stale and last is not None and not self.results.why_stale(name):
+                self.note(f"test:{name}: another run has made it meanwhile")
                 return last
             folder = self.results.begin(name)
             try:

@@ -194,7 +194,7 @@ def test_runs_at_once_wait_for_each_other_and_all_end_right(
     outputs = [run.wait().good() for run in under_way]
     assert sum("; waiting" in output for output in outputs) >= runs - 1
     for name in ("one", "two"):
-        assert sum(f"\n{name} ran" in output for output in outputs) == (runs if words else 1)
+        assert 1 <= sum(f"\n{name} ran" in output for output in outputs) <= (runs if words else 1)
         assert record(project, name)["status"] == 0
         assert all(f"test:{name}: 1 passed" in output for output in outputs)
 
