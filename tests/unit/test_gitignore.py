@@ -135,13 +135,13 @@ def test_any_rules_are_read_as_git_reads_them(seed: int, forest: Path) -> None:
 def test_odd_globs_are_no_bugs(glob: bytes) -> None:
     rules = gitignore.read(glob + b"\n" + b"x\n")
     assert rules is not None
-    assert rules.names(b"x", folder=False)
+    assert rules.names(b"", b"x", folder=False)
 
 
 def test_a_rule_cannot_keep_the_walk_busy() -> None:
     rules = gitignore.read(b"a*a*a*a*a*a*a*a*b\n")
     assert rules is not None
-    assert not rules.names(b"a" * 60, folder=False)
+    assert not rules.names(b"", b"a" * 60, folder=False)
 
 
 # ---- what is sent, and what is deleted

@@ -1,6 +1,7 @@
 """What `.gitignore` files name, as git reads them: gitignore(5). Paths are bytes, relative to the tree's root."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 FILE = b".gitignore"
@@ -8,7 +9,7 @@ CLASSES = {
     b"alnum": b"0-9A-Za-z",
     b"alpha": b"A-Za-z",
     b"blank": rb" \t",
-    b"cntrl": rb"\x00-\x1f\x7f",
+    b"cntrl": rb"\x01-\x1f\x7f",
     b"digit": b"0-9",
     b"graph": rb"\x21-\x7e",
     b"lower": b"a-z",
@@ -37,23 +38,37 @@ class Rules:
     base: bytes
     rules: tuple[Rule, ...]
     above: "Rules | None" = None
-    any: re.Pattern[bytes] = field(init=False, compare=False)
+    by_name: re.Pattern[bytes] | None = field(init=False, compare=False)
+    by_path: re.Pattern[bytes] | None = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        """Most names match no rule at all, which one expression tells."""
-        wholes = [(b"" if rule.path else b"(?:.*/)?") + rule.expression.pattern for rule in self.rules]
-        object.__setattr__(self, "any", re.compile(b"|".join(wholes) or b"(?!)", re.DOTALL))
+        """Most paths match no rule at all, which one expression for all last names of a folder, and for paths, tell."""
+        for what, path in (("by_name", False), ("by_path", True)):
+            parts = [rule.expression.pattern for rule in self.rules if rule.path is path]
+            whole = re.compile(rb"\0(" + b"|".join(parts) + rb")(?=\0)") if parts else None
+            object.__setattr__(self, what, whole)
 
-    def names(self, path: bytes, *, folder: bool) -> bool:
-        """Whether `path` itself is ignored, when no folder above it is."""
+    def suspects(self, folder_path: bytes, names: Iterable[bytes]) -> set[bytes]:
+        """Those of the `names` in a folder that a rule matches, though another may keep them."""
+        found: set[bytes] = set()
         level: Rules | None = self
         while level is not None:
-            below = path[len(level.base) :]
-            if level.any.fullmatch(below):
-                name = below.rpartition(b"/")[2]
-                for rule in reversed(level.rules):
-                    if (folder or not rule.folders_only) and rule.expression.fullmatch(below if rule.path else name):
-                        return not rule.keeps
+            below = folder_path[len(level.base) :]
+            for expression, lead in ((level.by_name, b""), (level.by_path, below)):
+                if expression is not None:
+                    text = b"\0" + lead + (b"\0" + lead).join(names) + b"\0"
+                    found.update(path[len(lead) :] for path in expression.findall(text))
+            level = level.above
+        return found
+
+    def names(self, folder_path: bytes, name: bytes, *, folder: bool) -> bool:
+        """Whether `name` in the folder `folder_path` (it ends in `/`) is ignored, when no folder above it is."""
+        level: Rules | None = self
+        while level is not None:
+            below = folder_path[len(level.base) :] + name
+            for rule in reversed(level.rules):
+                if (folder or not rule.folders_only) and rule.expression.fullmatch(below if rule.path else name):
+                    return not rule.keeps
             level = level.above
         return False
 
@@ -92,7 +107,7 @@ def _expression(glob: bytes) -> bytes | None:
         if stars:
             text, at = _stars(glob, stars.start(), stars.end())
         elif char == b"?":
-            text, at = b"[^/]", at + 1
+            text, at = rb"[^/\0]", at + 1
         elif char == b"[":
             found = _bracket(glob, at)
             if found is None:
@@ -111,8 +126,8 @@ def _expression(glob: bytes) -> bytes | None:
 def _stars(glob: bytes, start: int, end: int) -> tuple[bytes, int]:
     whole = end - start > 1 and (start == 0 or glob[start - 1 : start] == b"/")
     if whole and glob[end : end + 1] == b"/":
-        return b"(?:.*/)?", end + 1
-    return b".*" if whole and end == len(glob) else b"[^/]*", end
+        return rb"(?:[^\0]*/)?", end + 1
+    return rb"[^\0]*" if whole and end == len(glob) else rb"[^/\0]*", end
 
 
 def _bracket(glob: bytes, at: int) -> tuple[bytes, int] | None:
@@ -142,7 +157,7 @@ def _bracket(glob: bytes, at: int) -> tuple[bytes, int] | None:
             return None
     inside = b"".join(members)
     if negated:
-        return b"[^/" + inside + b"]", at + 1
+        return rb"[^/\0" + inside + b"]", at + 1
     return (b"(?!/)[" + inside + b"]" if inside else b"(?!)"), at + 1
 
 

@@ -2,6 +2,8 @@
 
 import errno
 import hashlib
+import io
+import itertools
 import json
 import os
 import re
@@ -20,6 +22,10 @@ from vmtasks.remote.gitignore import FILE, Rules, read
 SETTLED_NS = 2_000_000_000
 """A file that has not changed for so long is known by its times."""
 GIT_S = 120.0
+WHOLE, FILES = 0, 1
+"""The lines of the cache."""
+KIND = 0o170000
+"""What of a mode says whether it is a folder, a file or something else."""
 
 
 class Hidden(Protocol):
@@ -153,6 +159,7 @@ class Walk:
         self.hidden, self.ignored, self.rules, self.repositories, self.lead = [], [], {}, [], b""
         rules, repository = self._outside() if self.gitignore else (None, None)
         places = self.private.places if self.private is not None else ()
+        verdict = self.excluder.verdict if self.excluder != Excluder() else None
         stack = [(b"", self.root, rules, repository, False)]
         while stack:
             base, folder, rules, repository, inside = stack.pop()
@@ -165,21 +172,24 @@ class Walk:
             if self.gitignore:
                 rules, repository = self._enter(base, folder, entries, rules, repository)
             below = []
+            in_repository = self.lead + base
+            suspects = rules.suspects(in_repository, entries) if rules is not None else ()
             for name in sorted(entries):
                 path = base + name
                 try:
                     info = entries[name].stat(follow_symlinks=False)
                 except FileNotFoundError:
                     continue
-                end = b"/" if stat.S_ISDIR(info.st_mode) else b""
+                end = b"/" if info.st_mode & KIND == stat.S_IFDIR else b""
                 if (end or info.st_nlink > 1) and (info.st_dev, info.st_ino) in places:
                     self.hidden.append(path + end)
                     continue
-                said = self.excluder.verdict(path + end)
+                said = verdict(path + end) if verdict is not None else None
                 if said or name in hidden:
                     continue
                 named = said is None and (
-                    inside or (rules is not None and rules.names(self.lead + path, folder=bool(end)))
+                    inside
+                    or (rules is not None and name in suspects and rules.names(in_repository, name, folder=end != b""))
                 )
                 if named and repository is not None and not repository.tracks(path + end):
                     self.ignored.append(path + end)
@@ -196,7 +206,7 @@ class Walk:
         for number, part in enumerate(parts, 1):
             rules = self.rules.get(base, rules)
             folder = number < len(parts) or path.endswith(b"/")
-            if rules is not None and rules.names(self.lead + base + part, folder=folder):
+            if rules is not None and rules.names(self.lead + base, part, folder=folder):
                 return not any(path in (repository.tracked or ()) for repository in self.repositories)
             base += part + b"/"
         return False
@@ -228,7 +238,7 @@ class Walk:
         rules, base = None, b""
         for part in os.path.relpath(root, top).split(b"/") if root != top else ():
             rules = read(_text(top + b"/" + base + FILE), base, rules)
-            if rules is not None and rules.names(base + part, folder=True):
+            if rules is not None and rules.names(base, part, folder=True):
                 return None, None
             base += part + b"/"
         self.lead = base
@@ -243,11 +253,15 @@ def tree_digest(walk: Walk, cache: Path | None = None) -> str:
     `cache` remembers contents by size, times and inode, so that only changed files are read. What was changed just now
     is not remembered: a second change in the same tick of the clock would not show.
     """
-    known = _load(cache)
-    seen: dict[str, str] = {}
+    found = list(walk)
     settled_ns = time.time_ns() - SETTLED_NS
+    stamp = _stamp(found)
+    whole = _known(cache, WHOLE)
+    if whole.get("stamp") == stamp and isinstance(same := whole.get("digest"), str):
+        return same
+    known, seen, settled = _known(cache, FILES), {}, True
     digest = hashlib.sha256()
-    for name, path, info in walk:
+    for name, path, info in found:
         content = ""
         if stat.S_ISREG(info.st_mode):
             key = f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino} "
@@ -258,11 +272,25 @@ def tree_digest(walk: Walk, cache: Path | None = None) -> str:
                 seen[text] = key + content
         elif stat.S_ISLNK(info.st_mode):
             content = _target(path)
+        settled = settled and (info.st_ctime_ns < settled_ns or stat.S_ISDIR(info.st_mode))
         # No name and no target holds a NUL.
         digest.update(b"%b\0%o %b\0" % (name, info.st_mode, content.encode(errors="surrogateescape")))
-    if cache is not None and seen != known:
-        atomic.write(cache, json.dumps(seen))
+    if cache is not None and (settled or seen != known):
+        whole = {"stamp": stamp, "digest": digest.hexdigest()} if settled else {}
+        atomic.write(cache, f"{json.dumps(whole)}\n{json.dumps(seen)}\n")
     return digest.hexdigest()
+
+
+def _stamp(found: Sequence[tuple[bytes, bytes, os.stat_result]]) -> str:
+    """A digest that changes with any name, mode, size, time or inode; of folders only the mode counts."""
+    facts = [
+        info.st_mode
+        if info.st_mode & KIND == stat.S_IFDIR
+        else (info.st_mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
+        for _, _, info in found
+    ]
+    names = b"\0".join([name for name, _, _ in found])
+    return hashlib.sha256(b"%b\0%b" % (names, repr(facts).encode())).hexdigest()
 
 
 def _list(folder: bytes) -> dict[bytes, "os.DirEntry[bytes]"]:
@@ -316,9 +344,11 @@ def _unreadable(error: OSError) -> StateError:
     )
 
 
-def _load(cache: Path | None) -> dict[str, object]:
+def _known(cache: Path | None, line: int) -> dict[str, object]:
+    """A line of the cache: a stamp with the tree's digest, or what is known of each file. Empty for what is damaged."""
     try:
-        data = json.loads(cache.read_text()) if cache is not None else {}
+        with cache.open(encoding="utf-8") if cache is not None else io.StringIO() as lines:
+            data = json.loads(next(itertools.islice(lines, line, None), "{}"))
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
