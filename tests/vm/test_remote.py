@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import re
+import shlex
 import signal
 import subprocess
 import time
@@ -293,3 +294,18 @@ def test_files_that_cannot_be_written_or_read(guest: Guest, tmp_path: Path) -> N
     files.put(guest.target, tmp_path / "file", "/tmp/mode", mode=0o600)  # noqa: S108
     with guest.connect() as connection:
         assert connection.execute(["stat", "-c", "%a", "/tmp/mode"], timeout_s=LIMIT_S).stdout == b"600\n"  # noqa: S108
+
+
+# ---- what a suite puts into PATH
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["ar", "sh -c ar", "env ar", "echo | xargs ar", "find /bin/sh -exec ar ';'", "timeout 60 ar", "make -f rules"],
+)
+def test_what_stands_in_path_runs_and_not_an_applet(line: str, ssh: client.Connection) -> None:
+    """As a suite's own stubs do, or binutils: the tiny guest's busybox has an `ar` too."""
+    script = "mkdir -p stubs && cd stubs && printf '#!/bin/sh\\necho mine\\n' >ar && chmod 755 ar && "
+    script += "printf 'all:\\n\\t@ar\\n' >rules && PATH=$PWD:$PATH && " + line
+    done = ssh.execute(f"/bin/sh -c {shlex.quote(script)}", timeout_s=LIMIT_S)
+    assert (done.status, done.stdout) == (0, "mine\n"), done.stderr

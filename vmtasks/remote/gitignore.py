@@ -98,13 +98,16 @@ def _rule(line: bytes) -> Rule | None:
     return Rule(re.compile(expression, re.DOTALL), path, folders_only, keeps)
 
 
+STAR = rb"[^/\0]*"
+
+
 def _expression(glob: bytes) -> bytes | None:
     """The glob as a regular expression; None when it matches nothing. `**` is special only as a whole part."""
-    out, at = b"", 0
+    words: list[bytes] = []
+    at = 0
     while at < len(glob):
         char = glob[at : at + 1]
-        stars = re.compile(rb"\*+").match(glob, at)
-        if stars:
+        if stars := re.compile(rb"\*+").match(glob, at):
             text, at = _stars(glob, stars.start(), stars.end())
         elif char == b"?":
             text, at = rb"[^/\0]", at + 1
@@ -119,15 +122,31 @@ def _expression(glob: bytes) -> bytes | None:
             text, at = re.escape(glob[at + 1 : at + 2]), at + 2
         else:
             text, at = re.escape(char), at + 1
-        out += text
-    return out
+        words.append(text)
+    return _joined(words)
+
+
+def _joined(words: list[bytes]) -> bytes:
+    """The words as one expression. What is between two stars is taken where it comes first, and not tried again later.
+
+    That is always right, as fnmatch of the standard library knows too, and keeps many stars from taking for ever.
+    """
+    parts: list[list[bytes]] = [[]]
+    for word in words:
+        if word == STAR:
+            parts.append([])
+        else:
+            parts[-1].append(word)
+    first, *rest = [b"".join(part) for part in parts]
+    between = [b"(?>" + STAR + b"?" + part + b")" if rb"[^\0]*" not in part else STAR + part for part in rest[:-1]]
+    return first + b"".join(between) + (STAR + rest[-1] if rest else b"")
 
 
 def _stars(glob: bytes, start: int, end: int) -> tuple[bytes, int]:
     whole = end - start > 1 and (start == 0 or glob[start - 1 : start] == b"/")
     if whole and glob[end : end + 1] == b"/":
         return rb"(?:[^\0]*/)?", end + 1
-    return rb"[^\0]*" if whole and end == len(glob) else rb"[^/\0]*", end
+    return rb"[^\0]*" if whole and end == len(glob) else STAR, end
 
 
 def _bracket(glob: bytes, at: int) -> tuple[bytes, int] | None:
