@@ -52,6 +52,14 @@ def test_phases_are_cleaned_and_nothing_boots_for_it(project: Project) -> None:
     assert len(list(project.tiny.glob("phase-*.iso"))) == 3
 
 
+def test_cds_may_be_on_ide_which_is_where_other_guests_have_them(tmp_path: Path, bare_store: Path) -> None:
+    """The installer starts from there, and finds the phase's CD."""
+    project = Project(tmp_path / "project", bare_store)
+    project.edit("phases/tiny/guest.toml", 'cd_bus = "virtio-scsi"', 'cd_bus = "ide"')
+    project.doit("phase:1").good()
+    assert [boot.phase for boot in project.boots()] == ["1-install"]
+
+
 def test_versions_and_names_side_by_side(project: Project) -> None:
     """Started at the same time, in one folder: disk, port, process and results of each are its own."""
     one, two = project.start("port=auto", "start"), project.start("port=auto", "version=2", "start")
