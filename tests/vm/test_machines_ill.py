@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import time
@@ -71,6 +72,11 @@ def test_b34_the_host(box: Cli) -> None:
 
 
 def test_b31_the_cpu_is_paused(box: Cli) -> None:
+    which = box.good("exec", "-d", "box", "sh", "-c", "sleep 20; echo went on too").strip()
+    config = str(box.machine("box")["ssh_config"])
+    subprocess.run(["ssh", "-F", config, "-O", "exit", "box"], check=False, timeout=30)
+    other = subprocess.Popen(["ssh", "-F", config, "-N", "box"], stdin=subprocess.DEVNULL)
+    until(lambda: subprocess.run(["ssh", "-F", config, "-O", "check", "box"], check=False).returncode == 0, 60, "it")
     box.good("pause", "box")
     try:
         name, why = failed(box)
@@ -78,15 +84,21 @@ def test_b31_the_cpu_is_paused(box: Cli) -> None:
         assert "its CPU is paused" in said_by(box, "start", "box")
         assert box.machine("box")["status"] == "paused"
         assert "nothing in the guest can answer" in said_by(box, "ssh", "box", "--", "-o", "ControlPath=none", "true")
-        waiting = box.start("ssh", "box", "echo went on")
-        assert waiting.stderr is not None
-        assert (
-            b"its CPU is paused, so that nothing in the guest can answer; vmtasks resume box"
-            in waiting.stderr.readline()
-        )
+        # The connection that all share is somebody else's, who used plain ssh.
+        waits = [("ssh", "box", "echo went on"), ("attach", "box", which), ("cp", "box:/etc/hostname", "copied")]
+        waiting = [box.start(*words) for words in waits]
+        for one in waiting:
+            assert one.stderr is not None
+            assert select.select([one.stderr], [], [], 15)[0], "said at once, not when a connection is given up"
+            assert (
+                b"its CPU is paused, so that nothing in the guest can answer; vmtasks resume box"
+                in one.stderr.readline()
+            )
     finally:
         box.good("resume", "box")
-    assert waiting.communicate(timeout=60)[0] == b"went on\n"
+    assert [one.communicate(timeout=60)[0] for one in waiting] == [b"went on\n", b"went on too\n", b""]
+    other.kill()
+    other.wait()
     box.good("pause", "box")
     output = box("stop", "box").stderr.decode()
     assert "stopped (power off in the guest)" in output, "it went on for that"

@@ -14,8 +14,10 @@ def cp(
     dest: Annotated[str, typer.Argument(metavar="DEST", help="A path here, or NAME:PATH.", show_default=False)],
 ) -> None:
     """Copy a file or a folder, with modes and times; one side is NAME:PATH, relative to the login user's home."""
+    from vmtasks import progress  # noqa: PLC0415
     from vmtasks.errors import ConfigError, StateError  # noqa: PLC0415
     from vmtasks.remote import ssh  # noqa: PLC0415
+    from vmtasks.session import health  # noqa: PLC0415
     from vmtasks.session.use import using  # noqa: PLC0415
 
     here = project()
@@ -32,7 +34,7 @@ def cp(
     ours = str(Path(source if into else dest).absolute()) + ("/" if (source if into else dest).endswith("/") else "")
     theirs = f"{target.name}:{path or '.'}"
     words = ["scp", "-F", str(target.config), "-q", "-r", "-p", "--", *([ours, theirs] if into else [theirs, ours])]
-    with using(found, "cp", f"{source} {dest}") as outcome:
+    with health.telling(found, progress.say), using(found, "cp", f"{source} {dest}") as outcome:
         outcome.status = ssh.attach(target, words)
     raise typer.Exit(outcome.status)
 

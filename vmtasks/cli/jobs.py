@@ -59,12 +59,14 @@ def jobs(
 @app.command(cls=Through, rich_help_panel="Jobs")
 def attach(name: Name, which: Job) -> None:
     """Show all that a job has written, and go on until it is over; the exit status is the job's. Ctrl-C lets it run."""
+    from vmtasks import progress  # noqa: PLC0415
     from vmtasks.remote import job  # noqa: PLC0415
+    from vmtasks.session import health  # noqa: PLC0415
     from vmtasks.session.use import using  # noqa: PLC0415
 
     found = machine(name)
     found.wait()
-    with found.link() as link, using(found, "attach", which) as outcome:
+    with health.telling(found, progress.say), found.link() as link, using(found, "attach", which) as outcome:
         link.open(wait_s=link.window_s)  # what is lost before a word was shown is waited for as what is lost later
         known = _find(link, which)
         end = job.follow(link, known, timeout_s=FOREVER_S, on_data=_pass_on, keep=False)
