@@ -315,7 +315,7 @@ def _end_late(link: Link, job: str, error: BaseException) -> None:
     try:
         with interrupts.cuttable():
             view = cancel(link, job)
-    except SshError as trouble:
+    except (SshError, StateError) as trouble:  # it may not even have been started
         error.add_note(f"job {job} may still run: {trouble.message}")
     else:
         if isinstance(error, CommandTimeoutError):
