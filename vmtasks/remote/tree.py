@@ -5,6 +5,7 @@ import hashlib
 import io
 import itertools
 import json
+import marshal
 import os
 import re
 import stat
@@ -290,7 +291,7 @@ def _stamp(found: Sequence[tuple[bytes, bytes, os.stat_result]]) -> str:
         for _, _, info in found
     ]
     names = b"\0".join([name for name, _, _ in found])
-    return hashlib.sha256(b"%b\0%b" % (names, repr(facts).encode())).hexdigest()
+    return hashlib.sha256(b"%b\0%b" % (names, marshal.dumps(facts, 2))).hexdigest()
 
 
 def _list(folder: bytes) -> dict[bytes, "os.DirEntry[bytes]"]:
