@@ -38,13 +38,22 @@ CHECKS = {
 }
 
 
+STARTS = {
+    "lint-imports": [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+    "shellcheck": [str(TOOLS / "shellcheck")],
+}
+"""Tools that are no modules to be run by Python."""
+
+
 def check(name: str) -> TaskFailed | None:
     """Run one check with its output here."""
     tool, *words = CHECKS[name]
     files = shell_files() if name == "shell" else []
     sys.stdout.write(f"check {name}: {shlex.join([tool, *words])}\n")
     sys.stdout.flush()
-    status = subprocess.run([TOOLS / tool, *words, *files], stdin=subprocess.DEVNULL, check=False).returncode
+    # Of the scripts in .venv/bin those that pip has written break in a folder with a quotation mark in its name.
+    argv = STARTS.get(tool, [sys.executable, "-m", tool])
+    status = subprocess.run([*argv, *words, *files], stdin=subprocess.DEVNULL, check=False).returncode
     return TaskFailed(f"{tool} exited with {status}") if status else None
 
 

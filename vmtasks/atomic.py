@@ -141,3 +141,9 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def private_folder(path: Path) -> None:
+    """Have a folder that nobody else may enter: disks and logs hold host keys. One that is there keeps its mode."""
+    if not path.is_dir():
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,5 +1,6 @@
 """What a person sees while work goes on: a live line on a terminal, plain lines elsewhere, times of the last run."""
 
+import codecs
 import io
 import json
 import os
@@ -124,6 +125,30 @@ def say(text: str) -> None:
         return
     sys.stdout.write(printable.text(text) + "\n")
     sys.stdout.flush()
+
+
+def accept_any_text() -> None:
+    r"""Have standard output and error take any text, whatever their encoding: a path's odd bytes come out as they are.
+
+    A character that the encoding lacks is shown by its number, as in `\u2713`.
+    """
+    codecs.register_error("vmtasks", _encoded)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="vmtasks")
+
+
+def _encoded(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    odd = error.object[error.start : error.end]
+    shown = [
+        bytes([ord(char) - 0xDC00])
+        if 0xDC80 <= ord(char) <= 0xDCFF
+        else char.encode("ascii", errors="backslashreplace")
+        for char in odd
+    ]
+    return b"".join(shown), error.end
 
 
 def to_stderr(text: str) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,13 @@ STUBS = {
     "pacman": "",
     "sudo": '[ -z "$SUDO_REFUSES" ] || exit 1; [ "$1" != -n ] || shift; [ "$1" = true ] || exec "$@"',
     "true": "",
-    "uv": 'case $1 in venv) mkdir -p .venv/bin && cp "$BIN/true" .venv/bin/python && cp "$BIN/doit" .venv/bin ;; esac',
+    "uv": '[ "$1" != venv ] || { mkdir -p .venv/bin; cp "$BIN/doit" .venv/bin; cp "$BIN/vpython" .venv/bin/python; }',
     "doit": 'printf "<%s>" "$PWD" "$@"; exit 7',
     "zypper": "",
 }
+PYTHON = """#!/bin/sh
+[ "$1 $2" != "-m doit" ] || { shift 2; exec "$BIN/doit" "$@"; }
+"""
 
 
 class Place:
@@ -43,6 +47,8 @@ class Place:
             (self.bin / tool).symlink_to(shutil.which(tool) or tool)
         (self.bin / "python3").symlink_to(sys.executable)
         self.stub("doit", "id", "sudo", "true", "uv", *PROGRAMS)
+        (self.bin / "vpython").write_text(PYTHON)
+        (self.bin / "vpython").chmod(0o755)
 
     def stub(self, *names: str) -> None:
         """Put programs into PATH that record how they are called."""
@@ -99,6 +105,27 @@ def test_later_runs_start_nothing_but_doit(place):
     place.prepare()
     assert place.run("list").stdout == f"<{place.root}><list>"
     assert place.log.read_text() == "doit list\n"
+
+
+def test_a_folder_with_a_quotation_mark_in_its_name(place: Place, tmp_path: Path) -> None:
+    """Real pip, whose scripts there begin with lines that no shell can read."""
+    root = tmp_path / 'a "quoted" folder'
+    place.root.rename(root)
+    wheel = tmp_path / "doit-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as made:
+        made.writestr("doit/__init__.py", "import sys\ndef main():\n    print('doit', *sys.argv[1:])\n")
+        made.writestr("doit/__main__.py", "from doit import main\nmain()\n")
+        made.writestr("doit-1.dist-info/METADATA", "Metadata-Version: 2.1\nName: doit\nVersion: 1\n")
+        made.writestr("doit-1.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        made.writestr("doit-1.dist-info/entry_points.txt", "[console_scripts]\ndoit = doit:main\n")
+        made.writestr("doit-1.dist-info/RECORD", "")
+    subprocess.run([sys.executable, "-m", "venv", root / ".venv"], check=True)
+    pip = [root / ".venv/bin/python", "-m", "pip", "install", "--quiet", "--no-index", wheel]
+    subprocess.run(pip, check=True, capture_output=True, timeout=120)
+    shutil.copy(root / "requirements.lock", root / ".venv/.vmtasks-lock")
+    (root / ".venv/.vmtasks-root").write_text(f"{root}\n")
+    done = place.run("list", "a b", program=str(root / "doit"))
+    assert (done.returncode, done.stdout) == (0, "doit list a b\n"), done.stderr
 
 
 @pytest.mark.parametrize("how", ["link beside", "link to link", "sh", "relative"])

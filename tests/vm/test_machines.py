@@ -15,7 +15,7 @@ from conftest import Project, copy_store, until
 
 pytestmark = pytest.mark.timeout(240)
 
-RUNNING, BOOTING, STOPPED, STALE, ABSENT = 0, 3, 4, 5, 6
+RUNNING, BOOTING, STOPPED, STALE, ABSENT = 0, 11, 4, 5, 6
 """Exit statuses of `doit status`."""
 
 

@@ -16,7 +16,7 @@ from vmtasks import __version__, printable
 from vmtasks.cli.complete import names
 from vmtasks.errors import ConfigError, StateError, VmTasksError, os_failure
 from vmtasks.interrupts import ignore, unwind_on_signals
-from vmtasks.progress import to_stderr
+from vmtasks.progress import accept_any_text, to_stderr
 
 if TYPE_CHECKING:
     from vmtasks.session import Machine, Project
@@ -90,6 +90,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 def main() -> None:
     """Run the command line; failures that a user can mend end without a traceback."""
     _open_streams()
+    accept_any_text()
     caught = unwind_on_signals()
     status = 0
     try:

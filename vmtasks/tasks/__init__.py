@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import Any
 
-from vmtasks.tasks import byhand, images, machines, testing, verifying
-from vmtasks.tasks.context import CONFIG, interrupt_on_signals
+from vmtasks.tasks import byhand, images, info, machines, testing, verifying
+from vmtasks.tasks.context import interrupt_on_signals, quiet_when_unread
 from vmtasks.tasks.doc import Doc
+from vmtasks.tasks.places import database, prepare_folders
 from vmtasks.tasks.reporter import Reporter
 
 __all__ = ["DOIT_CONFIG", "task_vmtasks"]
@@ -34,14 +35,16 @@ def _named(name: str, doc: Doc, made: dict[str, Any] | Iterator[dict[str, Any]])
         yield {"basename": name, **task, "doc": Doc(doc.text, task.get("doc", ""))}
 
 
-CONFIG.vm_dir.mkdir(parents=True, exist_ok=True)
+prepare_folders()
 interrupt_on_signals()
+quiet_when_unread()
+info.install()
 
 DOIT_CONFIG = {
     "backend": "sqlite3",
     "continue": True,  # a suite that fails does not keep the others from running
     "default_tasks": ["quick"],
-    "dep_file": str(CONFIG.vm_dir / "doit.sqlite3"),
+    "dep_file": str(database()),
     "reporter": Reporter,
     "verbosity": 2,
 }

@@ -1,7 +1,9 @@
 """What all tasks share: the project's configuration, errors turned into doit's failures, and signals."""
 
+import atexit
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
 from itertools import pairwise
@@ -15,10 +17,13 @@ from vmtasks import rules
 from vmtasks.config import Config, load
 from vmtasks.errors import ConfigError, VmTasksError, os_failure
 from vmtasks.interrupts import unwind_on_signals
-from vmtasks.progress import to_stderr
+from vmtasks.progress import accept_any_text, to_stderr
 
 P = ParamSpec("P")
 
+
+UNREAD = 141
+"""As a program that SIGPIPE ended: whoever read our output has gone away."""
 
 VARIABLES: dict[str, str] = getattr(doit_cmd, "_CMDLINE_VARS", None) or {}
 """What stands on doit's command line as name=value."""
@@ -47,6 +52,8 @@ def action(function: Callable[P, Any]) -> Callable[P, Any]:
         except VmTasksError as error:
             kind = TaskError if error.exit_code == ConfigError.exit_code else TaskFailed
             return kind(str(error))
+        except BrokenPipeError:
+            os._exit(UNREAD)
         except OSError as error:
             if not (failure := os_failure(error)):
                 raise
@@ -67,6 +74,12 @@ def asked_with(task: str, option: str) -> bool:
     return False
 
 
+def quiet_when_unread() -> None:
+    """Have `doit info ... | head` end as any program does whose output nobody reads: these leave nothing to undo."""
+    if set(sys.argv[1:2]) & {"help", "info", "list"}:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
 def interrupt_on_signals() -> None:
     """Turn the first signal that asks us to end into KeyboardInterrupt, and say so in one line."""
 
@@ -75,13 +88,22 @@ def interrupt_on_signals() -> None:
         if issubclass(kind, KeyboardInterrupt):
             to_stderr(f"interrupted by {error}\n")
         elif issubclass(kind, BrokenPipeError):
-            os._exit(141)  # as a program that SIGPIPE ended: whoever read our output has gone away
+            os._exit(UNREAD)
         else:
             sys.__excepthook__(kind, error, trace)
 
+    def flush() -> None:
+        """What is written only now may find nobody who reads it."""
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os._exit(UNREAD)
+
     sys.excepthook = leave
+    atexit.register(flush)
     unwind_on_signals()
 
 
+accept_any_text()
 CONFIG = read_config()
 """Read once, when doit loads the dodo file: tasks are made from it."""

@@ -19,7 +19,7 @@ from vmtasks.tasks.reporter import Said
 Task = dict[str, Any]
 EXIT = {
     "running": 0,
-    "booting": 3,
+    "booting": 11,
     "stopped": 4,
     "stale": 5,
     "absent": 6,
@@ -28,7 +28,7 @@ EXIT = {
     "panicked": 9,
     "damaged": 10,
 }
-"""Exit status of `status` by state."""
+"""Exit status of `status` by state. 1, 2 and 3 are doit's: a task failed, an error, words that it cannot parse."""
 
 NAME_PARAM = {"name": "name", "long": "name", "short": "n", "type": str, "default": "", "help": "name of a snapshot"}
 YES_PARAM = {"name": "yes", "long": "yes", "short": "y", "type": bool, "default": False, "help": "do not ask"}
@@ -197,7 +197,7 @@ def task_status() -> Task:
     Stale: it ended without being stopped. Unreachable: SSH has answered, and does not now. The task changes nothing and
     waits for nobody, and may be asked at any time, also while another command works on the machine.
 
-    Exit status: 0 running, SSH answers; 3 booting; 4 stopped; 5 stale; 6 absent; 7 unreachable; 8 paused; 9 panicked;
+    Exit status: 0 running, SSH answers; 11 booting; 4 stopped; 5 stale; 6 absent; 7 unreachable; 8 paused; 9 panicked;
     10 its record cannot be read; 2 wrong configuration.
     Example: doit status || doit start
     """

@@ -59,7 +59,7 @@ def _spoken(sink: Callable[[bytes], None]) -> Callable[[bytes], None]:
         *lines, rest = (rest + data).split(b"\n")
         for line in lines:
             event = gotest.event(line.decode(errors="replace"))
-            sink(line + b"\n" if event is None else str(event.get("Output", "")).encode())
+            sink(line + b"\n" if event is None else str(event.get("Output", "")).encode(errors="replace"))
 
     return take
 

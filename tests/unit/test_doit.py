@@ -1,0 +1,191 @@
+"""Real doit in a new project: odd folders, a damaged database, encodings, and what it prints of tasks."""
+
+import os
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import mounted_tmpfs
+
+from vmtasks.scaffold import scaffold
+from vmtasks.tasks.machines import EXIT
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    scaffold(tmp_path / "project", "tiny")
+    return tmp_path / "project"
+
+
+def doit(project: Path, *words: str, **environ: str) -> "subprocess.CompletedProcess[bytes]":
+    env = {"HOME": str(project), "PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)}
+    env |= {"VMTASKS_STORE": str(project / "store"), "VM_ACCEL": "tcg", **environ}
+    return subprocess.run(
+        [sys.executable, "-m", "doit", *words],
+        cwd=project, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+def one_line(done: "subprocess.CompletedProcess[bytes]") -> str:
+    """What a run said that had to be refused."""
+    assert done.returncode == 2, (done.returncode, done.stdout, done.stderr)
+    assert done.stdout == b""
+    assert done.stderr.count(b"\n") == 1, done.stderr
+    return done.stderr.decode(errors="surrogateescape")
+
+
+@pytest.mark.parametrize("place", ["file", "/dev/null", "file/below", "x" * 300, "a/" * 2100, "bad\udcff/../file"])
+def test_a_state_folder_that_cannot_be(project: Path, place: str) -> None:
+    (project / "file").touch()
+    (project / "bad\udcff").mkdir()
+    assert one_line(doit(project, "list", VM_DIR=place)).startswith("error: VM_DIR (dir=) = ")
+
+
+def test_a_state_folder_that_is_read_only(project: Path, tmp_path: Path) -> None:
+    with mounted_tmpfs(tmp_path / "ro", "1m") as folder:
+        subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+        assert "not writable; name a folder that you may write to" in one_line(
+            doit(project, "list", VM_DIR=str(folder))
+        )
+
+
+@pytest.mark.parametrize("place", ["file", "/dev/null", "x" * 300, "bad\udcff"])
+def test_a_store_that_cannot_be(project: Path, place: str) -> None:
+    (project / "file").touch()
+    done = doit(project, "check_prereqs", VMTASKS_STORE=place)
+    assert b"Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert doit(project, "list", VMTASKS_STORE=place).returncode == 0
+
+
+def test_folders_are_for_nobody_else(project: Path) -> None:
+    doit(project, "list").check_returncode()
+    assert [(project / name).stat().st_mode & 0o777 for name in (".vm", "store")] == [0o700, 0o700]
+
+
+# -- the database
+
+
+def garbage(path: Path) -> None:
+    path.write_bytes(os.urandom(8000))
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def damaged_page(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[4096:8192] = os.urandom(4096)
+    path.write_bytes(data)
+
+
+def folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("damage", [garbage, half, damaged_page, folder, link])
+def test_a_database_that_cannot_be_read_is_set_aside(project: Path, damage: Callable[[Path], object]) -> None:
+    doit(project, "clean_phases", "help_vars").check_returncode()
+    database = project / ".vm" / "doit.sqlite3"
+    with sqlite3.connect(database) as known:
+        known.execute("create table if not exists doit (task_id text not null, task_data text not null)")
+        known.executemany("insert into doit values (?, ?)", [(f"t{n}", "{}" * 500) for n in range(40)])
+    known.close()
+    damage(database)
+    for again in range(2):
+        done = doit(project, "help_vars")
+        assert done.returncode == 0, done.stdout + done.stderr
+        told = b"it was set aside as doit.sqlite3.damaged" in done.stderr
+        assert told == (again == 0), done.stderr
+    assert os.path.lexists(database.with_name("doit.sqlite3.damaged"))
+
+
+def test_a_database_that_another_run_holds_stays(project: Path) -> None:
+    doit(project, "help_vars").check_returncode()
+    database = project / ".vm" / "doit.sqlite3"
+    with sqlite3.connect(database) as other:
+        other.execute("create table if not exists doit (task_id text, task_data text)")
+        other.commit()
+        other.execute("begin exclusive")
+        assert b"set aside" not in doit(project, "list").stderr
+        other.rollback()
+    other.close()
+
+
+# -- text
+
+
+@pytest.mark.parametrize(
+    "environ", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}]
+)
+def test_any_encoding_will_do(project: Path, environ: dict[str, str]) -> None:
+    odd = project.with_name("\udcff\u20ac")
+    shutil.copytree(project, odd)
+    for words in (["check_prereqs"], ["help_vars"], ["list"]):
+        done = doit(odd, *words, **environ)
+        assert b"Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+        assert b"UnicodeEncodeError" not in done.stdout + done.stderr
+    done = subprocess.run(
+        [sys.executable, "-m", "vmtasks.cli", "doctor"], cwd=odd, capture_output=True, check=False, timeout=60,
+        env={"HOME": str(odd), "PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY), "VM_ACCEL": "tcg", **environ},
+    )  # fmt: skip
+    assert b"Traceback" not in done.stdout + done.stderr, done.stderr
+    assert b"qemu-img: " in done.stdout
+
+
+def test_lone_surrogates_of_go_tests_are_shown() -> None:
+    from vmtasks.tasks.testing import _spoken  # noqa: PLC0415 - it reads the project's configuration
+
+    shown: list[bytes] = []
+    _spoken(shown.append)(b'{"Action":"output","Output":"a\\ud800b\\n"}\n')
+    assert shown == [b"a?b\n"]
+
+
+# -- what it prints
+
+
+def test_info_is_for_people(project: Path) -> None:
+    for task in ("fetch", "phase:1", "quick", "snapshot"):
+        done = doit(project, "info", task)
+        assert done.returncode in (0, 1), done.stderr
+        for python in (b"<", b"args=", b"{'", b"nothing has changed"):
+            assert python not in done.stdout, done.stdout
+    assert b"status: to be done" in done.stdout
+    assert b"there is no record clean.toml" in done.stdout
+    assert b"--name: name of a snapshot" in done.stdout
+    assert doit(project, "info", "nosuch").stderr.startswith(b"ERROR: info: name one task")
+
+
+@pytest.mark.parametrize("words", [["info", "quick"], ["list", "--all"], ["help", "start"], ["help_vars"]])
+def test_output_that_nobody_reads(project: Path, words: list[str]) -> None:
+    doit(project, *words)
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = {"HOME": str(project), "PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-m", "doit", *words],
+        cwd=project, env=env, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60,
+    )  # fmt: skip
+    os.close(writer)
+    assert done.stderr == b""
+    assert done.returncode in (-signal.SIGPIPE, 128 + signal.SIGPIPE)
+
+
+def test_a_state_is_told_from_what_doit_itself_says(project: Path) -> None:
+    """1: a task failed; 2: an error; 3: words that it cannot parse."""
+    assert doit(project, "status", "nosuch").returncode == 3
+    assert len(set(EXIT.values())) == len(EXIT)
+    assert {status for state, status in EXIT.items() if status <= 3} == {0}

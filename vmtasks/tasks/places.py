@@ -1,0 +1,73 @@
+"""The folders that a run needs, and doit's database, before doit opens it."""
+
+import contextlib
+import os
+import sqlite3
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from vmtasks import atomic
+from vmtasks.config import show
+from vmtasks.errors import ConfigError
+from vmtasks.progress import to_stderr
+from vmtasks.tasks.context import CONFIG
+
+
+def prepare_folders() -> None:
+    """Have the state folder, and the store where that can be; one line and exit status 2 if the first cannot be."""
+    folder = CONFIG.vm_dir
+    try:
+        atomic.private_folder(folder)
+        why = "" if os.access(folder, os.W_OK | os.X_OK) else "not writable"
+    except (OSError, ValueError) as error:
+        why = _reason(error)
+    if why:
+        _refuse(f"VM_DIR (dir=) = {show(folder)}: {why}; name a folder that you may write to")
+    with contextlib.suppress(OSError, ValueError):  # what needs the store says why it cannot be had
+        atomic.private_folder(CONFIG.store_dir)
+
+
+def database() -> Path:
+    """Where doit keeps what it knows. One that cannot be read is set aside, and said: it costs nothing to lose."""
+    path = CONFIG.vm_dir / "doit.sqlite3"
+    why = _fault(path)
+    if why:
+        aside = path.with_name(f"{path.name}.damaged")
+        try:
+            if aside.is_dir() and not aside.is_symlink():
+                aside.rename(aside.with_name(f"{aside.name}.{aside.lstat().st_ino}"))
+            path.rename(aside)
+        except OSError as error:
+            _refuse(f"{show(path)}: {why}, and cannot be set aside: {_reason(error)}; remove it")
+        to_stderr(f"warning: {show(path)}: {why}; it was set aside as {aside.name}, and nothing is lost\n")
+    return path
+
+
+def _fault(path: Path) -> str:
+    """Why doit could not read it, or ''."""
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return ""
+    if not path.is_file():
+        return "not a file"
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=0)) as known:
+            found = known.execute("pragma quick_check(1)").fetchone()
+            tables = dict(known.execute("select name, sql from sqlite_master where type = 'table'"))
+    except sqlite3.OperationalError:
+        return ""  # another run holds it
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    whole = found == ("ok",) and (not tables or "doit" in tables)
+    return "" if whole else "damaged"
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def _refuse(message: str) -> NoReturn:
+    to_stderr(f"error: {message}\n")
+    sys.exit(ConfigError.exit_code)
