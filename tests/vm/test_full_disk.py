@@ -63,28 +63,23 @@ def test_a_store_that_fills_up(tmp_path: Path, small: Path) -> None:
 
 
 @pytest.fixture
-def little(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 6 MB for a state folder."""
-    root = tmp_path / "little"
-    root.mkdir()
-    argv = ["mount", "-t", "tmpfs", "-o", "size=6M", "tmpfs", root]
+def cli(tmp_path: Path, store: Path) -> Iterator[Cli]:
+    """A project whose machines are on a file system of 6 MB."""
+    project = Project(tmp_path / "project", store)
+    made = Cli(project)
+    made.run_folder.mkdir(parents=True, exist_ok=True)
+    argv = ["mount", "-t", "tmpfs", "-o", "size=6M", "tmpfs", made.run_folder]
     mount = subprocess.run(argv, capture_output=True, text=True, check=False)
     if mount.returncode != 0:
         pytest.skip(f"cannot mount a file system here: {mount.stderr.strip()}")
     try:
-        yield root
+        yield made
+        project.clean_up()
     finally:
-        subprocess.run(["umount", "-l", root], check=True)
+        subprocess.run(["umount", "-l", made.run_folder], check=True)
 
 
-def test_a_machine_whose_disk_finds_no_space_goes_on_when_there_is_some(
-    tmp_path: Path, store: Path, little: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    project = Project(tmp_path / "project", store)
-    project.state = little / ".vm"
-    project.tiny = project.state / "tiny"
-    monkeypatch.setattr(project, "env", lambda: {**Project.env(project), "VM_DIR": str(project.state)})
-    cli = Cli(project)
+def test_a_machine_whose_disk_finds_no_space_goes_on_when_there_is_some(cli: Cli) -> None:
     cli.make("box")
     fill = ["dd", "if=/dev/urandom", "of=big", "bs=64k", "count=200", "conv=fsync"]
     writing = cli.start("exec", "box", *fill)
@@ -98,11 +93,10 @@ def test_a_machine_whose_disk_finds_no_space_goes_on_when_there_is_some(
         assert "Traceback" not in refused.stderr.decode()
     assert "free some space in" in cli("doctor", "box").stdout.decode()
     assert cli.machine("box")["status"] == "paused"
-    resize(little, 64 << 20)
+    resize(cli.run_folder, 64 << 20)
     assert cli.good("exec", "box", "echo", "here") == "here\n"
     assert writing.wait(120) == 0, "and the guest has not noticed anything"
     assert cli.good("exec", "box", "stat", "-c", "%s", "big") == f"{200 << 16}\n"
     assert cli("doctor", "box").returncode == 0
     cli.good("stop", "box")
     cli.good("rm", "--force", "box")
-    project.clean_up()

@@ -64,11 +64,14 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
             )
             target = wait(place, record, start)
         except BaseException as error:
+            stuck = place.stuck()
             end = partial(ladder.stop, place, record, lambda _: None, gentle=False)
             note_failure(error, end, f"machine {place.name} could not be stopped")
             if not isinstance(error, VmTasksError) or isinstance(error, BindError):  # which is none of the boot's
                 raise
             hint = error.hint if record.image else "doit install --disk: log in there and run key.sh from the CD"
+            if stuck == qmp.FULL:
+                hint = f"its disk could not be written: free some space in {place.folder}"
             said = tuple(read_log(place.console_log, start).tail())
             raise error.but(console=said, log=place.console_log, hint=hint) from error
     history.record(key, step.elapsed_s)
