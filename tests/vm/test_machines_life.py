@@ -333,7 +333,7 @@ def test_killed_while_a_machine_gets_its_own_keys(cli: Cli, request: pytest.Fixt
 
 @pytest.mark.timeout(900)
 def test_guests_that_cannot_have_host_keys_of_their_own(cli: Cli) -> None:
-    """One has none where it says, the other's server does not read them before the next boot."""
+    """One has none where it says; the other's server shows the old ones until it boots next."""
     toml = "phases/tiny/guest.toml"
     cli.project.edit(toml, 'user = "dev"\n', 'user = "dev"\nhost_keys = "/etc/none"\n')
     start = ("run", "-d", "--name", "a", "--ssh-port", str(free_port()))
@@ -342,7 +342,10 @@ def test_guests_that_cannot_have_host_keys_of_their_own(cli: Cli) -> None:
     assert record(cli, "a")["identity"] == "shared"
     assert cli.good("ssh", "a", WHO).splitlines()[2:] == record(cli, "a")["host_keys"]
     cli.good("rm", "--force", "a")
-    cli.project.edit(toml, 'host_keys = "/etc/none"\n', 'reload = "true"\n')
+    key = "/etc/ssh/ssh_host_ed25519_key"
+    cli.project.edit(toml, 'host_keys = "/etc/none"\n', f'reload = "mount -o bind /root/old {key}"\n')
+    poweroff = 'poweroff = "/sbin/poweroff"\n'
+    cli.project.edit(toml, poweroff, f'{poweroff}hostname = "cp -p {key} /root/old"\n')
     said = cli(*start).stderr.decode()
     assert "shows SSH host keys of its own from its next boot on" in said
     image, own = sorted(record(cli, "a")["host_keys"], key=lambda key: key in cli.good("ssh", "a", WHO))  # type: ignore[call-overload]
