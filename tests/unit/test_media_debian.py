@@ -1,4 +1,5 @@
 import shutil
+from pathlib import Path
 
 import debs
 import pytest
@@ -156,3 +157,9 @@ def test_host_without_apt(tmp_path, monkeypatch):
     with pytest.raises(FetchError, match=r"apt-get.*not installed") as caught:
         debian.Apt(tmp_path, debian.Archive(keyring=None)).index()
     assert "debian-archive-keyring" in caught.value.hint
+
+
+def test_a_full_disk_is_not_blamed_on_the_network(full_disk: Path, tmp_path: Path) -> None:
+    (full_disk / "ballast").write_bytes(b"x" * (32 << 10))
+    assert "free some space" in debian.lost_hint(full_disk)
+    assert "is the network up" in debian.lost_hint(tmp_path)

@@ -29,6 +29,7 @@ OFFLINE_HINT = (
 )
 SECURITY = "http://deb.debian.org/debian-security"
 TIMEOUT_S = 900.0
+LEAST_FREE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class Apt:
         except CommandError as error:
             if not stamp.exists():
                 message = f"the package lists of {self.archive.mirror} could not be fetched: {_said(error)}"
-                raise FetchError(message, hint=OFFLINE_HINT) from error
+                raise FetchError(message, hint=lost_hint(self.folder)) from error
             log.warning("the package lists could not be renewed, older ones are used: %s", _said(error))
         else:
             stamp.touch()
@@ -187,7 +188,15 @@ class Apt:
         except CommandError as error:
             lost = [package.name for package in packages if not (place / package.sha256).exists()]
             names = ", ".join(lost or [package.name for package in packages])
-            raise FetchError(f"not fetched: {names}: {_said(error)}", hint=OFFLINE_HINT) from error
+            raise FetchError(f"not fetched: {names}: {_said(error)}", hint=lost_hint(self.folder)) from error
+
+
+def lost_hint(folder: Path) -> str:
+    """What to do where apt has failed: apt says of a full disk only that a file could not be written, if that."""
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_FREE:
+        return f"{free >> 10} KiB are free at {folder}: free some space, or put the store elsewhere with VMTASKS_STORE"
+    return OFFLINE_HINT
 
 
 class Index:
