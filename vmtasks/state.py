@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from vmtasks import atomic
 from vmtasks.arguments import Forward
 from vmtasks.config import Config
 from vmtasks.errors import ConfigError, StateError, VmTasksError
@@ -181,6 +182,7 @@ class State:
         """The accelerator that works here; probed once for each boot of the host."""
         from vmtasks.machine.accel import probe  # noqa: PLC0415 - 5 ms that most runs have no use for
 
+        atomic.private_folder(self.store.root)
         return probe(self.store.root / "accel.json", want=self.config.accel)
 
     # -- records

@@ -335,6 +335,7 @@ class Store:
         self, name: str, *, timeout_s: float, waiting: Waiting | None = None
     ) -> contextlib.AbstractContextManager[int]:
         """Be the only writer of `name`; see vmtasks.lock."""
+        atomic.private_folder(self.root)
         return lock(self.root / "locks" / f"{name}.lock", name, timeout_s=timeout_s, waiting=waiting)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmtasks import leftovers, qcow2
+from vmtasks import atomic, leftovers, qcow2
 from vmtasks.errors import ConfigError, StateError
 from vmtasks.progress import say
 from vmtasks.state import MachineRecord, PhaseRecord
@@ -51,6 +51,7 @@ def naming(store: Store, vm_dir: Path) -> Iterator[None]:
 
     Nothing is pruned meanwhile, and afterwards the store knows the names. OSError for a store that cannot be written.
     """
+    atomic.private_folder(vm_dir)
     with _lock(store):
         yield
         _remember(store, vm_dir)

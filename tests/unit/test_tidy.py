@@ -3,6 +3,7 @@
 import hashlib
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import textwrap
@@ -357,3 +358,12 @@ def test_doctor_reads_every_byte_of_the_store(store: Store, home: Home):
     assert "its bytes are right again" in vmtasks(home, "doctor", "--store").stdout
     assert store.find("b") == (damaged, "")
     assert vmtasks(home, "doctor", "--store", "box").returncode == 2
+
+
+def test_folders_that_are_made_are_for_nobody_else(tmp_path: Path):
+    store, state = Store(tmp_path / "cache/store"), tmp_path / "project/.vm"
+    tidy.register(store, state)
+    assert [stat.S_IMODE(folder.stat().st_mode) for folder in (store.root, state)] == [0o700, 0o700]
+    store.root.chmod(0o750)
+    tidy.register(store, state)
+    assert stat.S_IMODE(store.root.stat().st_mode) == 0o750, "one that is there is its owner's to open"

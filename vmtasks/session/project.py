@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmtasks import arguments, config, proc, rules, tidy
+from vmtasks import arguments, atomic, config, proc, rules, tidy
 from vmtasks.arguments import Bind, Forward, PublicKey
 from vmtasks.config import CONFIG_PATH, Config, show_size
 from vmtasks.errors import BusyError, ConfigError, MachineError, StateError, VmTasksError
@@ -186,7 +186,8 @@ class Project:
     def _claim(self, name: str, base: Config, record: MachineRecord) -> str:
         """Take a name by renaming a folder that holds the record already: there is no machine without one."""
         run = self._run()
-        run.mkdir(parents=True, exist_ok=True)
+        atomic.private_folder(run.parent)
+        run.mkdir(exist_ok=True)
         staged = run / f"{STAGED}{os.getpid()}-{secrets.token_hex(4)}"
         staged.mkdir(mode=0o700)
         try:
