@@ -9,7 +9,9 @@ from collections.abc import Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 
+from vmtasks import tidy
 from vmtasks.config import CONFIG_PATH, Config, default_state, default_store
+from vmtasks.store import Store
 
 CONFIG_FOLDER = os.fsencode(CONFIG_PATH.parent)
 STATE = b".vm"
@@ -71,8 +73,4 @@ class Private:
         for store in stores:
             yield store
             yield from (path for path in store.glob("keys/**/*") if path.suffix != ".pub")
-            for entry in store.glob("projects/*"):
-                try:
-                    yield Path(entry.read_text().strip())
-                except (OSError, ValueError):
-                    continue
+            yield from tidy.state_folders(Store(store))

@@ -207,6 +207,13 @@ def _folder(entry: Path, remembered: Names | None) -> Path:
     return Path(remembered.vm_dir if remembered else entry.read_text(errors="replace").strip())
 
 
+def state_folders(store: Store) -> Iterator[Path]:
+    """The state folders that the store knows, there or not. An entry that cannot be read is left out."""
+    for entry in (store.root / "projects").glob("[!.]*"):
+        with contextlib.suppress(OSError, ValueError):
+            yield _folder(entry, read_record(entry, Names))
+
+
 def _forget(store: Store, folder: Path, *, dry_run: bool) -> None:
     """Take a state folder that is gone off the list."""
     entries = sorted((store.root / "projects").glob("[!.]*"))

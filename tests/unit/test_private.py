@@ -9,6 +9,7 @@ import msgspec
 import nearby
 import pytest
 
+from vmtasks import tidy
 from vmtasks.arguments import Bind
 from vmtasks.config import load
 from vmtasks.errors import BindError, CommandError, ConfigError
@@ -20,6 +21,7 @@ from vmtasks.scaffold import scaffold
 from vmtasks.session import binds, launch
 from vmtasks.session.place import Place
 from vmtasks.state import BindRecord, MachineRecord
+from vmtasks.store import Store
 from vmtasks.suites import send
 
 pytestmark = pytest.mark.skipif(
@@ -76,9 +78,17 @@ def registered(root: Path) -> dict[str, str]:
     (root / "elsewhere/tiny").mkdir(parents=True)
     (root / "elsewhere/tiny/phase-1.iso").write_text(SECRET)
     store = store_folder(root.parent / "store")
-    (store / "projects").mkdir()
-    (store / "projects/1").write_text(f"{root}/elsewhere\n")
+    tidy.register(Store(store), root / "elsewhere")
     return {"VMTASKS_STORE": str(store)}
+
+
+def registered_before(root: Path) -> dict[str, str]:
+    """As an older version did."""
+    environ = registered(root)
+    for entry in Path(environ["VMTASKS_STORE"]).glob("projects/*"):
+        entry.unlink()
+    Path(environ["VMTASKS_STORE"], "projects/1").write_text(f"{root}/elsewhere\n")
+    return environ
 
 
 LAYOUTS: dict[str, Callable[[Path], dict[str, str]]] = {
@@ -93,6 +103,7 @@ LAYOUTS: dict[str, Callable[[Path], dict[str, str]]] = {
     "somebody's store": lambda root: store_folder(root / "home/.cache/vmtasks") and {},
     "another project": nested_project,
     "another project, registered": registered,
+    "another project, registered by an older version": registered_before,
     "a copy of a machine's folder": a_copy,
     "a hard link to a key": hard_link,
 }  # fmt: skip
