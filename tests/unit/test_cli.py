@@ -302,7 +302,7 @@ def test_the_programs_that_are_run_can_be_seen(here: Here) -> None:
 
 def test_any_free_port_may_be_asked_for_twice(tmp_path: Path) -> None:
     done = vmtasks("run", "-p", "0:80", "-p", "0:80", cwd=tmp_path)
-    assert "has no image of tiny" in done.stderr, "it comes after all that is checked"
+    assert "does not have tiny as it comes with vmtasks" in done.stderr, "it comes after all that is checked"
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -349,7 +349,7 @@ def test_k14_errors_are_plain_text_on_stderr(tmp_path: Path) -> None:
 def test_k10_a_store_without_an_image_names_the_next_step(tmp_path: Path) -> None:
     done = vmtasks("run", cwd=tmp_path)
     assert done.returncode == 125
-    assert "has no image of tiny" in done.stderr
+    assert "does not have tiny as it comes with vmtasks" in done.stderr
     assert "doit auto_install" in done.stderr
     assert not list(tmp_path.rglob("machine.toml"))
 

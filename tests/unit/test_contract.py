@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tools import SHELLCHECK
 from vmtasks.machine.console import Sentinel, Transcript
 from vmtasks.media import template
 
@@ -285,6 +286,6 @@ def test_the_shipped_shell_files_are_clean(tmp_path: Path):
     for name in ("lib.sh", "run.sh"):
         (tmp_path / name).write_text(template.shipped(name))
     checked = subprocess.run(
-        ["shellcheck", "-s", "sh", "lib.sh", "run.sh"], cwd=tmp_path, capture_output=True, check=False
+        [SHELLCHECK, "-s", "sh", "lib.sh", "run.sh"], cwd=tmp_path, capture_output=True, check=False
     )
     assert checked.stdout.decode() == ""

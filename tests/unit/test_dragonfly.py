@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ import msgspec
 import pytest
 
 from httpserver import Reply, serving
+from tools import SHELLCHECK
 from vmtasks import proc
 from vmtasks.build import Builder
 from vmtasks.config import Config, load
@@ -50,9 +50,8 @@ def rendered(folder: Path, **values: object) -> Builder:
 @pytest.mark.parametrize("values", [{}, ODD], ids=["as shipped", "other values"])
 def test_rendered_scripts_are_sound_shell(tmp_path: Path, values: dict[str, object]):
     builder = rendered(tmp_path, **values)
-    shellcheck = shutil.which("shellcheck", path=sysconfig.get_path("scripts")) or "shellcheck"
     for number in NUMBERS:
-        argv = [shellcheck, "-s", "sh", "-e", "SC2043,SC2154", str(builder.folder(number) / "phase.sh")]
+        argv = [SHELLCHECK, "-s", "sh", "-e", "SC2043,SC2154", str(builder.folder(number) / "phase.sh")]
         checked = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=60)
         assert checked.stdout == ""
 

@@ -516,7 +516,7 @@ def test_a_sync_that_fails_says_one_sentence_and_what_to_do(
     suites.machine.folder.mkdir(parents=True)
     monkeypatch.setattr(suites.machine, "running", lambda: target)
     with pytest.raises(CommandError) as error:
-        suites.sync(lambda _: None)
+        suites.sync()
     assert error.value.message.startswith("sync: ")
     assert "\n" not in error.value.message
     assert "rsync" not in error.value.message

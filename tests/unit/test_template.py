@@ -2,7 +2,6 @@
 
 import shutil
 import subprocess
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from tools import SHELLCHECK
 from vmtasks.config import load
 from vmtasks.errors import ConfigError
 from vmtasks.media import template
@@ -153,10 +153,9 @@ def test_shipped_phases_are_sound_shell(path: Path, tmp_path: Path):
     script = rendered(path, tmp_path)
     for shell in SHELLS.values():
         subprocess.run([*shell, "-n", script], check=True, timeout=10)
-    shellcheck = shutil.which("shellcheck", path=sysconfig.get_path("scripts")) or "shellcheck"
     # SC2154 knows only variables that are set here, run.sh exports more; SC2317 and SC2329 take functions that `retry`
     # calls for dead code; SC2194 and SC2050 are about values that the template has filled in.
-    argv = [shellcheck, "-x", "-s", "sh", "-e", "SC2154,SC2317,SC2329,SC2194,SC2050", script.name]
+    argv = [SHELLCHECK, "-x", "-s", "sh", "-e", "SC2154,SC2317,SC2329,SC2194,SC2050", script.name]
     checked = subprocess.run(argv, cwd=tmp_path, capture_output=True, check=False, timeout=60)
     assert checked.stdout.decode() == ""
 
