@@ -308,4 +308,4 @@ def test_what_stands_in_path_runs_and_not_an_applet(line: str, ssh: client.Conne
     script = "mkdir -p stubs && cd stubs && printf '#!/bin/sh\\necho mine\\n' >ar && chmod 755 ar && "
     script += "printf 'all:\\n\\t@ar\\n' >rules && PATH=$PWD:$PATH && " + line
     done = ssh.execute(f"/bin/sh -c {shlex.quote(script)}", timeout_s=LIMIT_S)
-    assert (done.status, done.stdout) == (0, "mine\n"), done.stderr
+    assert (done.status, done.stdout) == (0, b"mine\n"), done.stderr
