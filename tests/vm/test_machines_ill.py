@@ -116,8 +116,11 @@ def test_b38_a_session_outlives_a_pause(box: Cli) -> None:
 
 
 def test_k4_b31_no_ssh_server_answers(box: Cli) -> None:
-    box("ssh", "box", SSHD_OFF)
-    until(lambda: box("ssh", "box", "--", "-o", "ControlPath=none", "true").returncode == 255, 60, "the end of sshd")
+    def gone() -> bool:
+        box("ssh", "box", SSHD_OFF)
+        return box("ssh", "box", "--", "-o", "ControlPath=none", "true").returncode == 255
+
+    until(gone, 60, "the end of sshd")
     subprocess.run(["ssh", "-F", str(box.machine("box")["ssh_config"]), "-O", "exit", "box"], check=False, timeout=30)
     name, why = failed(box)
     assert name == "banner"

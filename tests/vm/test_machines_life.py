@@ -377,7 +377,8 @@ def test_k5_k11_all_ports_are_taken(cli: Cli) -> None:
         assert first not in (2222, *RANGE, web)
         assert cli.good("ssh", "a", "echo in") == "in\n"
         said = cli.bad("run", "--ssh-port", "22221")
-        assert f"port 22221 is taken by pytest (pid {os.getpid()})" in said
+        ours = Path("/proc/self/comm").read_text().strip()
+        assert f"port 22221 is taken by {ours} (pid {os.getpid()})" in said
         assert "--ssh-port auto" in said
     cli.good("stop", "--force", "a")
     cli.nothing_left()

@@ -321,9 +321,11 @@ class Machine(Place):
             else:
                 cut = ""
                 stack.enter_context(self.lock())
-            yield cut
-            if not self.folder.exists():
-                drop(self.lock_file)
+            try:
+                yield cut
+            finally:
+                if not self.folder.exists():
+                    drop(self.lock_file)
 
     def _say_fault(self, fault: str) -> None:
         """What is not known without the record, and therefore not done."""
