@@ -1,4 +1,4 @@
-"""A project as `vmtasks init` begins it: what its sync leaves out, and README's table of what runs again."""
+"""A project as `vmtasks init` begins it: what its sync leaves out, and the table of what runs again."""
 
 import shutil
 import subprocess
