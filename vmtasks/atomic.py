@@ -1,5 +1,6 @@
 """Files that are whole or absent: write beside, fsync, rename. All temporary names are made and recognised here."""
 
+import errno
 import fcntl
 import os
 import re
@@ -144,6 +145,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def private_folder(path: Path) -> None:
-    """Have a folder that nobody else may enter: disks and logs hold host keys. One that is there keeps its mode."""
-    if not path.is_dir():
+    """Have a folder that nobody else may enter: disks and logs hold host keys. One that is there keeps its mode.
+
+    OSError as the file system raises it; NotADirectoryError for what is no folder.
+    """
+    if path.is_dir():
+        return
+    try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except FileExistsError:  # a file or a device
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path)) from None
