@@ -11,13 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Concatenate, ParamSpec
 
-from vmtasks import arguments, atomic, image, plan, proc, progress, tidy
+from vmtasks import arguments, atomic, image, plan, progress, tidy
 from vmtasks.errors import ConfigError, StateError
 from vmtasks.lock import lock
 from vmtasks.media import installer, template
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
 from vmtasks.model import Download
+from vmtasks.remote import keypair
 from vmtasks.state import PhaseRecord, State
 from vmtasks.store import ImageRecord, Look, MediaRecord, read_record, write_record
 
@@ -52,15 +53,10 @@ class Builder(State):
             if self.key.is_file():
                 if not _holds_public_key(self.public_key):
                     progress.say(f"{self.public_key}: no public key; made anew from the private one")
-                    made = proc.run(["ssh-keygen", "-y", "-f", self.key], timeout_s=60).stdout
-                    atomic.write(self.public_key, made)
+                    atomic.write(self.public_key, keypair.public_text(self.key))
                 return
             self.key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with atomic.temporary(self.key, folder=True) as place:
-                beside = place / self.key.name
-                proc.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "vmtasks", "-f", beside], timeout_s=60)
-                atomic.publish(beside.with_suffix(".pub"), self.public_key)
-                atomic.publish(beside, self.key, 0o600)
+            keypair.make_pair(self.key, "vmtasks")
 
     def fetch(self, *, allow_unverified: bool = False) -> None:
         """Have the installer in the store and say in its record which file it is.

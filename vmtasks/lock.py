@@ -100,8 +100,7 @@ def sweep(folder: Path) -> None:
     """Remove the lock files in a folder that nobody holds: whoever comes next makes one anew."""
     for path in folder.glob("*.lock"):
         with contextlib.suppress(StateError), lock(path, path.name, timeout_s=0):
-            path.with_suffix(".owner").unlink(missing_ok=True)
-            path.unlink()
+            drop(path)
     for owner in folder.glob("*.owner"):
         if not owner.with_suffix(".lock").exists():
             owner.unlink(missing_ok=True)

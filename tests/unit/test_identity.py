@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmtasks import arguments
-from vmtasks.session import identity, keys
+from vmtasks.remote import keypair
+from vmtasks.session import identity
 from vmtasks.session.identity import HostKey
 
 SHELLS = {
@@ -106,8 +107,8 @@ def test_a_host_name_that_the_kernel_refuses_is_written_nowhere(tmp_path: Path):
 
 def host_key(folder: Path, kind: str) -> HostKey:
     path = folder / f"made-{kind}"
-    keys.make_pair(path, "a", (kind,))
-    return HostKey(kind, path.read_text(), " ".join(keys.public_half(path).read_text().split()[:2]))
+    keypair.make_pair(path, "a", (kind,))
+    return HostKey(kind, path.read_text(), " ".join(keypair.public_half(path).read_text().split()[:2]))
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def etc(tmp_path: Path) -> Path:
     made = tmp_path / "ssh"
     made.mkdir()
     for kind in ("ed25519", "ecdsa"):
-        keys.make_pair(made / f"ssh_host_{kind}_key", "image", (kind,))
+        keypair.make_pair(made / f"ssh_host_{kind}_key", "image", (kind,))
     (made / "sshd_config").write_text("")
     return made
 

@@ -13,7 +13,8 @@ from vmtasks import config
 from vmtasks.errors import MachineError, SshError
 from vmtasks.machine import argv, vm
 from vmtasks.media import disk
-from vmtasks.session import keys, launch
+from vmtasks.remote import keypair
+from vmtasks.session import launch
 from vmtasks.session.machine import Machine
 from vmtasks.state import MachineRecord
 
@@ -32,7 +33,7 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     made = Machine(base, "a")
     made.folder.mkdir(parents=True)
     made.state.key.parent.mkdir(parents=True)
-    keys.make_pair(made.state.key, "store")
+    keypair.make_pair(made.state.key, "store")
     disk.create(made.disk, 1 << 20)
     yield made
     vm.end_stray(made.qmp)

@@ -10,6 +10,7 @@ import pytest
 
 from vmtasks import config
 from vmtasks.errors import StateError
+from vmtasks.remote import keypair
 from vmtasks.session import keys, launch
 from vmtasks.session.machine import Machine
 from vmtasks.state import MachineRecord
@@ -25,7 +26,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     made = Machine(config.without_project({"guest": "tiny"}, places), "a")
     made.folder.mkdir(parents=True)
     made.state.key.parent.mkdir(parents=True)
-    keys.make_pair(made.state.key, "store")
+    keypair.make_pair(made.state.key, "store")
     return made
 
 
@@ -42,9 +43,9 @@ def encrypt(key: Path) -> None:
 
 def other(key: Path) -> None:
     """Somebody's pair, of which only the private half was put here."""
-    public = keys.public_half(key).read_bytes()
-    keys.make_pair(key, "other")
-    keys.public_half(key).write_bytes(public)
+    public = keypair.public_half(key).read_bytes()
+    keypair.make_pair(key, "other")
+    keypair.public_half(key).write_bytes(public)
 
 
 def link_to_zero(key: Path) -> None:
@@ -84,7 +85,7 @@ def test_a_key_of_the_store_that_lets_nobody_in(
 
 
 def test_a_key_of_a_machine_that_lets_nobody_in(machine: Machine) -> None:
-    keys.make_pair(machine.own_key, "a")
+    keypair.make_pair(machine.own_key, "a")
     machine.own_key.write_text("garbage\n")
     machine.state.key.unlink()  # which is of no use to this one
     with pytest.raises(StateError) as caught:
@@ -108,5 +109,5 @@ def test_an_encrypted_key_that_an_agent_holds(
 
 def test_a_key_that_is_right_is_left_alone(machine: Machine) -> None:
     keys.require_usable(machine.state.key)
-    keys.public_half(machine.state.key).unlink()
+    keypair.public_half(machine.state.key).unlink()
     keys.require_usable(machine.state.key)

@@ -17,7 +17,7 @@ import msgspec
 
 from vmtasks import proc, progress
 from vmtasks.errors import SshError
-from vmtasks.remote import ssh
+from vmtasks.remote import keypair, ssh
 from vmtasks.session import keys
 from vmtasks.session.place import Place
 from vmtasks.state import MachineRecord
@@ -115,7 +115,7 @@ def settle(place: Place, record: MachineRecord) -> MachineRecord:
     if not login and not host:
         return record
     if login and not place.own_key.is_file():
-        keys.make_pair(place.own_key, f"vmtasks {place.name}")
+        keypair.make_pair(place.own_key, f"vmtasks {place.name}")
     old = record.host_keys
     fresh = make_host_keys(place, old) if host and place.config.guest.ssh.host_keys else []
     changing = {"key": "changing"} if login else {}
@@ -167,8 +167,8 @@ def make_host_keys(place: Place, old: list[str]) -> list[HostKey]:
     with tempfile.TemporaryDirectory(dir=place.sockets) as folder:
         for kind, *how in kinds(old):
             path = Path(folder, kind)
-            keys.make_pair(path, place.name, (kind, *how))
-            public = keys.public_half(path).read_text().split()
+            keypair.make_pair(path, place.name, (kind, *how))
+            public = keypair.public_half(path).read_text().split()
             made.append(HostKey(kind, path.read_text(), " ".join(public[:2])))
     return made
 

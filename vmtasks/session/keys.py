@@ -7,7 +7,6 @@ that are open stay open: a server looks at these files only when somebody logs i
 import os
 import shlex
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from vmtasks import arguments, proc
 from vmtasks.arguments import PublicKey
 from vmtasks.errors import ConfigError, SshError, StateError
 from vmtasks.remote import ssh
+from vmtasks.remote.keypair import make_pair, public_half, read_public
 from vmtasks.session.place import Place
 from vmtasks.state import MachineRecord
 
@@ -66,32 +66,6 @@ class Listed:
 
     key: PublicKey
     ours: bool
-
-
-def make_pair(private: Path, comment: str, kind: Sequence[str] = ("ed25519",)) -> PublicKey:
-    """Make a key pair: `private` with mode 0600, the public half beside it. What is there is overwritten.
-
-    `kind` is what `ssh-keygen -t` takes, with further options.
-    """
-    beside = private.with_name(f".{private.name}.new")
-    for old in (beside, public_half(beside)):
-        old.unlink(missing_ok=True)
-    proc.run(["ssh-keygen", "-q", "-t", *kind, "-N", "", "-C", comment, "-f", beside], timeout_s=60)
-    public_half(beside).rename(public_half(private))
-    beside.rename(private)
-    return read_public(private)
-
-
-def public_half(private: Path) -> Path:
-    """Where ssh-keygen puts it."""
-    return private.with_name(f"{private.name}.pub")
-
-
-def read_public(private: Path) -> PublicKey:
-    """The public half of a key, taken from the private one: two files may be out of step after a kill."""
-    text = proc.run(["ssh-keygen", "-y", "-f", private], timeout_s=30).stdout
-    (key,) = arguments.public_keys(text, str(private))
-    return key
 
 
 def require_usable(private: Path, public: Path | None = None, remedy: str = "put it back from a copy") -> None:
