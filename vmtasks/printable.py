@@ -47,11 +47,15 @@ class Cleaner:
 
     def feed(self, data: bytes) -> str:
         """The text that `data` adds. A control sequence whose end has not come yet is held back."""
+        return text(self._complete(data))
+
+    def _complete(self, data: bytes, waits: str = "") -> str:
+        """What has come, up to where half of a control sequence, or else `waits`, ends it: that is held back."""
         said = self._pending + self._decoder.decode(data)
         held = _UNFINISHED.search(said)
-        at = held.start() if held else len(said)
+        at = held.start() if held else len(said.removesuffix(waits))
         self._pending = said[at:]
-        return text(said[:at])
+        return said[:at]
 
 
 class Live(Cleaner):
@@ -64,11 +68,7 @@ class Live(Cleaner):
 
     def feed(self, data: bytes) -> str:
         """The text that `data` adds. What may be half of a control sequence or of a line's end is held back."""
-        said = self._pending + self._decoder.decode(data)
-        held = _UNFINISHED.search(said)
-        at = held.start() if held else len(said.removesuffix("\r"))
-        self._pending = said[at:]
-        return self._shown(said[:at])
+        return self._shown(self._complete(data, "\r"))
 
     def end(self) -> str:
         """What was held back, and the end of all colours."""

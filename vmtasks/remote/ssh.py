@@ -300,27 +300,26 @@ def session_argv(
     SshError when that fails.
     """
     marked = f": {mark}\n{command}\nexit $?"
-    terminal = ["-tt"] if tty else []
-    line = session_line(script(marked, cwd=cwd, env=env or {}, user=user))
+    text = script(marked, cwd=cwd, env=env or {}, user=user)
+    line = session_line(text)
     if len(line) > LINE_BYTES:
         # As oneself nothing need stand in an argument, which Linux limits to 128 KiB.
-        home = '"$HOME"'
-        text = script(marked, cwd=cwd, env=env or {}, user=user) if user else _prepared(marked, cwd, env or {}, home)
         path = f"{SCRIPTS}/{mark}"
-        put = f'umask 077; mkdir -p {SCRIPTS} && printf %b "$(cat)" >{path}'
-        sent = proc.run(
-            target.argv(remote_line(put), options=options),
-            timeout_s=SHARE_S,
-            check=False,
-            stdin=plain(f"rm -f {path}\n{text}\n"),
-        )
-        if sent.status != 0:
-            why = explain(sent.stderr)
-            raise SshError(
-                f"{target.name}: the command is too long for a line, and its script could not be sent: {why}"
-            )
+        _send(target, path, text if user else _prepared(marked, cwd, env or {}, home='"$HOME"'), options)
         line = session_line(f"exec /bin/sh {path}")
-    return target.argv(line, options=[*options, *terminal])
+    return target.argv(line, options=[*options, *(["-tt"] if tty else [])])
+
+
+def _send(target: Target, path: str, text: str, options: Sequence[str]) -> None:
+    """Put a script into the guest that removes itself as it begins. SshError when that fails."""
+    put = f'umask 077; mkdir -p {SCRIPTS} && printf %b "$(cat)" >{path}'
+    line, stdin = remote_line(put), plain(f"rm -f {path}\n{text}\n")
+    sent = proc.run(target.argv(line, options=options), timeout_s=SHARE_S, check=False, stdin=stdin)
+    if sent.status != 0:
+        raise SshError(
+            f"{target.name}: the command is too long for a line, and its script could not be sent: "
+            f"{explain(sent.stderr)}"
+        )
 
 
 def session_line(text: str) -> str:
