@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmtasks import interrupts, proc
+from vmtasks import interrupts, processes
 from vmtasks.errors import BusyError, StateError
 
 Waiting = Callable[[str], None]
@@ -27,7 +27,7 @@ class Holder:
     @classmethod
     def of(cls, pid: int) -> "Holder":
         """What can be known of a process."""
-        return cls(pid, proc.started(pid), hashlib.sha256(proc.command_line(pid).encode()).hexdigest())
+        return cls(pid, processes.started(pid), hashlib.sha256(processes.command_line(pid).encode()).hexdigest())
 
     def holds(self, path: Path) -> bool:
         """Whether this is provably still the process that wrote so; on Linux also whether it has the lock file open."""
@@ -47,7 +47,7 @@ class Holder:
 
     def __str__(self) -> str:
         """As a message names it."""
-        return f"process {self.pid} ({proc.command_line(self.pid).strip()[:100] or 'gone'})"
+        return f"process {self.pid} ({processes.command_line(self.pid).strip()[:100] or 'gone'})"
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from phaserun import machine as spec
 from phaserun import needs_qemu
 
 from bootsector import hang, sector
-from vmtasks import proc
+from vmtasks import processes
 from vmtasks.build import Builder
 from vmtasks.errors import StateError
 from vmtasks.lock import lock
@@ -139,7 +139,7 @@ def test_a_command_line_that_only_speaks_of_the_machine_is_no_proof(home: Home):
     machine = Machine(home.config, home.project.create(Wants(name="a")).name)
     damage(home, "cut")
     with subprocess.Popen(["sh", "-c", "sleep 300", "qemu-system-x86_64", "-pidfile", machine.pidfile]) as other:
-        until(lambda: str(machine.pidfile) in proc.words(other.pid), "its command line")
+        until(lambda: str(machine.pidfile) in processes.words(other.pid), "its command line")
         assert machine.process() is None
         machine.destroy(lambda _: None)
         assert other.poll() is None
@@ -194,7 +194,7 @@ def test_force_ends_a_start_that_hangs(home: Home, words: list[str]):
     assert starter.returncode == 1, "it has noticed by itself"
     assert "error: machine a" in said
     assert "Traceback" not in said
-    assert not proc.started(pid)
+    assert not processes.started(pid)
     assert home.qemus() == []
     assert (home.run_folder / "a").exists() == (words[0] == "stop")
 
@@ -268,7 +268,7 @@ def test_a_holder_that_is_not_proven_is_never_signalled(home: Home, noted: str):
     with subprocess.Popen(["sleep", "300"]) as other, machine.lock(0):
         note = machine.lock_file.with_suffix(".owner")
         _, _, digest = note.read_text().split()[1:]  # ours
-        until(lambda: proc.command_line(other.pid).startswith("sleep"), "its program")
+        until(lambda: processes.command_line(other.pid).startswith("sleep"), "its program")
         real = home_of(other.pid)
         given = {"start": ("1", real[1]), "command line": (real[0], digest), "file": real}[noted]
         note.write_text(f"process {other.pid}\n{given[0]}\n{given[1]}\n")
@@ -409,7 +409,7 @@ def test_another_machine_of_the_same_name_is_never_reaped(home: Home):
         first.write(text)
     with path.open("w") as second:  # to ask whether it is over
         second.write(text)
-        over.write(msgspec.structs.replace(record, owner=os.getpid(), owner_started=proc.started(os.getpid())))
+        over.write(msgspec.structs.replace(record, owner=os.getpid(), owner_started=processes.started(os.getpid())))
     reaping.join()
     assert path.is_file()
     over.destroy(lambda _: None)

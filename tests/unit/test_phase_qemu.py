@@ -16,7 +16,7 @@ import pytest
 from phaserun import TOKEN, Went, failed, machine, needs_qemu, runner
 
 from bootsector import hang, phase, sector, write_disk
-from vmtasks import proc
+from vmtasks import processes
 from vmtasks.errors import MachineError
 from vmtasks.machine import argv, vm
 from vmtasks.phase import Limits
@@ -147,11 +147,11 @@ def test_qemu_is_gone_soon_after_we_were_killed(tmp_path: Path):
     )
     with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE) as parent:
         pid = int(parent.stdout.readline())
-        assert "qemu" in proc.command_line(pid)
+        assert "qemu" in processes.command_line(pid)
         parent.kill()
         parent.wait()
     end = time.monotonic() + 2
-    while proc.started(pid):
+    while processes.started(pid):
         assert time.monotonic() < end, "QEMU outlives us"
         time.sleep(0.02)
 

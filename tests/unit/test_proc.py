@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmtasks import proc
+from vmtasks import proc, processes
 from vmtasks.errors import CommandError, MissingToolError
 
 
 def gone(pid: int, within_s: float = 2.0) -> bool:
     """Whether a process is gone, or a zombie that nobody has reaped."""
     end = time.monotonic() + within_s
-    while proc.started(pid):
+    while processes.started(pid):
         if time.monotonic() > end:
             return False
         time.sleep(0.02)
@@ -209,7 +209,7 @@ def test_a_child_dies_with_us_after_sigkill():
     )
     with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE) as parent:
         sleeper = int(parent.stdout.readline())
-        assert proc.started(sleeper)
+        assert processes.started(sleeper)
         parent.kill()
     assert gone(sleeper)
 
@@ -222,7 +222,7 @@ with Path({str(tmp_path / "out")!r}).open("wb") as out:
     print(proc.detach(["sh", "-c", "echo said; exec sleep 60"], out).pid)
 """
     pid = int(subprocess.run([sys.executable, "-W", "ignore", "-c", text], stdout=subprocess.PIPE, check=True).stdout)
-    assert proc.started(pid)
+    assert processes.started(pid)
     assert os.getsid(pid) == pid
     os.kill(pid, signal.SIGKILL)
     assert gone(pid)
@@ -236,17 +236,17 @@ def test_a_process_is_known_by_its_start():
     with proc.spawn(["sh", "-c", "echo; exec sleep 60"], pipe=True) as child:
         child.stdout.readline()
         time.sleep(0.1)
-        first = proc.started(child.pid)
-        assert first == proc.started(child.pid) != ""
-        assert proc.command_line(child.pid) == "sleep 60 "
-    assert proc.started(child.pid) == ""
-    assert proc.command_line(child.pid) == ""
+        first = processes.started(child.pid)
+        assert first == processes.started(child.pid) != ""
+        assert processes.command_line(child.pid) == "sleep 60 "
+    assert processes.started(child.pid) == ""
+    assert processes.command_line(child.pid) == ""
 
 
 def test_a_zombie_is_gone():
     child = subprocess.Popen(["true"])
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
-    assert proc.started(child.pid) == ""
+    assert processes.started(child.pid) == ""
     child.wait()
 
 
@@ -254,8 +254,8 @@ def test_a_process_with_an_odd_name_is_known(tmp_path: Path):
     odd = tmp_path / ") Z 1 ("
     odd.symlink_to(proc.find("sleep"))
     with proc.spawn([odd, "60"]) as child:
-        assert proc.started(child.pid).isdecimal()
-        assert int(proc.started(child.pid)) > 100
+        assert processes.started(child.pid).isdecimal()
+        assert int(processes.started(child.pid)) > 100
 
 
 def test_a_signal_while_a_child_starts_leaves_no_child(tmp_path: Path):
@@ -269,4 +269,4 @@ def test_a_signal_while_a_child_starts_leaves_no_child(tmp_path: Path):
         pid = tmp_path / str(number)
         ended = subprocess.run([sys.executable, "-c", code, pid], capture_output=True, check=False, timeout=60)
         assert b"KeyboardInterrupt" in ended.stderr
-        assert not proc.started(int(pid.read_text()))
+        assert not processes.started(int(pid.read_text()))

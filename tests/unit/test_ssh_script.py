@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from unit.shellserver import serving
-from vmtasks import proc
+from vmtasks import proc, processes
 from vmtasks.remote import ssh
 
 LOGIN_SHELLS = {
@@ -219,7 +219,7 @@ def test_end_script_ends_all_that_a_script_has_started(shell: str, tmp_path: Pat
         assert ended.stderr == ""
         assert proc.shell_status(child.wait(5)) == 128 + signal.SIGKILL
         assert time.monotonic() - began < 6
-    assert not proc.started(int((tmp_path / "sleep").read_text()))
+    assert not processes.started(int((tmp_path / "sleep").read_text()))
     assert not pidfile.exists()
 
 
@@ -252,7 +252,7 @@ def test_a_session_is_ended_with_all_that_it_has_started_and_nothing_else(shell:
         assert (ended.stdout, ended.stderr, ended.returncode) == ("", "", 0)
         assert child.wait(5) in (-signal.SIGTERM, 128 + signal.SIGTERM)
         deadline = time.monotonic() + 5
-        while proc.started(started):
+        while processes.started(started):
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert left.poll() is None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from vmtasks import proc
+from vmtasks import proc, processes
 from vmtasks.errors import CommandError, MachineError
 from vmtasks.machine import argv, console, events, qmp
 
@@ -49,9 +49,9 @@ class Pid:
         The kernel takes the memory of a process that ends, and with it the command line, before it closes its files: it
         is there until its locks and ports are free.
         """
-        if not self.started or proc.started(self.number) != self.started:
+        if not self.started or processes.started(self.number) != self.started:
             return False
-        line = proc.command_line(self.number)
+        line = processes.command_line(self.number)
         return not line or mark in line
 
 
@@ -104,7 +104,7 @@ def launch(spec: argv.Spec, output: Path, *, die_with_us: bool = False) -> Pid:
         if isinstance(error, MachineError):
             raise MachineError(f"QEMU did not start: {said or error.message}", log=output) from None
         raise
-    pid = Pid(child.pid, proc.started(child.pid))
+    pid = Pid(child.pid, processes.started(child.pid))
     proc.reap_when_over(child)
     return pid
 
@@ -114,17 +114,17 @@ def find(pidfile: Path) -> Pid | None:
 
     MachineError for one that runs as somebody who neither we are nor the owner of the file's folder: it is not ours.
     """
-    for number in proc.pids():
-        began, words = proc.started(number), proc.words(number)
+    for number in processes.numbers():
+        began, words = processes.started(number), processes.words(number)
         if not words or Path(words[0]).name != argv.PROGRAM or not began or not _has_pidfile(words, pidfile):
             continue
-        runs_as = proc.user(number)
+        runs_as = processes.user(number)
         if runs_as not in (os.geteuid(), pidfile.parent.stat().st_uid):
             raise MachineError(
                 f"process {number} was started with {pidfile}, by user {runs_as}: it is not ours to end",
                 hint="ask that user, or root, to stop it",
             )
-        if proc.started(number) == began:
+        if processes.started(number) == began:
             return Pid(number, began)
     return None
 
@@ -290,7 +290,7 @@ def temporary_sockets() -> Iterator[Path]:
     base = socket_base()
     for old in base.glob("p*"):
         pid = re.fullmatch(r"p(\d+)-.*", old.name)
-        if pid is not None and not proc.started(int(pid[1])):
+        if pid is not None and not processes.started(int(pid[1])):
             shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=f"p{os.getpid()}-", dir=base))
     try:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-from vmtasks import atomic, proc
+from vmtasks import atomic
 from vmtasks.errors import StateError, VmTasksError
 from vmtasks.remote.gitignore import FILE, Rules, read
 
@@ -118,6 +118,8 @@ class Repository:
     def tracked(self) -> frozenset[bytes] | None:
         """Those paths and folders; None where git cannot say."""
         words = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", "-C", os.fsdecode(self.folder)]
+        from vmtasks import proc  # noqa: PLC0415 - doit looks at the tree at every run, and seldom asks git
+
         words += ["ls-files", "-z", "-c", "-i", "--exclude-per-directory=.gitignore"]
         try:
             said = os.fsencode(proc.run(words, timeout_s=GIT_S).stdout)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from vmtasks import proc, progress, qcow2
+from vmtasks import proc, processes, progress, qcow2
 from vmtasks.config import FALLBACK_PORTS, Config
 from vmtasks.errors import MissingToolError, VmTasksError
 from vmtasks.machine import qmp
@@ -93,7 +93,7 @@ def _process(machine: Machine, record: MachineRecord) -> tuple[Verdict, str]:
     if not record.pid:
         return "gone", f"it is stopped; {machine.command('start')}"
     said = machine.qemu_log.read_text(errors="replace").strip() if machine.qemu_log.is_file() else ""
-    other = " (that number is another process's now)" if proc.started(record.pid) else ""
+    other = " (that number is another process's now)" if processes.started(record.pid) else ""
     last = said.splitlines()[-1] if said else "nothing"
     return "gone", f"QEMU, process {record.pid}, is gone: killed, or crashed{other}; it last said: {last}"
 

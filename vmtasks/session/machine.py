@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import msgspec
 
-from vmtasks import proc, progress, qcow2, snapshots, tidy
+from vmtasks import processes, progress, qcow2, snapshots, tidy
 from vmtasks.config import show_size
 from vmtasks.errors import StateError
 from vmtasks.lock import drop
@@ -334,7 +334,7 @@ class Machine(Place):
             "copied back from its binds"
         )
         number, found = self.number_told(), self.process()
-        if number and proc.started(number) and (found is None or found.number != number):
+        if number and processes.started(number) and (found is None or found.number != number):
             progress.say(f"machine {self.name}: process {number}, which its pid file names, is not provably its QEMU")
 
     def ours(self) -> MachineRecord | None:

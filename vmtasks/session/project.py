@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmtasks import arguments, atomic, config, proc, rules, tidy
+from vmtasks import arguments, atomic, config, processes, rules, tidy
 from vmtasks.arguments import Bind, Forward, PublicKey
 from vmtasks.config import CONFIG_PATH, Config, show_size
 from vmtasks.errors import BusyError, ConfigError, MachineError, StateError, VmTasksError
@@ -174,7 +174,7 @@ class Project:
             own=True,
             throwaway=wants.throwaway,
             owner=owner,
-            owner_started=proc.started(owner) if owner else "",
+            owner_started=processes.started(owner) if owner else "",
             authorized=[str(key) for key in wants.authorized],
             login=wants.user,
             disk_size=size,
@@ -290,7 +290,7 @@ class Project:
     def _drop_leftover(self, path: Path) -> None:
         """Remove what was staged by a process that is gone, or the lock of a machine that is."""
         staged = re.fullmatch(rf"{re.escape(STAGED)}(\d+)-.*", path.name)
-        if staged is not None and not proc.started(int(staged[1])):
+        if staged is not None and not processes.started(int(staged[1])):
             shutil.rmtree(path, ignore_errors=True)
         if path.suffix != ".lock":
             return
@@ -321,7 +321,7 @@ def why_over(machine: Machine) -> str:
     if record is None:
         return ""
     if record.owner:
-        over = proc.started(record.owner) != record.owner_started
+        over = processes.started(record.owner) != record.owner_started
         return "the command that it belonged to is gone" if over else ""
     return "it has ended" if record.throwaway and record.pid and machine.pid(record) is None else ""
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from vmtasks import atomic, proc
+from vmtasks import atomic, processes
 from vmtasks.config import Config
 from vmtasks.session import binds
 from vmtasks.session.machine import Machine
@@ -51,7 +51,7 @@ def using(
     back = verb == "attach" if not bound else not goes_on
     began, outcome = time.time(), Outcome()
     login = user or (record.ssh_user if record else "")
-    use = Use(verb, login, command[:SHOWN_CHARS], os.getpid(), proc.started(os.getpid()), round(began, 1))
+    use = Use(verb, login, command[:SHOWN_CHARS], os.getpid(), processes.started(os.getpid()), round(began, 1))
     mark = machine.folder / "sessions" / f"{os.getpid()}-{time.monotonic_ns()}"
     mark.parent.mkdir(exist_ok=True)
     atomic.write(mark, json.dumps(asdict(use)))
@@ -71,7 +71,7 @@ def uses(machine: Machine) -> list[Use]:
     for mark in sorted((machine.folder / "sessions").glob("[0-9]*")):
         with contextlib.suppress(OSError, ValueError, TypeError):
             use = Use(**json.loads(mark.read_text()))
-            if proc.started(use.pid) == use.pid_started:
+            if processes.started(use.pid) == use.pid_started:
                 found.append(use)
                 continue
         with contextlib.suppress(OSError):
