@@ -10,7 +10,6 @@ first word, for which new connections are tried. Exit status 1 when the ratio is
 import argparse
 import shutil
 import socket
-import statistics
 import subprocess
 import sys
 import threading
@@ -18,6 +17,8 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+
+from timing import compare
 
 from vmtasks.machine import argv, events
 from vmtasks.session import Machine, Project, Wants, launch
@@ -97,12 +98,7 @@ def main() -> int:
             times["vmtasks start"].append(start(machine))
     finally:
         machine.destroy(lambda _: None)
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, values in times.items():
-        print(f"{name:20} {medians[name]:6.2f} s  ({', '.join(f'{value:.2f}' for value in values)})")
-    ratio = medians["vmtasks start"] / medians["QEMU and the guest"]
-    print(f"ratio {ratio:.2f}, limit {LIMIT}: {'ok' if ratio <= LIMIT else 'too slow'}")
-    return 0 if ratio <= LIMIT else 1
+    return compare(times, LIMIT)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,13 @@ guest is tiny, whose images come from the store, or are made first. Prints the m
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from timing import bare_doit, compare, run
 
 from vmtasks.config import load
 from vmtasks.results import ResultRecord, Results
@@ -22,18 +23,8 @@ from vmtasks.scaffold import scaffold
 from vmtasks.store import write_record
 
 LIMIT = 4.0
-BARE = 'def task_one():\n    return {"actions": ["true"], "targets": ["made"], "uptodate": [True]}\n'
 DOIT = [sys.executable, "-m", "doit"]
 IN_A_FOLDER = 25
-
-
-def run(words: list[str], folder: Path) -> tuple[float, str]:
-    """Seconds that a command took, and what it printed."""
-    began = time.perf_counter()
-    done = subprocess.run(words, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    took = time.perf_counter() - began
-    assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
-    return took, done.stdout
 
 
 def grow(tree: Path, files: int) -> None:
@@ -80,8 +71,7 @@ def main() -> int:
         bare, root = Path(folder, "bare"), Path(folder, "project")
         bare.mkdir()
         root.mkdir()
-        (bare / "dodo.py").write_text(BARE)
-        (bare / "made").touch()
+        bare_doit(bare)
         prepare(root, given.files, given.suites)
         _, said = run([*DOIT, "quick"], root)
         assert said.count("nothing has changed") == given.suites, f"not up to date:\n{said}"
@@ -89,13 +79,7 @@ def main() -> int:
         for _ in range(given.rounds):
             times["bare doit"].append(run(DOIT, bare)[0])
             times["doit quick, nothing to do"].append(run([*DOIT, "quick"], root)[0])
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, median in medians.items():
-        print(f"{name:26} {median * 1000:7.1f} ms  {median / medians['bare doit']:.2f} times bare doit")
-    ratio = medians["doit quick, nothing to do"] / medians["bare doit"]
-    found = {"files": given.files, "suites": given.suites, "ratio": round(ratio, 2), "limit": LIMIT}
-    print(json.dumps(found))
-    return 0 if ratio <= LIMIT else 1
+    return compare(times, LIMIT)
 
 
 if __name__ == "__main__":
