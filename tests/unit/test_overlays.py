@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from test_build import Guest, both
+from test_store import damage
 
 from bootsector import ask, cd, phase, say, sector, write_disk
 from vmtasks.errors import ImageError, StateError
@@ -85,16 +86,6 @@ def other_packages(guest: Guest, word: str) -> None:
         phase(guest.token(1), steps=("install",)),
     )
     guest.builder.installer().write_bytes(image)
-
-
-def damage(path: Path, at: int, data: bytes = b"damage") -> None:
-    """Change bytes of an image; its size and time stay."""
-    times = path.stat()
-    path.chmod(0o644)
-    with path.open("rb+") as file:
-        file.seek(at)
-        file.write(data)
-    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 # ---- built anew

@@ -52,6 +52,16 @@ def make(store: Store, digest: str, below: ImageRecord | None = None, data: byte
     return publish(store, digest, below)
 
 
+def damage(path: Path, at: int, data: bytes = b"damage") -> None:
+    """Change bytes of an image; its size and time stay."""
+    times = path.stat()
+    path.chmod(0o644)
+    with path.open("rb+") as file:
+        file.seek(at)
+        file.write(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
 @pytest.fixture
 def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "store")
@@ -156,11 +166,7 @@ def test_other_bytes_of_the_same_time(store: Store):
     """As a fault of the file system leaves it, or a copy with times of a file that was damaged before."""
     record = make(store, "a", data=bytes(1 << 20))
     path = store.image(record)
-    path.chmod(0o644)
-    with path.open("rb+") as data:
-        data.seek(300_001)
-        data.write(b"x")
-    os.utime(path, ns=(0, record.mtime_ns))
+    damage(path, 300_001, b"x")
     assert store.find("a") == (record, "")
     assert store.find("a", look="bytes") == (None, f"{path.name} does not have the bytes that its record says")
 
@@ -295,16 +301,6 @@ def real(store: Store, digest: str, below: ImageRecord | None = None) -> ImageRe
     return record
 
 
-def change(store: Store, record: ImageRecord, at: int, data: bytes = b"x") -> None:
-    """Change bytes of an image and leave its size and its time."""
-    path = store.image(record)
-    path.chmod(0o644)
-    with path.open("rb+") as file:
-        file.seek(at)
-        file.write(data)
-    os.utime(path, ns=(0, record.mtime_ns))
-
-
 def test_a_sound_chain_passes_every_look(store: Store):
     b = real(store, "b", real(store, "a"))
     assert store.image(b).stat().st_size > 8 << 20
@@ -321,7 +317,7 @@ def test_a_sample_sees_that_an_image_has_other_bytes(store: Store, at: int, data
     a = real(store, "a")
     b = real(store, "b", a)
     size = store.image(a).stat().st_size
-    change(store, a, at % size, data[: size - at % size])
+    damage(store.image(a), at % size, data[: size - at % size])
     assert store.find("b") == (b, ""), "its time is right"
     assert store.find("b", look="sample") == (
         None,
@@ -335,7 +331,7 @@ def test_an_image_of_an_older_version_is_known_by_its_header(store: Store):
     as_it_was = msgspec.structs.replace(made, sample="")
     write_record(store.image(made).with_suffix(".toml"), as_it_was)
     assert store.find("a", look="sample") == (as_it_was, "")
-    change(store, made, 0, b"garbage")
+    damage(store.image(made), 0, b"garbage")
     assert store.find("a", look="sample")[0] is None
 
 
@@ -359,7 +355,7 @@ def rchar() -> int:
 def test_where_qemu_img_fails_all_bytes_are_read(store: Store):
     a = real(store, "a")
     b = real(store, "b", a)
-    change(store, a, 3_000_003)
+    damage(store.image(a), 3_000_003, b"x")
     assert store.find("b", look="sample") == (b, ""), "a place that no sample hits"
     with (
         pytest.raises(ImageError, match=f"{store.image(a).name} does not have") as caught,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from test_store import files, fill, make, publish, real
+from test_store import damage, files, fill, make, publish, real
 
 from vmtasks import cli, tidy
 from vmtasks.errors import ConfigError
@@ -342,11 +342,7 @@ def test_doctor_reads_every_byte_of_the_store(store: Store, home: Home):
     home.installer()
     assert vmtasks(home, "doctor", "--store").returncode == 0
     path = store.image(damaged)
-    path.chmod(0o644)
-    with path.open("rb+") as file:
-        file.seek(500_000)
-        file.write(b"x")
-    os.utime(path, ns=(0, damaged.mtime_ns))
+    damage(path, 500_000, b"x")
     assert store.find("b")[1] == ""
     done = vmtasks(home, "doctor", "--store")
     assert done.returncode == 1
