@@ -1,5 +1,6 @@
-"""A real terminal with doit in it: what a person sees and types."""
+"""A real terminal with a program in it: what a person sees and types."""
 
+import fcntl
 import os
 import pty
 import re
@@ -7,9 +8,11 @@ import select
 import signal
 import subprocess
 import sys
+import termios
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from conftest import Ended, Project
 
@@ -18,7 +21,7 @@ KEY_S = 0.002
 
 
 class Terminal:
-    """A doit on a terminal of its own."""
+    """A program on a terminal of its own."""
 
     def __init__(self, process: subprocess.Popen[bytes], master: int) -> None:
         self.process, self._master = process, master
@@ -42,7 +45,7 @@ class Terminal:
         while (found := re.compile(expression).search(self.seen, self._from)) is None:
             assert time.monotonic() < deadline, f"waited {timeout_s:g} s for {expression!r}; seen:\n{self.seen[-3000:]}"
             came = self.read(0.2)
-            assert came or self.process.poll() is None, f"doit ended; wanted {expression!r}; seen:\n{self.seen[-3000:]}"
+            assert came or self.process.poll() is None, f"it ended; wanted {expression!r}; seen:\n{self.seen[-3000:]}"
         self._from = found.end()
         return found[0]
 
@@ -72,10 +75,10 @@ class Terminal:
             self.type(f"{line}\r")
 
     def end(self, timeout_s: float = 60) -> Ended:
-        """Wait for doit's end."""
+        """Wait for its end."""
         deadline = time.monotonic() + timeout_s
         while self.process.poll() is None:
-            assert time.monotonic() < deadline, f"doit did not end; seen:\n{self.seen[-3000:]}"
+            assert time.monotonic() < deadline, f"it did not end; seen:\n{self.seen[-3000:]}"
             self.read(0.2)
         while self.read(0):
             pass
@@ -83,17 +86,18 @@ class Terminal:
 
 
 @contextmanager
-def on_terminal(project: Project, *words: str, env: dict[str, str] | None = None) -> Iterator[Terminal]:
-    """Run `doit WORDS...` on a terminal for the length of the block."""
+def terminal(argv: Sequence[str], cwd: Path, env: Mapping[str, str]) -> Iterator[Terminal]:
+    """Run a program on a terminal for the length of the block; Ctrl-C there reaches all that it starts."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "doit", *words],
-        cwd=project.root,
-        env={**project.env(), "TERM": "dumb", **(env or {})},
+        argv,
+        cwd=cwd,
+        env=env,
         stdin=slave,
         stdout=slave,
         stderr=slave,
         start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509 - a system call only
     )
     os.close(slave)
     try:
@@ -103,3 +107,11 @@ def on_terminal(project: Project, *words: str, env: dict[str, str] | None = None
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         os.close(master)
+
+
+@contextmanager
+def on_terminal(project: Project, *words: str, env: dict[str, str] | None = None) -> Iterator[Terminal]:
+    """Run `doit WORDS...` on a terminal for the length of the block."""
+    given = {**project.env(), "TERM": "dumb", **(env or {})}
+    with terminal([sys.executable, "-m", "doit", *words], project.root, given) as made:
+        yield made

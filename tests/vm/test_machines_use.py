@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import shlex
 import signal
 import stat
@@ -10,12 +9,12 @@ import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from conftest import Project, free_port, listeners, until
 from machines import COMMAND, Cli, digest, get, here, login, make_key, open_port, socks
+from terminal import terminal
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -74,21 +73,12 @@ def test_a_loop_keeps_its_list(cli: Cli, tmp_path: Path) -> None:
 def test_a_terminal_is_there_only_where_it_was_asked_for(cli: Cli) -> None:
     assert cli("exec", "box", "tty").stdout == b"not a tty\n"
     assert cli("exec", "-t", "box", "tty").stdout.startswith(b"/dev/pts/")
-    pid, master = pty.fork()
-    if pid == 0:
-        os.chdir(cli.project.root)
-        script = "stty -echo; echo ready; read -r word; echo got $word; tty"
-        os.execvpe(COMMAND[0], [*COMMAND, "exec", "-it", "box", "sh", "-c", script], cli.env())  # noqa: S606
-    shown = b""
-    while b"ready" not in shown:
-        shown += os.read(master, 65536)
-    os.write(master, b"typed\r")
-    with suppress(OSError):  # EIO: nobody holds the other side
-        while data := os.read(master, 65536):
-            shown += data
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    os.close(master)
-    assert b"got typed\r\n/dev/pts/" in shown
+    script = "stty -echo; echo ready; read -r word; echo got $word; tty"
+    with terminal([*COMMAND, "exec", "-it", "box", "sh", "-c", script], cli.project.root, cli.env()) as ours:
+        ours.wait_for("ready")
+        ours.type("typed\r")
+        ended = ours.end()
+    assert "got typed\n/dev/pts/" in ended.good()
 
 
 def test_what_cannot_be_run_has_statuses_of_its_own(cli: Cli) -> None:
@@ -230,23 +220,14 @@ LOOP = 'for n in 1 2 3; do "$@"; done; echo after'
     ids=["exec", "exec as root", "ssh"],
 )
 def test_ctrl_c_ends_the_loop_here_and_the_command_in_the_guest(cli: Cli, words: list[str]) -> None:
-    pid, master = pty.fork()
-    if pid == 0:
-        os.chdir(cli.project.root)
-        os.execvpe("bash", ["bash", "-c", LOOP, "bash", *COMMAND, *words], cli.env())  # noqa: S606
-    shown = b""
-    while b"works" not in shown:
-        shown += os.read(master, 65536)
-    os.write(master, b"\x03")
-    with suppress(OSError):  # EIO: nobody holds the other side
-        while data := os.read(master, 65536):
-            shown += data
-    _, status = os.waitpid(pid, 0)
-    os.close(master)
-    assert os.waitstatus_to_exitcode(status) in (-signal.SIGINT, 128 + signal.SIGINT)
-    assert shown.count(b"works") == 1, shown
-    assert b"after" not in shown
-    assert b"warning" not in shown, shown
+    with terminal(["bash", "-c", LOOP, "bash", *COMMAND, *words], cli.project.root, cli.env()) as ours:
+        ours.wait_for("works")
+        ours.type("\x03")
+        ended = ours.end()
+    assert ended.status in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert ended.output.count("works") == 1, ended.output
+    assert "after" not in ended.output
+    assert "warning" not in ended.output, ended.output
     assert cli("exec", "box", "pgrep", "-f", "sleep 432[1]").stdout == b""
 
 
