@@ -158,6 +158,15 @@ def to_stderr(text: str) -> None:
         sys.stderr.flush()
 
 
+def tell_notes(error: BaseException | None) -> None:
+    """Say what clean-up could not do after an interrupt: `error`, or one that it came of, has that in its notes."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            for note in getattr(error, "__notes__", ()):
+                to_stderr(f"also: {note}\n")
+        error = error.__cause__ or error.__context__
+
+
 def talk_on_stderr() -> None:
     """From now on standard output is for data alone."""
     _talk["stderr"] = True

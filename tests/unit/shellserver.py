@@ -78,7 +78,7 @@ def _tell(channel: paramiko.Channel, child: "subprocess.Popen[bytes]") -> None:
     pass_on(child.stdout, channel.sendall)
     errors.join()
     try:
-        channel.shutdown_write()
+        # The status goes first: a client that has said its EOF closes the channel at ours, and would miss it.
         status = child.wait()
         if status >= 0:
             channel.send_exit_status(status)

@@ -16,7 +16,7 @@ from vmtasks import __version__, printable
 from vmtasks.cli.complete import names
 from vmtasks.errors import ConfigError, StateError, VmTasksError, os_failure
 from vmtasks.interrupts import ignore, unwind_on_signals
-from vmtasks.progress import accept_any_text, to_stderr
+from vmtasks.progress import accept_any_text, tell_notes, to_stderr
 
 if TYPE_CHECKING:
     from vmtasks.session import Machine, Project
@@ -109,8 +109,10 @@ def _status() -> int:
     except (VmTasksError, OSError) as error:
         return report(error)
     except SystemExit as end:
+        tell_notes(end)
         return end.code if isinstance(end.code, int) else int(bool(end.code))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as end:
+        tell_notes(end)
         return 130
     return 0
 

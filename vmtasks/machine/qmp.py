@@ -1,16 +1,22 @@
-"""QEMU's control socket, used synchronously. Owns qemu.qmp."""
+"""QEMU's control socket (QMP): lines of JSON each way, one client at a time; see QEMU's docs/interop/qmp-spec.rst.
+
+Synchronous on purpose: a signal may raise KeyboardInterrupt at any moment, which an event loop does not survive whole.
+"""
 
 import contextlib
+import json
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from vmtasks.errors import MachineError
-from vmtasks.interrupts import whole
 
 ANSWER_S = 10.0
+LINE_BYTES = 64 << 20
+"""More than QEMU's longest answer, query-qmp-schema: nobody else who listens there may fill our memory."""
 STUCK = {
     "paused": "its CPU is paused, so that nothing in the guest can answer",
     "guest-panicked": "the guest's kernel panicked; QEMU keeps it as it was then",
@@ -26,33 +32,41 @@ log = logging.getLogger(__name__)
 class Qmp:
     """A connection. Commands raise MachineError when QEMU refuses them, is gone, or does not answer in time."""
 
-    def __init__(self, protocol: Any) -> None:
-        """`protocol` is a connected QEMUMonitorProtocol."""
-        self._protocol = protocol
-        self._protocol.settimeout(ANSWER_S)
+    def __init__(self, channel: socket.socket) -> None:
+        """`channel` is connected to QEMU, which has still to say its greeting; see handshake()."""
+        self._channel = channel
+        self._unread = bytearray()
+        self._events: list[dict[str, Any]] = []
+        self._number = 0
+
+    def handshake(self, timeout_s: float) -> None:
+        """Wait for the greeting, which QEMU owes while it serves another client, and enter command mode. OSError."""
+        deadline = time.monotonic() + timeout_s
+        if "QMP" not in self._receive(deadline):
+            raise ConnectionError("what answers there is not QEMU")
+        self._call("qmp_capabilities", {}, deadline)
 
     def cmd(self, name: str, /, **arguments: Any) -> Any:
         """Run a QMP command and return what it returns."""
-        from qemu.qmp import QMPError  # noqa: PLC0415
-
         log.debug("qmp %s %s", name, arguments)
         try:
-            return self._protocol.cmd(name, **arguments)
-        except (TimeoutError, QMPError, OSError, EOFError) as error:
-            raise MachineError(f"QEMU did not carry out {name}: {type(error).__name__} {error}".rstrip()) from error
+            return self._call(name, arguments, time.monotonic() + ANSWER_S)
+        except OSError as error:
+            raise MachineError(f"QEMU did not carry out {name}: {error}") from error
 
     def events(self, wait_s: float = 0.0) -> list[dict[str, Any]]:
-        """Events that have come since the last call, also those from just before QEMU ended."""
-        from qemu.qmp import QMPError  # noqa: PLC0415
+        """Events that have come since the last call, also those from just before QEMU ended.
 
-        found: list[dict[str, Any]] = []
-        with contextlib.suppress(QMPError, OSError, EOFError):
-            first = self._protocol.pull_event(wait=wait_s if wait_s > 0 else False)
-            if first is not None:
-                found.append(dict(first))
-        with contextlib.suppress(QMPError, OSError, EOFError):
-            found += [dict(event) for event in self._protocol.get_events()]
-        return found
+        With none there, waits up to `wait_s` for the first.
+        """
+        deadline = time.monotonic() + wait_s
+        with contextlib.suppress(OSError):
+            while not self._events:
+                self._keep(self._receive(deadline))
+            while True:
+                self._keep(self._receive(0.0))
+        came, self._events = self._events, []
+        return came
 
     def screenshot(self, path: Path) -> bool:
         """Save the framebuffer as PNG; False where there is none or QEMU cannot."""
@@ -61,35 +75,70 @@ class Qmp:
             return path.is_file()
         return False
 
+    def _call(self, name: str, arguments: dict[str, Any], deadline: float) -> Any:
+        self._number += 1
+        asked = {"execute": name, "arguments": arguments, "id": self._number}
+        self._channel.settimeout(ANSWER_S)
+        self._channel.sendall(json.dumps(asked).encode() + b"\n")
+        while True:
+            said = self._receive(deadline)
+            if said.get("id", self._number) != self._number:
+                continue  # the answer to a command whose caller was interrupted
+            if "return" in said:
+                return said["return"]
+            if "error" in said:
+                error = said["error"]
+                raise ConnectionError(error.get("desc") if isinstance(error, dict) else error)
+            self._keep(said)
+
+    def _keep(self, said: dict[str, Any]) -> None:
+        if "event" in said:
+            self._events.append(said)
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        """The next message; OSError when none comes before `deadline` or QEMU is gone."""
+        while b"\n" not in self._unread:
+            self._channel.settimeout(max(0.0, deadline - time.monotonic()))
+            try:
+                came = self._channel.recv(65536)
+            except (TimeoutError, BlockingIOError):
+                raise TimeoutError("it did not answer in time") from None
+            if not came:
+                raise ConnectionError("it has closed its control socket")
+            self._unread += came
+            if len(self._unread) > LINE_BYTES:
+                raise ConnectionError("what it says has no end")
+        line, _, rest = self._unread.partition(b"\n")
+        self._unread = rest
+        try:
+            said = json.loads(line)
+        except ValueError:
+            said = None
+        if not isinstance(said, dict):
+            raise ConnectionError(f"it does not speak QMP: {bytes(line[:80])!r}")
+        return said
+
 
 @contextlib.contextmanager
 def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda: False) -> Iterator[Qmp]:
     """Open QEMU's control socket, which it makes soon after it starts. MachineError when it does not or has ended."""
-    from qemu.qmp import QMPError  # noqa: PLC0415
-    from qemu.qmp.legacy import QEMUMonitorProtocol  # noqa: PLC0415
-
-    for noisy in ("asyncio", "qemu.qmp"):  # of a connection that was given up they speak at length
-        logging.getLogger(noisy).setLevel(logging.CRITICAL)
     deadline = time.monotonic() + timeout_s
     while True:
-        with whole():  # one that was half made complains when it is collected
-            protocol = QEMUMonitorProtocol(str(path))
-        try:
-            # Not its connect(): that waits for ever for a greeting, which QEMU owes while another client is served.
-            greeted = protocol._qmp.connect(protocol._address)  # noqa: SLF001 - it has no other door
-            protocol._sync(greeted, max(1.0, deadline - time.monotonic()))  # noqa: SLF001
-            break
-        except (TimeoutError, QMPError, OSError, EOFError) as error:
-            with contextlib.suppress(Exception):
-                protocol.close()
-            if ended() or time.monotonic() > deadline:
-                raise MachineError(f"QEMU's control socket did not answer within {timeout_s:g} s ({error})") from None
-            time.sleep(0.05)
-    try:
-        yield Qmp(protocol)
-    finally:
-        with contextlib.suppress(Exception):  # closing a connection whose QEMU is gone raises what it likes
-            protocol.close()
+        with socket.socket(socket.AF_UNIX) as channel:
+            control = Qmp(channel)
+            try:
+                channel.settimeout(ANSWER_S)
+                channel.connect(str(path))
+                control.handshake(max(1.0, deadline - time.monotonic()))
+            except OSError as error:
+                if ended() or time.monotonic() > deadline:
+                    raise MachineError(
+                        f"QEMU's control socket did not answer within {timeout_s:g} s ({error})"
+                    ) from None
+            else:
+                yield control
+                return
+        time.sleep(0.05)
 
 
 def status(path: Path) -> str:

@@ -17,7 +17,7 @@ from vmtasks import rules
 from vmtasks.config import Config, load
 from vmtasks.errors import ConfigError, VmTasksError, os_failure
 from vmtasks.interrupts import unwind_on_signals
-from vmtasks.progress import accept_any_text, to_stderr
+from vmtasks.progress import accept_any_text, tell_notes, to_stderr
 
 P = ParamSpec("P")
 
@@ -87,6 +87,7 @@ def interrupt_on_signals() -> None:
         """Say in one line that we were interrupted; everything else is a bug and shows its traceback."""
         if issubclass(kind, KeyboardInterrupt):
             to_stderr(f"interrupted by {error}\n")
+            tell_notes(error)
         elif issubclass(kind, BrokenPipeError):
             os._exit(UNREAD)
         else:
