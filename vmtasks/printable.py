@@ -12,14 +12,14 @@ import re
 # piece or not.
 _CSI, _OSC, _OTHER = r"[0-?]{0,64}[ -/]{0,8}", r"[^\x07\n\r\x1b\x9c]{0,256}", r"[ -/]{0,8}"
 _IN_CSI, _IN_OSC = r"(?:\x1b\[|\x9b)", r"(?:\x1b\]|\x9d)"
-_ESCAPE = re.compile(rf"{_IN_CSI}{_CSI}[@-~]|{_IN_OSC}{_OSC}(?:\x07|\x1b\\|\x9c)|\x1b{_OTHER}[0-Z\\^-~]")
-_UNFINISHED = re.compile(rf"(?:{_IN_CSI}{_CSI}|{_IN_OSC}{_OSC}\x1b?|\x1b{_OTHER})\Z")
-_COLOR = re.compile(r"(?:\x1b\[|\x9b)([0-9;:]{0,64})m")
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_ESCAPE = rf"{_IN_CSI}{_CSI}[@-~]|{_IN_OSC}{_OSC}(?:\x07|\x1b\\|\x9c)|\x1b{_OTHER}[0-Z\\^-~]"
+_UNFINISHED = rf"(?:{_IN_CSI}{_CSI}|{_IN_OSC}{_OSC}\x1b?|\x1b{_OTHER})\Z"
+_COLOR = r"(?:\x1b\[|\x9b)([0-9;:]{0,64})m"
+_SURROGATE = r"[\ud800-\udfff]"
 
 # C0 but tab, line feed and carriage return; DEL and C1; what turns the direction of writing, and two separators that
 # some programs take for the end of a line.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]")
+_CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff]"
 RESET = "\x1b[0m"
 
 
@@ -34,7 +34,9 @@ def line(said: str) -> str:
 
 
 def _plain(said: str) -> str:
-    return _SURROGATE.sub("\ufffd", _CONTROL.sub("", _ESCAPE.sub("", said)))
+    if said.isascii() and said.replace("\n", "").isprintable():  # as most is; the expressions are compiled when needed
+        return said
+    return re.sub(_SURROGATE, "\ufffd", re.sub(_CONTROL, "", re.sub(_ESCAPE, "", said)))
 
 
 class Cleaner:
@@ -52,7 +54,7 @@ class Cleaner:
     def _complete(self, data: bytes, waits: str = "") -> str:
         """What has come, up to where half of a control sequence, or else `waits`, ends it: that is held back."""
         said = self._pending + self._decoder.decode(data)
-        held = _UNFINISHED.search(said)
+        held = re.search(_UNFINISHED, said)
         at = held.start() if held else len(said.removesuffix(waits))
         self._pending = said[at:]
         return said[:at]
@@ -77,6 +79,6 @@ class Live(Cleaner):
         return rest + (RESET if self._colored else "")
 
     def _shown(self, said: str) -> str:
-        words = _COLOR.split(said.replace("\r\n", "\n").replace("\r", "\n"))
+        words = re.split(_COLOR, said.replace("\r\n", "\n").replace("\r", "\n"))
         self._colored = self._colored or len(words) > 1
         return "".join(f"\x1b[{word}m" if number % 2 else text(word) for number, word in enumerate(words))

@@ -18,8 +18,9 @@ import hashlib
 import os
 import tomllib
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -378,7 +379,13 @@ def read_record(path: Path, kind: type[R]) -> R | None:
 
 def load_record(path: Path, kind: type[R]) -> R:
     """A record as it was written. OSError when it cannot be read, ValueError when it is damaged."""
-    return msgspec.convert(tomllib.loads(path.read_text(encoding="utf-8")), kind)
+    return msgspec.convert(_parsed(path.read_text(encoding="utf-8")), kind)
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> dict[str, Any]:
+    """A record's text as TOML; a run with nothing to do reads most of them twice or more."""
+    return tomllib.loads(text)
 
 
 def write_record(path: Path, record: msgspec.Struct) -> None:

@@ -1,10 +1,15 @@
 """What `.gitignore` files name, as git reads them: gitignore(5). Paths are bytes, relative to the tree's root."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
+from functools import cached_property
 
 FILE = b".gitignore"
+STAR = rb"[^/\0]*"
+ESCAPED = re.compile(rb"\\(\W)", re.ASCII)
+LITERAL = re.compile(rb"(?:\\\W|[^\\()\[\]{}?*+|^$.])+", re.ASCII)
+"""An expression that one text matches."""
 CLASSES = {
     b"alnum": b"0-9A-Za-z",
     b"alpha": b"A-Za-z",
@@ -25,10 +30,15 @@ CLASSES = {
 class Rule:
     """One line. `path`: it is held against the path below the file's folder, and not against the last name."""
 
-    expression: re.Pattern[bytes]
+    pattern: bytes
     path: bool
     folders_only: bool
     keeps: bool
+
+    @cached_property
+    def expression(self) -> re.Pattern[bytes]:
+        """The pattern, compiled when a name is first held against it."""
+        return re.compile(self.pattern, re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -38,21 +48,48 @@ class Rules:
     base: bytes
     rules: tuple[Rule, ...]
     above: "Rules | None" = None
+    whole: frozenset[bytes] = field(init=False, compare=False)
+    suffixes: tuple[bytes, ...] = field(init=False, compare=False)
     by_name: re.Pattern[bytes] | None = field(init=False, compare=False)
     by_path: re.Pattern[bytes] | None = field(init=False, compare=False)
+    certain: tuple[frozenset[bytes], tuple[bytes, ...]] = field(init=False, compare=False)
+    """Last names, and their ends, that are ignored whatever has them, and whatever else matches."""
 
     def __post_init__(self) -> None:
-        """Most paths match no rule at all, which one expression for all last names of a folder, and for paths, tell."""
-        for what, path in (("by_name", False), ("by_path", True)):
-            parts = [rule.expression.pattern for rule in self.rules if rule.path is path]
-            whole = re.compile(rb"\0(" + b"|".join(parts) + rb")(?=\0)") if parts else None
-            object.__setattr__(self, what, whole)
+        """Most paths match no rule at all, which few looks tell: at last names and their ends, then by expressions."""
+        names, ends, rest = set(), [], []
+        sure_names, sure_ends = set(), []
+        for rule in self.rules:
+            literal = rule.pattern.removeprefix(STAR)
+            if rule.path:
+                continue
+            if not LITERAL.fullmatch(literal):
+                rest.append(rule.pattern)
+                continue
+            plain = ESCAPED.sub(rb"\1", literal)
+            is_name = literal == rule.pattern
+            names.add(plain) if is_name else ends.append(plain)
+            if not rule.folders_only:
+                sure_names.add(plain) if is_name else sure_ends.append(plain)
+        keeps = any(rule.keeps for rule in self.rules)
+        by_path = [rule.pattern for rule in self.rules if rule.path]
+        made = {
+            "whole": frozenset(names),
+            "suffixes": tuple(ends),
+            "by_name": _any_of(rest),
+            "by_path": _any_of(by_path),
+            "certain": (frozenset(), ()) if keeps else (frozenset(sure_names), tuple(sure_ends)),
+        }
+        for what, value in made.items():
+            object.__setattr__(self, what, value)
 
-    def suspects(self, folder_path: bytes, names: Iterable[bytes]) -> set[bytes]:
+    def suspects(self, folder_path: bytes, names: Collection[bytes]) -> set[bytes]:
         """Those of the `names` in a folder that a rule matches, though another may keep them."""
         found: set[bytes] = set()
         level: Rules | None = self
         while level is not None:
+            whole, suffixes = level.whole, level.suffixes
+            found.update([name for name in names if name in whole or name.endswith(suffixes)])
             below = folder_path[len(level.base) :]
             for expression, lead in ((level.by_name, b""), (level.by_path, below)):
                 if expression is not None:
@@ -65,12 +102,19 @@ class Rules:
         """Whether `name` in the folder `folder_path` (it ends in `/`) is ignored, when no folder above it is."""
         level: Rules | None = self
         while level is not None:
+            names, ends = level.certain
+            if name in names or name.endswith(ends):
+                return True
             below = folder_path[len(level.base) :] + name
             for rule in reversed(level.rules):
                 if (folder or not rule.folders_only) and rule.expression.fullmatch(below if rule.path else name):
                     return not rule.keeps
             level = level.above
         return False
+
+
+def _any_of(patterns: list[bytes]) -> re.Pattern[bytes] | None:
+    return re.compile(rb"\0(" + b"|".join(patterns) + rb")(?=\0)") if patterns else None
 
 
 def read(text: bytes, base: bytes = b"", above: Rules | None = None) -> Rules | None:
@@ -95,10 +139,7 @@ def _rule(line: bytes) -> Rule | None:
     expression = _expression(line) if line else None
     if expression is None:
         return None
-    return Rule(re.compile(expression, re.DOTALL), path, folders_only, keeps)
-
-
-STAR = rb"[^/\0]*"
+    return Rule(expression, path, folders_only, keeps)
 
 
 def _expression(glob: bytes) -> bytes | None:
@@ -107,8 +148,8 @@ def _expression(glob: bytes) -> bytes | None:
     at = 0
     while at < len(glob):
         char = glob[at : at + 1]
-        if stars := re.compile(rb"\*+").match(glob, at):
-            text, at = _stars(glob, stars.start(), stars.end())
+        if char == b"*":
+            text, at = _stars(glob, at, len(glob) - len(glob[at:].lstrip(b"*")))
         elif char == b"?":
             text, at = rb"[^/\0]", at + 1
         elif char == b"[":

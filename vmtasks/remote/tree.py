@@ -1,6 +1,7 @@
 """Which files a sync would send, and one digest that tells whether any of them has changed."""
 
 import errno
+import gc
 import hashlib
 import io
 import itertools
@@ -9,8 +10,10 @@ import marshal
 import os
 import re
 import stat
+import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,8 +28,8 @@ SETTLED_NS = 2_000_000_000
 GIT_S = 120.0
 WHOLE, FILES = 0, 1
 """The lines of the cache."""
-KIND = 0o170000
-"""What of a mode says whether it is a folder, a file or something else."""
+KIND, FOLDER = 0o170000, stat.S_IFDIR
+"""What of a mode says whether it is a folder, a file or something else; and what it says of a folder."""
 
 
 class Hidden(Protocol):
@@ -109,6 +112,14 @@ class Repository:
         """`folder` is the walk's root, or the repository's own in it, whose name there is `base` (it ends in `/`)."""
         self.base = base
         self.folder = folder
+        self._asking: threading.Thread | None = None
+        self._tracked: frozenset[bytes] | None = None
+
+    def ask(self) -> None:
+        """Begin to ask git, which works while the tree is looked at."""
+        if self._asking is None:
+            self._asking = threading.Thread(target=self._ask, name="git ls-files", daemon=True)
+            self._asking.start()
 
     def tracks(self, path: bytes) -> bool:
         """Whether it does so with a path, or a folder (ending in `/`) that leads to one. True where git cannot say."""
@@ -117,6 +128,12 @@ class Repository:
     @cached_property
     def tracked(self) -> frozenset[bytes] | None:
         """Those paths and folders; None where git cannot say."""
+        self.ask()
+        if self._asking is not None:
+            self._asking.join()
+        return self._tracked
+
+    def _ask(self) -> None:
         words = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", "-C", os.fsdecode(self.folder)]
         from vmtasks import proc  # noqa: PLC0415 - doit looks at the tree at every run, and seldom asks git
 
@@ -124,7 +141,7 @@ class Repository:
         try:
             said = os.fsencode(proc.run(words, timeout_s=GIT_S).stdout)
         except VmTasksError:
-            return None
+            return
         found: set[bytes] = set()
         for name in said.split(b"\0")[:-1]:
             path = self.base + name
@@ -132,15 +149,24 @@ class Repository:
             while b"/" in path.rstrip(b"/"):
                 path = path.rstrip(b"/").rpartition(b"/")[0] + b"/"
                 found.add(path)
-        return frozenset(found)
+        self._tracked = frozenset(found)
+
+
+_Folder = tuple[bytes, bytes, Rules | None, Repository | None, bool]
+"""Name in the tree (ends in `/`), path, what holds around it, and whether `.gitignore` names it."""
+_Entry = tuple[bytes, bytes, os.stat_result]
+"""Name in the tree, path and lstat."""
+_Doubt = tuple[bytes, _Entry, Rules | None, Repository]
+"""Name (a folder ends in `/`), the entry, and what holds around it."""
 
 
 class Walk:
     """One look at a tree. Iterating gives what would be sent: name, path and lstat of each, folders before their own.
 
-    Then `hidden` has what never goes into a guest, `ignored` what `.gitignore` names and git does not track (relative
-    paths, folders end in `/`), and names() tells what else it would name. What vanishes meanwhile is as if it had not
-    been there. StateError for what cannot be read.
+    What git tracks although `.gitignore` names it comes last: git is asked while all else is looked at. Then `hidden`
+    has what never goes into a guest, `ignored` what `.gitignore` names and git does not track (relative paths, folders
+    end in `/`), and names() tells what else it would name. What vanishes meanwhile is as if it had not been there.
+    StateError for what cannot be read.
     """
 
     def __init__(
@@ -157,50 +183,79 @@ class Walk:
         self.rules: dict[bytes, Rules | None] = {}
         self.repositories: list[Repository] = []
 
-    def __iter__(self) -> Iterator[tuple[bytes, bytes, os.stat_result]]:
+    def __iter__(self) -> Iterator[_Entry]:
         """Walk the tree. Sorted, so that two looks at one tree give the same."""
         self.hidden, self.ignored, self.rules, self.repositories, self.lead = [], [], {}, [], b""
         rules, repository = self._outside() if self.gitignore else (None, None)
-        places = self.private.places if self.private is not None else ()
-        verdict = self.excluder.verdict if self.excluder != Excluder() else None
-        stack = [(b"", self.root, rules, repository, False)]
-        while stack:
-            base, folder, rules, repository, inside = stack.pop()
-            entries = _list(folder)
-            if base and self.private is not None and self.private.looks(folder, entries):
-                self.hidden.append(base)
+        folders: list[_Folder] = [(b"", self.root, rules, repository, False)]
+        doubtful: list[_Doubt] = []
+        while folders or doubtful:
+            if folders:
+                below: list[_Folder] = []
+                yield from self._look(folders.pop(), below, doubtful)
+                folders += reversed(below)
                 continue
-            hidden = self.private.named(folder, entries) if self.private is not None else ()
-            self.hidden += [base + name + b"/" for name in hidden]
-            if self.gitignore:
-                rules, repository = self._enter(base, folder, entries, rules, repository)
-            below = []
-            in_repository = self.lead + base
-            suspects = rules.suspects(in_repository, entries) if rules is not None else ()
-            for name in sorted(entries):
-                path = base + name
-                try:
-                    info = entries[name].stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                end = b"/" if info.st_mode & KIND == stat.S_IFDIR else b""
-                if (end or info.st_nlink > 1) and (info.st_dev, info.st_ino) in places:
-                    self.hidden.append(path + end)
-                    continue
-                said = verdict(path + end) if verdict is not None else None
-                if said or name in hidden:
-                    continue
-                named = said is None and (
-                    inside
-                    or (rules is not None and name in suspects and rules.names(in_repository, name, folder=end != b""))
-                )
-                if named and repository is not None and not repository.tracks(path + end):
-                    self.ignored.append(path + end)
-                    continue
-                yield path, entries[name].path, info
-                if end:
-                    below.append((path + end, entries[name].path, rules, repository, named))
-            stack += reversed(below)
+            tracked, doubtful = list(self._tracked(doubtful)), []
+            for path, entry, rules, repository in tracked:
+                yield entry
+                if path.endswith(b"/"):
+                    folders.insert(0, (path, entry[1], rules, repository, True))
+
+    def _look(self, folder: _Folder, below: list[_Folder], doubtful: list[_Doubt]) -> Iterator[_Entry]:
+        """What is in one folder; adds to its folders, and to what `.gitignore` names: git says later what it tracks."""
+        base, place, rules, repository, inside = folder
+        entries = _list(place)
+        if base and self.private is not None and self.private.looks(place, entries):
+            self.hidden.append(base)
+            return
+        hidden = self.private.named(place, entries) if self.private is not None else ()
+        self.hidden += [base + name + b"/" for name in hidden]
+        if self.gitignore:
+            rules, repository = self._enter(base, place, entries, rules, repository)
+        in_repository = self.lead + base
+        suspects = rules.suspects(in_repository, entries) if rules is not None else ()
+        special = {*suspects, *hidden}
+        plain = not self.excluder.runs and self.excluder.whole and not inside
+        for name in sorted(entries):
+            entry = entries[name]
+            try:
+                info = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            path = base + name
+            end = b"/" if info.st_mode & KIND == FOLDER else b""
+            found = path, entry.path, info
+            if plain and not end and info.st_nlink == 1 and name not in special:
+                yield found  # most are such, and there may be many
+                continue
+            if (end or info.st_nlink > 1) and self._is_private(info):
+                self.hidden.append(path + end)
+                continue
+            said = self.excluder.verdict(path + end)
+            if said or name in hidden:
+                continue
+            named = said is None and (
+                inside
+                or (rules is not None and name in suspects and rules.names(in_repository, name, folder=end != b""))
+            )
+            if named and repository is not None:
+                doubtful.append((path + end, found, rules, repository))
+                continue
+            yield found
+            if end:
+                below.append((path + end, entry.path, rules, repository, named))
+
+    def _is_private(self, info: os.stat_result) -> bool:
+        return self.private is not None and (info.st_dev, info.st_ino) in self.private.places
+
+    def _tracked(self, doubtful: "list[_Doubt]") -> "Iterator[_Doubt]":
+        """Of what `.gitignore` names, what git tracks all the same."""
+        for doubt in doubtful:
+            path, _, _, repository = doubt
+            if repository.tracks(path):
+                yield doubt
+            else:
+                self.ignored.append(path)
 
     def names(self, path: bytes) -> bool:
         """Whether `.gitignore` names what the guest has at `path` (a folder ends in `/`), and git does not track it."""
@@ -229,6 +284,8 @@ class Walk:
         if FILE in entries:
             rules = read(_text(folder + b"/" + FILE), self.lead + base, rules)
         self.rules[base] = rules
+        if rules is not None and repository is not None:
+            repository.ask()
         return rules, repository
 
     def _outside(self) -> tuple[Rules | None, "Repository | None"]:
@@ -256,44 +313,60 @@ def tree_digest(walk: Walk, cache: Path | None = None) -> str:
     `cache` remembers contents by size, times and inode, so that only changed files are read. What was changed just now
     is not remembered: a second change in the same tick of the clock would not show.
     """
-    found = list(walk)
+    with _uncollected():
+        names, facts = _facts(walk)
+        # No name holds a NUL.
+        stamp = hashlib.sha256(b"%b\0\0%b" % (b"\0".join(names), marshal.dumps(facts, 2))).hexdigest()
     settled_ns = time.time_ns() - SETTLED_NS
-    stamp = _stamp(found)
     whole = _known(cache, WHOLE)
     if whole.get("stamp") == stamp and isinstance(same := whole.get("digest"), str):
         return same
     known, seen, settled = _known(cache, FILES), {}, True
     digest = hashlib.sha256()
-    for name, path, info in found:
-        content = ""
-        if stat.S_ISREG(info.st_mode):
-            key = f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino} "
+    for name, (mode, size, mtime_ns, ctime_ns, inode) in zip(names, facts, strict=True):
+        content, path = "", walk.root + b"/" + name
+        if stat.S_ISREG(mode):
+            key = f"{size} {mtime_ns} {ctime_ns} {inode} "
             text = name.decode(errors="surrogateescape")
             old = known.get(text)
             content = old[len(key) :] if isinstance(old, str) and old.startswith(key) else _sha256(path)
-            if info.st_ctime_ns < settled_ns:
+            if ctime_ns < settled_ns:
                 seen[text] = key + content
-        elif stat.S_ISLNK(info.st_mode):
+        elif stat.S_ISLNK(mode):
             content = _target(path)
-        settled = settled and (info.st_ctime_ns < settled_ns or stat.S_ISDIR(info.st_mode))
-        # No name and no target holds a NUL.
-        digest.update(b"%b\0%o %b\0" % (name, info.st_mode, content.encode(errors="surrogateescape")))
+        settled = settled and (ctime_ns < settled_ns or stat.S_ISDIR(mode))
+        # No target holds one either.
+        digest.update(b"%b\0%o %b\0" % (name, mode, content.encode(errors="surrogateescape")))
     if cache is not None and (settled or seen != known):
         whole = {"stamp": stamp, "digest": digest.hexdigest()} if settled else {}
         atomic.write(cache, f"{json.dumps(whole)}\n{json.dumps(seen)}\n")
     return digest.hexdigest()
 
 
-def _stamp(found: Sequence[tuple[bytes, bytes, os.stat_result]]) -> str:
-    """A digest that changes with any name, mode, size, time or inode; of folders only the mode counts."""
-    facts = [
-        info.st_mode
-        if info.st_mode & KIND == stat.S_IFDIR
-        else (info.st_mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
-        for _, _, info in found
-    ]
-    names = b"\0".join([name for name, _, _ in found])
-    return hashlib.sha256(b"%b\0%b" % (names, marshal.dumps(facts, 2))).hexdigest()
+def _facts(walk: Walk) -> tuple[list[bytes], list[tuple[int, int, int, int, int]]]:
+    """The names, and of each its mode, size in bytes, times of change and inode; of folders only the mode counts."""
+    names, facts = [], []
+    for name, _, info in walk:
+        mode = info.st_mode
+        names.append(name)
+        facts.append(
+            (mode, 0, 0, 0, 0)
+            if mode & KIND == FOLDER
+            else (mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
+        )
+    return names, facts
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Make many objects that all stay: the garbage collector would look through them again and again."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
 
 
 def _list(folder: bytes) -> dict[bytes, "os.DirEntry[bytes]"]:
