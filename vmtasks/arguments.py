@@ -241,5 +241,17 @@ def public_key(line: str) -> PublicKey | None:
         raw = base64.b64decode(blob, validate=True)
     except (binascii.Error, ValueError):
         return None
-    inner = raw[4 : 4 + int.from_bytes(raw[:4], "big")]
-    return PublicKey(kind, blob, comment.strip()) if inner == kind.encode() else None
+    fields = _fields(raw)
+    return PublicKey(kind, blob, comment.strip()) if len(fields) > 1 and fields[0] == kind.encode() else None
+
+
+def _fields(raw: bytes) -> list[bytes]:
+    """What a key's blob is made of, each with its length before it (RFC 4253, 6.6); nothing of one that is cut."""
+    found = []
+    while raw:
+        end = 4 + int.from_bytes(raw[:4], "big")
+        if len(raw) < max(4, end):
+            return []
+        found.append(raw[4:end])
+        raw = raw[end:]
+    return found

@@ -5,10 +5,12 @@ import fcntl
 import os
 import re
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
 
 NAME_BYTES = 200
@@ -19,6 +21,9 @@ FORMER = re.compile(r"\..+\.[a-z0-9_]{8}|\.(?:fetch|new)-.+")
 """As former versions named them. These held no lock."""
 FORMER_S = 24 * 3600.0
 """After so long nobody writes to one of those any more."""
+
+RECORD_BYTES = 64 << 20
+"""No record, key or log that is read in one piece is larger."""
 
 
 @contextmanager
@@ -93,6 +98,35 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BufferedReader]:
+    """Open a file to read it. OSError, also for a device or a pipe: reading one may never end."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(handle).st_mode
+        if not stat.S_ISREG(mode):
+            kind = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO
+            raise OSError(kind, "Is a directory" if kind == errno.EISDIR else "Is no file", str(path))
+        with open(handle, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(handle)
+
+
+def read(path: Path) -> bytes:
+    """All of a record, key or log. OSError, also for what is no file or larger than any of these is."""
+    with opened(path) as file:
+        data = file.read(RECORD_BYTES + 1)
+    if len(data) > RECORD_BYTES:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+    return data
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """As read(), of a text in UTF-8. ValueError where it is not, unless `errors` says otherwise."""
+    return read(path).decode(errors=errors)
 
 
 @contextmanager

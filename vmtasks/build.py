@@ -88,7 +88,7 @@ class Builder(State):
             "disk_serial": config.guest.machine.disk_serial,
             "guest": config.guest.name,
             "hostname": config.guest.name,
-            "public_key": self.public_key.read_text().strip(),
+            "public_key": atomic.read_text(self.public_key).strip(),
             "ssh_user": config.guest.ssh.user,
             "vars": dict(config.vars),
             "version": config.version,
@@ -224,7 +224,7 @@ class Builder(State):
     @staticmethod
     def _iso_files(sources: dict[str, tuple[int, Path]]) -> list[plan.IsoFile]:
         return [
-            plan.IsoFile(path, mode, hashlib.sha256(source.read_bytes()).hexdigest())
+            plan.IsoFile(path, mode, hashlib.sha256(atomic.read(source)).hexdigest())
             for path, (mode, source) in sources.items()
         ]
 
@@ -271,6 +271,6 @@ def _whole(folder: Path) -> list[Path]:
 
 def _holds_public_key(path: Path) -> bool:
     try:
-        return bool(arguments.public_keys(path.read_text(), str(path)))
+        return bool(arguments.public_keys(atomic.read_text(path), str(path)))
     except (OSError, ValueError, ConfigError):
         return False

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vmtasks import hardware, image, proc, progress
+from vmtasks import atomic, hardware, image, proc, progress
 from vmtasks.build import Builder
 from vmtasks.config import show_size
 from vmtasks.errors import MachineError, MissingToolError, StateError
@@ -50,7 +50,7 @@ def window(*, wanted: bool) -> str:
 
 def key_cd(state: State, user: str, out: Path) -> None:
     """Write the CD that lets our key in as `user`: authorized_keys, key.sh and a README. It has no pfi.conf."""
-    public = state.public_key.read_text().strip()
+    public = atomic.read_text(state.public_key).strip()
     texts = {
         "README": (how_to(user), 0o444),
         "authorized_keys": (public + "\n", 0o444),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmtasks import interrupts, processes
+from vmtasks import atomic, interrupts, processes
 from vmtasks.errors import BusyError, StateError
 
 Waiting = Callable[[str], None]
@@ -60,7 +60,7 @@ def lock(path: Path, what: str, *, timeout_s: float, waiting: Waiting | None = N
     """
     from filelock import FileLock, Timeout  # noqa: PLC0415 - 20 ms
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic.private_folder(path.parent)
     deadline = time.monotonic() + timeout_s
     while True:
         held = FileLock(path)
@@ -120,7 +120,7 @@ def _is_at(descriptor: int | None, path: Path) -> bool:
 def holder(path: Path) -> Holder | None:
     """Who has written that it holds the lock `path`; Holder.holds() tells whether it does. None: nobody did."""
     try:
-        first, started, digest = owner_file(path).read_text().split("\n")[:3]
+        first, started, digest = atomic.read_text(owner_file(path)).split("\n")[:3]
         return Holder(int(first.removeprefix("process ")), started, digest)
     except (OSError, ValueError):
         return None
@@ -148,7 +148,7 @@ def _note(path: Path) -> None:
 def _told(path: Path) -> str:
     """Who holds the lock, as a message has it."""
     try:
-        return owner_file(path).read_text().partition("\n")[0].strip() or "another process"
+        return atomic.read_text(owner_file(path)).partition("\n")[0].strip() or "another process"
     except (OSError, ValueError):
         return "another process"
 

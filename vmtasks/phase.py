@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vmtasks import atomic
 from vmtasks.errors import MachineError, PhaseError
 from vmtasks.machine.console import Sentinel, Transcript
 from vmtasks.machine.vm import Booted
@@ -273,7 +274,7 @@ def _told(error: dict[str, Any]) -> str:
 
 def _holds(path: Path, texts: Sequence[str]) -> bool:
     try:
-        content = path.read_text(errors="replace")
+        content = atomic.read_text(path, "replace")
     except OSError:
         return False
     return any(text in content for text in texts)

@@ -56,6 +56,8 @@ class Private:
 
     def looks(self, folder: bytes, names: Collection[bytes]) -> bool:
         """Whether a folder with these `names` in it looks like a private place."""
+        if os.path.basename(folder) == STATE and b"run" in names:  # noqa: PTH119 - bytes
+            return any(Path(os.fsdecode(folder), "run").glob("*/id_ed25519"))
         if b"machine.toml" in names:
             return b"disk.qcow2" in names or b"id_ed25519" in names
         if b"keys" in names and (b"images" in names or b"locks" in names):

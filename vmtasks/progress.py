@@ -158,6 +158,17 @@ def to_stderr(text: str) -> None:
         sys.stderr.flush()
 
 
+def open_streams() -> None:
+    """Have descriptors 0, 1 and 2 open, on /dev/null where they were closed: no file of ours may become one of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the lowest that is free: `number`
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
+
+
 def tell_notes(error: BaseException | None) -> None:
     """Say what clean-up could not do after an interrupt: `error`, or one that it came of, has that in its notes."""
     while error is not None:
@@ -222,7 +233,7 @@ class History:
 
     def _read(self) -> dict[str, Any]:
         try:
-            data = json.loads(self.path.read_text())
+            data = json.loads(atomic.read(self.path))
         except (OSError, ValueError):
             return {}
         return data if isinstance(data, dict) else {}

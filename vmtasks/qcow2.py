@@ -7,6 +7,8 @@ from pathlib import Path
 
 import msgspec
 
+from vmtasks import atomic
+
 HEAD = struct.Struct(">4sIQIIQ")
 """Magic, version, offset and length of the backing file's name, cluster bits, virtual size."""
 MAGIC = b"QFI\xfb"
@@ -52,5 +54,5 @@ def sample(path: Path) -> str:
 
 def digest(path: Path) -> str:
     """SHA-256 of all bytes. OSError."""
-    with path.open("rb") as data:
+    with atomic.opened(path) as data:
         return hashlib.file_digest(data, "sha256").hexdigest()

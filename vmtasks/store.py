@@ -379,7 +379,7 @@ def read_record(path: Path, kind: type[R]) -> R | None:
 
 def load_record(path: Path, kind: type[R]) -> R:
     """A record as it was written. OSError when it cannot be read, ValueError when it is damaged."""
-    return msgspec.convert(_parsed(path.read_text(encoding="utf-8")), kind)
+    return msgspec.convert(_parsed(atomic.read_text(path)), kind)
 
 
 @lru_cache(maxsize=64)

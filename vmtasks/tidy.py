@@ -185,7 +185,7 @@ def _all_names(store: Store, forgotten: Path | None) -> tuple[list[Names], list[
         if forgotten is not None and forgotten.absolute() in (vm_dir, vm_dir.parent):
             continue
         named, unread = names_of(vm_dir)
-        away = not (vm_dir.is_dir() and any(vm_dir.iterdir()))
+        away = _is_away(vm_dir)
         if away and remembered == Names(vm_dir=str(vm_dir)):  # it named nothing
             entry.unlink(missing_ok=True)
             continue
@@ -202,9 +202,19 @@ def _all_names(store: Store, forgotten: Path | None) -> tuple[list[Names], list[
     return found, warnings, complete
 
 
+def _is_away(vm_dir: Path) -> bool:
+    """Whether a state folder is not there, or empty as a mount point is. One that cannot be looked into is there."""
+    try:
+        return not any(vm_dir.iterdir())
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+
+
 def _folder(entry: Path, remembered: Names | None) -> Path:
     """The state folder of an entry; older versions wrote nothing else."""
-    return Path(remembered.vm_dir if remembered else entry.read_text(errors="replace").strip())
+    return Path(remembered.vm_dir if remembered else atomic.read_text(entry, "replace").strip())
 
 
 def state_folders(store: Store) -> Iterator[Path]:

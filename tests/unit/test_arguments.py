@@ -193,6 +193,12 @@ def test_public_keys_of_a_file() -> None:
     assert len(first.fingerprint) == 50
 
 
+def test_half_a_public_key_is_none() -> None:
+    assert arguments.public_key(f"ssh-ed25519 {ED25519}") is not None
+    for end in range(4, len(ED25519), 4):
+        assert arguments.public_key(f"ssh-ed25519 {ED25519[:end]}") is None, end
+
+
 @pytest.mark.parametrize(
     "text",
     [

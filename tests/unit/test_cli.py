@@ -323,7 +323,7 @@ def test_a_closed_standard_stream_is_dev_null(words: list[str], status: int, clo
 def test_descriptors_of_closed_streams_are_taken(tmp_path: Path) -> None:
     """So that no file that is opened later gets one of their numbers; children inherit them."""
     code = (
-        "import os, subprocess, sys; from vmtasks.cli import common; common._open_streams();"
+        "import os, subprocess, sys; from vmtasks import progress; progress.open_streams();"
         "handle = os.open('.', os.O_RDONLY); names = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)];"
         "child = subprocess.run(['readlink', '/proc/self/fd/0'], stdout=subprocess.PIPE, text=True).stdout.strip();"
         "open('found', 'w').write(' '.join([str(handle > 2), *names, child]))"

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,11 +24,13 @@ def project(tmp_path: Path) -> Path:
     return tmp_path / "project"
 
 
-def doit(project: Path, *words: str, **environ: str) -> "subprocess.CompletedProcess[bytes]":
+def doit(
+    project: Path, *words: str, through: Sequence[str] = (), **environ: str
+) -> "subprocess.CompletedProcess[bytes]":
     env = {"HOME": str(project), "PATH": os.environ["PATH"], "PYTHONPATH": str(REPOSITORY)}
     env |= {"VMTASKS_STORE": str(project / "store"), "VM_ACCEL": "tcg", **environ}
     return subprocess.run(
-        [sys.executable, "-m", "doit", *words],
+        [*through, sys.executable, "-m", "doit", *words],
         cwd=project, env=env, stdin=subprocess.DEVNULL, capture_output=True, check=False, timeout=60,
     )  # fmt: skip
 
@@ -56,9 +58,12 @@ def test_a_state_folder_that_is_read_only(project: Path, tmp_path: Path) -> None
         )
 
 
-@pytest.mark.parametrize("place", ["file", "/dev/null", "x" * 300, "bad\udcff"])
+@pytest.mark.parametrize("place", ["file", "/dev/null", "x" * 300, "bad\udcff", "/proc"])
 def test_a_store_that_cannot_be(project: Path, place: str) -> None:
     (project / "file").touch()
+    done = doit(project, "start", VMTASKS_STORE=place)
+    assert b"Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+    assert done.returncode == 1
     done = doit(project, "check_prereqs", VMTASKS_STORE=place)
     assert b"Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     assert doit(project, "list", VMTASKS_STORE=place).returncode == 0
@@ -126,6 +131,15 @@ def test_a_database_that_another_run_holds_stays(project: Path) -> None:
 
 
 # -- text
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(project: Path, closed: str) -> None:
+    for words in (["list"], ["help_vars"], ["info", "fetch"], ["status"]):
+        script = f'"$@" {closed}'
+        done = doit(project, *words, through=["sh", "-c", script, "sh"])
+        assert b"Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
+        assert done.returncode == (EXIT["absent"] if words == ["status"] else words[0] == "info"), (words, done)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,14 @@ def a_copy(root: Path) -> dict[str, str]:
     return {}
 
 
+def a_machine_without_a_record(root: Path) -> dict[str, str]:
+    """In the state folder of a project that is not registered."""
+    machine = state_folder(root / "other/.vm") / "run/dev"
+    (machine / "machine.toml").unlink()
+    (machine / "disk.qcow2").unlink()
+    return {}
+
+
 def hard_link(root: Path) -> dict[str, str]:
     state_folder(root / ".vm")
     os.link(root / ".vm/run/dev/id_ed25519", root / "key")
@@ -106,6 +114,7 @@ LAYOUTS: dict[str, Callable[[Path], dict[str, str]]] = {
     "another project, registered by an older version": registered_before,
     "a copy of a machine's folder": a_copy,
     "a hard link to a key": hard_link,
+    "a machine without a record": a_machine_without_a_record,
 }  # fmt: skip
 
 

@@ -613,6 +613,20 @@ def test_the_lock_is_free_after_an_error(store: Store):
 # ---- whole or absent
 
 
+@pytest.mark.parametrize("spoil", [lambda path: path.symlink_to("/dev/zero"), os.mkfifo, Path.mkdir, Path.touch])
+def test_what_is_no_file_is_no_record(tmp_path: Path, spoil: Callable[[Path], object]):
+    """Reading a device or a pipe may never end, and take all memory on the way."""
+    spoil(tmp_path / "record.toml")
+    assert read_record(tmp_path / "record.toml", ImageRecord) is None
+
+
+def test_no_record_is_as_large_as_that(tmp_path: Path):
+    with (tmp_path / "record.toml").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(OSError, match="File too large"):
+        atomic.read(tmp_path / "record.toml")
+
+
 def test_write_if_changed(tmp_path: Path):
     path = tmp_path / "new/file"
     assert atomic.write_if_changed(path, "text", 0o555)

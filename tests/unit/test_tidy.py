@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from test_store import damage, files, fill, make, publish, real
 
-from vmtasks import cli, tidy
+from vmtasks import cli, proc, tidy
 from vmtasks.errors import ConfigError
 from vmtasks.media import disk
 from vmtasks.state import MachineRecord, PhaseRecord
@@ -109,6 +109,21 @@ def test_a_project_that_is_not_there_keeps_what_it_named_last(store: Store, home
     away.rename(home.vm_dir)
     assert tidy.prune(store).warnings == [], "it is there again"
     assert store.find("b")[1] == ""
+
+
+def test_a_project_of_somebody_else_keeps_what_it_named_last(store: Store, home: Home):
+    a = make(store, "a")
+    home.name(a)
+    tidy.prune(store)
+    os.chown(home.vm_dir, 65534, 65534)
+    home.vm_dir.chmod(0o700)
+    words = [sys.executable, "-m", "vmtasks.cli", "prune", "--dry-run"]
+    env = {**os.environ, "VMTASKS_STORE": str(store.root), "HOME": str(store.root), "VM_DIR": ""}
+    with proc.spawn(words, env=env, cwd=store.root, pipe=True, merge=True, unprivileged=True) as child:
+        said = child.communicate(timeout=60)[0].decode()
+    assert child.returncode == 0, said
+    assert f"{home.vm_dir} cannot be read; what it named last is kept" in said
+    assert store.find("a")[1] == ""
 
 
 @pytest.mark.parametrize("which", ["", ".vm"])

@@ -16,7 +16,7 @@ from vmtasks import __version__, printable
 from vmtasks.cli.complete import names
 from vmtasks.errors import ConfigError, StateError, VmTasksError, os_failure
 from vmtasks.interrupts import ignore, unwind_on_signals
-from vmtasks.progress import accept_any_text, tell_notes, to_stderr
+from vmtasks.progress import accept_any_text, open_streams, tell_notes, to_stderr
 
 if TYPE_CHECKING:
     from vmtasks.session import Machine, Project
@@ -89,7 +89,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 def main() -> None:
     """Run the command line; failures that a user can mend end without a traceback."""
-    _open_streams()
+    open_streams()
     accept_any_text()
     caught = unwind_on_signals()
     status = 0
@@ -129,17 +129,6 @@ def report(error: VmTasksError | OSError, otherwise: int = VmTasksError.exit_cod
         raise error
     to_stderr(f"error: {failure}\n")
     return otherwise
-
-
-def _open_streams() -> None:
-    """Have descriptors 0, 1 and 2 open, on /dev/null where they were closed: no file of ours may become one of them."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the lowest that is free: `number`
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
 
 
 @app.callback(invoke_without_command=True)

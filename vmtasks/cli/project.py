@@ -1,6 +1,7 @@
 """`vmtasks init | prune | schema`: a project of somebody's own, and a tidy store."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,8 @@ def init(
 
     for path in scaffold(folder, guest):
         typer.echo(f"wrote {path}")
-    typer.echo(f"next: cd {folder} && doit auto_install quick", err=True)
+    there = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))} && "
+    typer.echo(f"next: {there}doit auto_install quick", err=True)
 
 
 @app.command(rich_help_panel="Projects")

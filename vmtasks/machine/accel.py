@@ -391,7 +391,7 @@ def boot_id() -> str:
 def load(file: Path, host: dict[str, str]) -> Kept:
     """Read the kept answers, if there are any and they are about this `host`; a damaged file is as good as none."""
     try:
-        kept = msgspec.json.decode(file.read_bytes(), type=Kept)
+        kept = msgspec.json.decode(atomic.read(file), type=Kept)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         log.debug("no kept accelerator: %s", error)
         return Kept(host, {})

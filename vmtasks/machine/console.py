@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vmtasks import atomic
 from vmtasks.errors import MachineError
 from vmtasks.printable import Cleaner
 
@@ -125,7 +126,7 @@ def parse_sentinel(line: str) -> Sentinel | None:
 def read_log(path: Path, start: int = 0) -> Transcript:
     """The transcript of a recorded console from byte `start`, at most its last MiB; empty where there is none."""
     transcript = Transcript()
-    with contextlib.suppress(OSError), path.open("rb") as console:
+    with contextlib.suppress(OSError), atomic.opened(path) as console:
         console.seek(max(start, path.stat().st_size - LOG_BYTES))
         transcript.feed(console.read(LOG_BYTES))
     return transcript

@@ -8,6 +8,8 @@ import json
 import threading
 from pathlib import Path
 
+from vmtasks import atomic
+
 HELLO = b'{"execute": "qmp_capabilities"}\n'
 """Without it a monitor tells no events; see QEMU's qmp-spec."""
 EVENT = b'{"timestamp":'
@@ -65,7 +67,7 @@ class Events:
 
     def _read(self) -> None:
         """Take in what has come; the last line may not be whole yet. A line that cannot be read tells nothing."""
-        with _output(self._base).open("rb") as record:
+        with atomic.opened(_output(self._base)) as record:
             record.seek(self._offset)
             new = record.read()
         whole = new[: new.rfind(b"\n") + 1]

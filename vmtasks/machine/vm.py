@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from vmtasks import proc, processes
+from vmtasks import atomic, proc, processes
 from vmtasks.errors import CommandError, MachineError
 from vmtasks.machine import argv, console, events, qmp
 
@@ -76,7 +76,7 @@ def boot(spec: argv.Spec, output: Path, *, pass_fds: Sequence[int] = ()) -> Iter
             control = stack.enter_context(qmp.connect(spec.qmp_socket, timeout_s=LAUNCH_S, ended=_ended(child)))
         except MachineError as error:
             proc.end(child)
-            said = output.read_text(errors="replace").strip()
+            said = atomic.read_text(output, "replace").strip()
             raise MachineError(f"QEMU did not start: {said or error.message}", log=output) from None
         yield Booted(child, serial, control)
 
@@ -100,7 +100,7 @@ def launch(spec: argv.Spec, output: Path, *, die_with_us: bool = False) -> Pid:
             control.cmd("query-status")
     except BaseException as error:
         proc.end(child)
-        said = output.read_text(errors="replace").strip()
+        said = atomic.read_text(output, "replace").strip()
         if isinstance(error, MachineError):
             raise MachineError(f"QEMU did not start: {said or error.message}", log=output) from None
         raise

@@ -82,7 +82,12 @@ class Apt:
     """apt with a state of its own below `folder`, one for each archive; the host's proxy settings stay in force."""
 
     def __init__(self, folder: Path, archive: Archive) -> None:
-        """Make the folder; nothing is fetched yet."""
+        """Make the folder; nothing is fetched yet. FetchError where apt could not name its files."""
+        if not str(folder).isprintable():
+            raise FetchError(
+                f"{folder!s}: apt cannot work in a folder with such a name",
+                hint="name a store in plain characters with VMTASKS_STORE",
+            )
         name = hashlib.sha256(archive.sources().encode()).hexdigest()[:16]
         self.folder = folder.absolute() / "apt" / name
         self.archive = archive

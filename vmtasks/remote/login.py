@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import paramiko
 from paramiko.common import MSG_CHANNEL_REQUEST
 
+from vmtasks import atomic
 from vmtasks.arguments import public_key
 from vmtasks.errors import AuthFailedError, BannerError, ConnectRefusedError, ConnectTimeoutError, HostKeyError
 from vmtasks.remote.banner import HOST
@@ -160,7 +161,7 @@ def _keys(target: Target) -> list[paramiko.PKey]:
         raise AuthFailedError(f"the private key {target.key} cannot be used: {said(error)}") from None
     held = list(paramiko.Agent().get_keys())
     public = Path(f"{target.key}.pub")
-    named = public_key(public.read_text(errors="replace")) if public.is_file() else None
+    named = public_key(atomic.read_text(public, "replace")) if public.is_file() else None
     found = [key for key in held if named is None or key.get_base64() == named.blob]
     if not found:
         raise AuthFailedError(f"{target.key} is encrypted, and no agent holds it", hint=f"ssh-add {target.key}")

@@ -13,7 +13,7 @@ import stat
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -339,7 +339,8 @@ def tree_digest(walk: Walk, cache: Path | None = None) -> str:
         digest.update(b"%b\0%o %b\0" % (name, mode, content.encode(errors="surrogateescape")))
     if cache is not None and (settled or seen != known):
         whole = {"stamp": stamp, "digest": digest.hexdigest()} if settled else {}
-        atomic.write(cache, f"{json.dumps(whole)}\n{json.dumps(seen)}\n")
+        with suppress(OSError):  # without it all files are read once more
+            atomic.write(cache, f"{json.dumps(whole)}\n{json.dumps(seen)}\n")
     return digest.hexdigest()
 
 
@@ -423,7 +424,7 @@ def _unreadable(error: OSError) -> StateError:
 def _known(cache: Path | None, line: int) -> dict[str, object]:
     """A line of the cache: a stamp with the tree's digest, or what is known of each file. Empty for what is damaged."""
     try:
-        with cache.open(encoding="utf-8") if cache is not None else io.StringIO() as lines:
+        with atomic.opened(cache) if cache is not None else io.BytesIO() as lines:
             data = json.loads(next(itertools.islice(lines, line, None), "{}"))
     except (OSError, ValueError):
         return {}

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from vmtasks import proc, processes, progress, qcow2
+from vmtasks import atomic, proc, processes, progress, qcow2
 from vmtasks.config import FALLBACK_PORTS, Config
 from vmtasks.errors import MissingToolError, VmTasksError
 from vmtasks.machine import qmp
@@ -92,7 +92,7 @@ def _process(machine: Machine, record: MachineRecord) -> tuple[Verdict, str]:
         return "", f"QEMU is process {record.pid}, up {progress.seconds(time.time() - record.started)}"
     if not record.pid:
         return "gone", f"it is stopped; {machine.command('start')}"
-    said = machine.qemu_log.read_text(errors="replace").strip() if machine.qemu_log.is_file() else ""
+    said = atomic.read_text(machine.qemu_log, "replace").strip() if machine.qemu_log.is_file() else ""
     other = " (that number is another process's now)" if processes.started(record.pid) else ""
     last = said.splitlines()[-1] if said else "nothing"
     return "gone", f"QEMU, process {record.pid}, is gone: killed, or crashed{other}; it last said: {last}"
@@ -110,7 +110,7 @@ def _console(machine: Machine) -> tuple[Verdict, str]:
 def last_boot(log: Path) -> int:
     """Where in the console's record the last boot begins, as well as that can be told: at the last firmware's line."""
     try:
-        data = log.read_bytes()
+        data = atomic.read(log)
     except OSError:
         return 0
     return max(data.rfind(b"SeaBIOS"), data.rfind(b"Linux version"), 0)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import msgspec
 
-from vmtasks import proc, progress
+from vmtasks import atomic, proc, progress
 from vmtasks.errors import SshError
 from vmtasks.remote import keypair, ssh
 from vmtasks.session import keys
@@ -168,8 +168,8 @@ def make_host_keys(place: Place, old: list[str]) -> list[HostKey]:
         for kind, *how in kinds(old):
             path = Path(folder, kind)
             keypair.make_pair(path, place.name, (kind, *how))
-            public = keypair.public_half(path).read_text().split()
-            made.append(HostKey(kind, path.read_text(), " ".join(public[:2])))
+            public = atomic.read_text(keypair.public_half(path)).split()
+            made.append(HostKey(kind, atomic.read_text(path), " ".join(public[:2])))
     return made
 
 

@@ -10,7 +10,7 @@ import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmtasks import arguments, proc
+from vmtasks import arguments, atomic, proc
 from vmtasks.arguments import PublicKey
 from vmtasks.errors import ConfigError, SshError, StateError
 from vmtasks.remote import ssh
@@ -84,12 +84,12 @@ def require_usable(private: Path, public: Path | None = None, remedy: str = "put
             hint=f"chmod 600 {shlex.quote(str(private))}",
         )
     shown = proc.run(["ssh-keygen", "-y", "-P", "", "-f", private], timeout_s=30, check=False)
-    theirs = arguments.public_key(public.read_text(errors="replace").strip()) if public and public.is_file() else None
+    theirs = arguments.public_key(atomic.read_text(public, "replace").strip()) if public and public.is_file() else None
     ours = arguments.public_key(shown.stdout.strip())
     if shown.status != 0 and "incorrect passphrase" in shown.stderr:
         half = public_half(private)
         agent = proc.run(["ssh-add", "-L"], timeout_s=30, check=False).stdout
-        blob = half.read_text(errors="replace").split()[1:2] if half.is_file() else []
+        blob = atomic.read_text(half, "replace").split()[1:2] if half.is_file() else []
         if not blob or blob[0] not in agent.split():
             add = f"ssh-add {shlex.quote(str(private))}"
             raise StateError(f"{what} is encrypted, and no agent holds it", hint=add)
@@ -124,7 +124,7 @@ def rotate(place: Place, record: MachineRecord) -> PublicKey:
     fresh.rename(place.own_key)
     public_half(fresh).rename(public_half(place.own_key))
     ssh.detach(target)
-    change(target, record.ssh_user, put=[], drop=retired.read_text().split(), everywhere=True)
+    change(target, record.ssh_user, put=[], drop=atomic.read_text(retired).split(), everywhere=True)
     retired.unlink()
     return key
 

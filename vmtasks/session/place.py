@@ -4,7 +4,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
-from vmtasks import proc, progress
+from vmtasks import atomic, proc, progress
 from vmtasks.config import Config
 from vmtasks.errors import MachineError, StateError
 from vmtasks.lock import lock
@@ -142,7 +142,7 @@ class Place:
     def number_told(self) -> int:
         """The process id that QEMU's pid file names; 0 where there is none. It proves nothing."""
         try:
-            return int(self.pidfile.read_text())
+            return int(atomic.read(self.pidfile))
         except (OSError, ValueError):
             return 0
 

@@ -70,7 +70,7 @@ def uses(machine: Machine) -> list[Use]:
     found = []
     for mark in sorted((machine.folder / "sessions").glob("[0-9]*")):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            use = Use(**json.loads(mark.read_text()))
+            use = Use(**json.loads(atomic.read(mark)))
             if processes.started(use.pid) == use.pid_started:
                 found.append(use)
                 continue

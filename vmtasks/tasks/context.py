@@ -11,13 +11,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, ParamSpec
 
-from doit import doit_cmd
+from doit import cmd_base, doit_cmd
 
 from vmtasks import rules
 from vmtasks.config import Config, load
 from vmtasks.errors import ConfigError, VmTasksError, os_failure
 from vmtasks.interrupts import unwind_on_signals
-from vmtasks.progress import accept_any_text, tell_notes, to_stderr
+from vmtasks.progress import accept_any_text, open_streams, tell_notes, to_stderr
 
 P = ParamSpec("P")
 
@@ -105,6 +105,9 @@ def interrupt_on_signals() -> None:
     unwind_on_signals()
 
 
+if sys.stdout is None:  # it was closed, and doit's commands have it as it was then
+    cmd_base.DoitCmdBase.outstream = property(lambda _: sys.stdout, lambda _, __: None)
+open_streams()
 accept_any_text()
 CONFIG = read_config()
 """Read once, when doit loads the dodo file: tasks are made from it."""

@@ -46,6 +46,8 @@ class Intact:
             return self._check()
         except VmTasksError as error:
             return error.message
+        except OSError as error:
+            return str(error)
 
 
 def run_step(name: str, *arguments: int, **options: bool) -> None:

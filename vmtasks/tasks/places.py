@@ -52,6 +52,8 @@ def _fault(path: Path) -> str:
         return ""
     if not path.is_file():
         return "not a file"
+    if not os.access(path, os.R_OK | os.W_OK):
+        return "not ours to read and write"
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=0)) as known:
             found = known.execute("pragma quick_check(1)").fetchone()
