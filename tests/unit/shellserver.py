@@ -78,8 +78,12 @@ def _tell(channel: paramiko.Channel, child: "subprocess.Popen[bytes]") -> None:
     pass_on(child.stdout, channel.sendall)
     errors.join()
     try:
-        # The status goes first: a client that has said its EOF closes the channel at ours, and would miss it.
-        status = child.wait()
+        try:
+            # The status goes first: a client that has said its EOF closes the channel at ours, and would miss it.
+            status = child.wait(0.2)
+        except subprocess.TimeoutExpired:
+            channel.shutdown_write()
+            status = child.wait()
         if status >= 0:
             channel.send_exit_status(status)
         else:

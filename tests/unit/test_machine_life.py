@@ -11,7 +11,6 @@ import socket
 import stat
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,7 @@ from phaserun import machine as spec
 from phaserun import needs_qemu
 
 from bootsector import hang, sector
-from vmtasks import processes
+from vmtasks import atomic, processes
 from vmtasks.build import Builder
 from vmtasks.errors import StateError
 from vmtasks.lock import lock
@@ -394,24 +393,26 @@ def test_a_machine_that_is_just_being_made_is_left_alone(home: Home):
     assert list(home.run_folder.iterdir()) == []
 
 
-def test_another_machine_of_the_same_name_is_never_reaped(home: Home):
+def test_another_machine_of_the_same_name_is_never_reaped(home: Home, monkeypatch: pytest.MonkeyPatch):
     """Who saw that the first is over may come to remove it when the next of that name is made: it must ask again."""
     over = dead(home, "a")
     record = over.record()
     assert record is not None
-    path = over.folder / "machine.toml"
-    text = path.read_text()
-    path.unlink()
-    os.mkfifo(path)  # so that we know when it is read
-    reaping = threading.Thread(target=home.project.reap, args=(lambda _: None,))
-    reaping.start()
-    with path.open("w") as first:  # to open the machine
-        first.write(text)
-    with path.open("w") as second:  # to ask whether it is over
-        second.write(text)
-        over.write(msgspec.structs.replace(record, owner=os.getpid(), owner_started=processes.started(os.getpid())))
-    reaping.join()
-    assert path.is_file()
+    path, read, reads = over.folder / "machine.toml", atomic.read_text, []
+    ours = msgspec.structs.replace(record, owner=os.getpid(), owner_started=processes.started(os.getpid()))
+
+    def read_and_make_the_next(file: Path, errors: str = "strict") -> str:
+        text = read(file, errors)
+        if file == path:
+            reads.append(text)
+            if len(reads) == 2:  # the first time to open the machine, the second to ask whether it is over
+                over.write(ours)
+        return text
+
+    monkeypatch.setattr(atomic, "read_text", read_and_make_the_next)
+    assert home.project.reap(lambda _: None) == []
+    assert len(reads) > 2
+    assert over.record() == ours
     over.destroy(lambda _: None)
 
 
