@@ -137,6 +137,18 @@ def test_an_overlay_that_cannot_be_read_is_told_without_a_traceback(project: Bui
         strange.unlink()
 
 
+@pytest.mark.parametrize("damage", [b"", b"#", b"exit 0\n"])
+def test_a_rendered_file_that_was_damaged_is_rendered_again(project: Built, damage: bytes):
+    path = next((project.root / ".vm").glob("*/phase-2/run.sh"))
+    whole = path.read_bytes()
+    path.chmod(0o755)
+    path.write_bytes(damage)
+    assert set(project.stale()) == {"phase_iso:2", "render:2"}
+    project.doit("phase_iso")
+    assert path.read_bytes() == whole
+    assert project.stale() == []
+
+
 def test_in_a_new_store_the_second_run_renders_nothing(project: Built):
     private = project.root / "store/keys/id_ed25519"
     private.rename(private.with_suffix(".old"))

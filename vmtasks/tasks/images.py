@@ -1,7 +1,7 @@
 """Tasks that make images: fetch, render, phase_iso, phase, snapshot, auto_install, clean_phases."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,36 @@ class Intact:
             return error.message
         except OSError as error:
             return str(error)
+
+
+class AsLeft:
+    """Up to date only while files are as the task's action has left them, by their size and times."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        """Nothing is looked at yet."""
+        self._paths = paths
+
+    def __call__(self, task: Any, values: dict[str, Any]) -> bool:  # noqa: ARG002 - doit passes them by name
+        """What doit asks."""
+        return bool(values.get("left") == self.stamps())
+
+    def __repr__(self) -> str:
+        """What `doit info` prints."""
+        return "as they were written"
+
+    def stamps(self) -> list[list[int]]:
+        """What doit keeps."""
+        found = (path.lstat() for path in self._paths if path.is_file())
+        return [[info.st_size, info.st_mtime_ns, info.st_ino] for info in found]
+
+    def after(self, function: Callable[[], object]) -> Callable[[], dict[str, Any]]:
+        """The action that leaves the files."""
+
+        def run() -> dict[str, Any]:
+            function()
+            return {"left": self.stamps()}
+
+        return run
 
 
 def run_step(name: str, *arguments: int, **options: bool) -> None:
@@ -117,12 +147,13 @@ def task_render() -> Iterator[Task]:
     common = [str(path) for path in (state.public_key, shipped_path("lib.sh"), shipped_path("run.sh"))]
     values = repr((plan.FORMAT, sorted(CONFIG.vars.items()), CONFIG.version))
     for number in _numbers(CONFIG):
+        left = AsLeft(state.rendered(number))
         yield {
             "name": str(number),
-            "actions": [action(partial(run_step, "render", number))],
+            "actions": [action(left.after(partial(run_step, "render", number)))],
             "file_dep": [*_inputs(CONFIG), str(CONFIG.template(state.phase(number))), *common],
             "targets": [str(path) for path in state.rendered(number)],
-            "uptodate": [config_changed(values)],
+            "uptodate": [config_changed(values), left],
             "io": {"capture": False},
         }
 
