@@ -4,6 +4,7 @@ import json
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -80,6 +81,13 @@ def test_b16_binds(cli: Cli, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert b"Read-only file system" in done.stderr
     assert sorted(path.name for path in (root / "readonly").iterdir()) == ["from host", "more"]
+    cli.good("pause", "a")
+    began = time.monotonic()
+    said = cli.bad("exec", "a", "true")
+    assert "cannot be brought up to date there: its CPU is paused" in said
+    assert "vmtasks resume a" in said
+    assert time.monotonic() - began < 10, "and it does not wait for SSH to give up"
+    cli.good("resume", "a")
     cli("exec", "--user", "root", "a", "sh", "-c", "umask 77; echo x >'/work/o u r s/secret'")
     assert "running: a; nothing was removed" in cli.bad("rm", "a")
     done = cli("rm", "--force", "a")

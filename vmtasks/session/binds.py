@@ -18,6 +18,7 @@ from vmtasks import interrupts, proc, progress
 from vmtasks.arguments import Bind
 from vmtasks.errors import BindError, CommandError, ConfigError, SshError, StateError, VmTasksError
 from vmtasks.lock import lock
+from vmtasks.machine import qmp
 from vmtasks.private import Private
 from vmtasks.remote import ssh
 from vmtasks.remote.sync import PARTIAL, NoRoomError, Rules, copy, taken
@@ -163,9 +164,15 @@ def _unwritable(target: ssh.Target, bind: BindRecord) -> str:
 def before(place: Place, record: MachineRecord) -> bool:
     """Bring what is copied up to date in the guest. False when it is not reached: who goes there next will say why.
 
-    BindError when not all could be copied: nothing must run on what is out of date.
+    BindError when not all could be copied, or the guest stands still: nothing must run on what is out of date.
     """
     target = place.target(record)
+    copied = [bind for bind in record.binds if bind.how == "rsync"]
+    if copied and (state := place.stuck()):
+        raise BindError(
+            f"machine {place.name}: {shown(copied[0])} cannot be brought up to date there: {qmp.STUCK[state]}",
+            hint=place.onward(state),
+        )
     with _alone(place, record):
         for number, bind in enumerate(record.binds):
             if bind.how != "rsync":
