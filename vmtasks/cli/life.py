@@ -1,5 +1,6 @@
 """`vmtasks ps | start | restart | stop | rm | wait | pause | resume`: a machine's life."""
 
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -172,7 +173,9 @@ def rm(
         with attempts.of(name):
             look(name)
     if found and not force:
-        confirm(f"Remove {', '.join(one.name for one in found)} with all that is on their disks?", "vmtasks rm --force")
+        named = "--all" if every else shlex.join(names or [])
+        question = f"Remove {', '.join(one.name for one in found)} with all that is on their disks?"
+        confirm(question, f"vmtasks rm --force {named}")
     for one in found:
         with attempts.of(one.name):
             one.destroy(lambda _: None, force=force)

@@ -155,6 +155,8 @@ class Machine(Place):
                 note(f"machine {self.name} ended without being stopped; the next sync looks into every file")
                 self.crashed.touch()
             if record is None or not self.disk.is_file():
+                if record is not None and record.started:
+                    note(f"machine {self.name}: its disk {self.disk} is gone, and what was on it; it starts afresh")
                 record = self.make(record.snapshot if record else CLEAN, record)
             else:
                 self._require_image(record)
