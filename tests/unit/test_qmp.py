@@ -31,7 +31,7 @@ def control_socket(tmp_path: Path) -> Iterator[Path]:
 
 
 def until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not true():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -90,7 +90,7 @@ def test_an_interrupt_at_any_moment_harms_no_later_connection(control_socket: Pa
                 cut += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            assert qmp.status(control_socket) == "prelaunch", number
+            until(lambda: qmp.status(control_socket) == "prelaunch")  # QEMU may still be busy with who was cut off
     finally:
         signal.signal(signal.SIGALRM, before)
     assert cut == 100
