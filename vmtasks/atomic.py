@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ FORMER_S = 24 * 3600.0
 """After so long nobody writes to one of those any more."""
 
 RECORD_BYTES = 64 << 20
-"""No record, key or log that is read in one piece is larger."""
+"""No record and no key is larger."""
 
 
 @contextmanager
@@ -115,8 +116,14 @@ def opened(path: Path) -> Iterator[BufferedReader]:
         os.close(handle)
 
 
+def sha256(path: Path) -> str:
+    """Digest of a file of any size. OSError, also for what is no file."""
+    with opened(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def read(path: Path) -> bytes:
-    """All of a record, key or log. OSError, also for what is no file or larger than any of these is."""
+    """All of a record or key. OSError, also for what is no file or larger than any of these is."""
     with opened(path) as file:
         data = file.read(RECORD_BYTES + 1)
     if len(data) > RECORD_BYTES:

@@ -6,7 +6,6 @@ A finished phase is published in the store at once, so that no kill, and no loss
 
 import contextlib
 import functools
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Concatenate, ParamSpec
@@ -223,10 +222,7 @@ class Builder(State):
 
     @staticmethod
     def _iso_files(sources: dict[str, tuple[int, Path]]) -> list[plan.IsoFile]:
-        return [
-            plan.IsoFile(path, mode, hashlib.sha256(atomic.read(source)).hexdigest())
-            for path, (mode, source) in sources.items()
-        ]
+        return [plan.IsoFile(path, mode, atomic.sha256(source)) for path, (mode, source) in sources.items()]
 
     def _media(self, recipe: str, *, allow_unverified: bool) -> MediaRecord | None:
         record = read_record(self.store.root / "media" / f"{recipe}.toml", MediaRecord)

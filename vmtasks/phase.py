@@ -274,7 +274,8 @@ def _told(error: dict[str, Any]) -> str:
 
 def _holds(path: Path, texts: Sequence[str]) -> bool:
     try:
-        content = atomic.read_text(path, "replace")
+        with atomic.opened(path) as file:
+            content = file.read().decode(errors="replace")
     except OSError:
         return False
     return any(text in content for text in texts)

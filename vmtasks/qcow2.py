@@ -7,8 +7,6 @@ from pathlib import Path
 
 import msgspec
 
-from vmtasks import atomic
-
 HEAD = struct.Struct(">4sIQIIQ")
 """Magic, version, offset and length of the backing file's name, cluster bits, virtual size."""
 MAGIC = b"QFI\xfb"
@@ -50,9 +48,3 @@ def sample(path: Path) -> str:
             taken.update(os.pread(data.fileno(), BLOCK, size * number // (BLOCKS + 1) // BLOCK * BLOCK))
         taken.update(os.pread(data.fileno(), EDGE, max(0, size - EDGE)))
     return taken.hexdigest()
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of all bytes. OSError."""
-    with atomic.opened(path) as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()

@@ -238,7 +238,7 @@ class Store:
         partial.chmod(0o444)
         with partial.open("rb") as data:
             os.fsync(data.fileno())
-        sha256 = qcow2.digest(partial)
+        sha256 = atomic.sha256(partial)
         made = record(partial.stat(), sha256)
         made = msgspec.structs.replace(made, file=_stem(digest, sha256), sample=qcow2.sample(partial))
         image = self.image(made)
@@ -357,7 +357,7 @@ def file_fault(path: Path, size: int, mtime_ns: int, sha256: str, *, full: bool 
         same_time = stat.st_mtime_ns in (mtime_ns, mtime_ns // SECOND_NS * SECOND_NS)  # archives keep whole seconds
         if same_time and not full:
             return ""
-        if qcow2.digest(path) != sha256:
+        if atomic.sha256(path) != sha256:
             return f"{path.name} {OTHER_BYTES}"
     except FileNotFoundError:
         return f"{path.name} is gone"

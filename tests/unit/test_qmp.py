@@ -6,11 +6,12 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from machines_ill import until
 
 from vmtasks import proc
 from vmtasks.errors import MachineError
@@ -30,13 +31,6 @@ def control_socket(tmp_path: Path) -> Iterator[Path]:
         yield path
 
 
-def until(true: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 30
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_commands_and_their_errors(control_socket: Path):
     with qmp.connect(control_socket, timeout_s=5) as control:
         assert control.cmd("query-status")["status"] == "prelaunch"
@@ -50,7 +44,7 @@ def test_commands_and_their_errors(control_socket: Path):
         assert [event["event"] for event in control.events(wait_s=5)] == ["RESUME"]
         control.cmd("stop")
         control.cmd("quit")
-        until(lambda: [event["event"] for event in control.events()][-1:] == ["SHUTDOWN"])
+        until(lambda: [event["event"] for event in control.events()][-1:] == ["SHUTDOWN"], "its last event", 30)
         with pytest.raises(MachineError, match="did not carry out query-status"):
             control.cmd("query-status")
 
@@ -90,7 +84,7 @@ def test_an_interrupt_at_any_moment_harms_no_later_connection(control_socket: Pa
                 cut += 1
             finally:
                 signal.setitimer(signal.ITIMER_REAL, 0)
-            until(lambda: qmp.status(control_socket) == "prelaunch")  # QEMU may still be busy with who was cut off
+            until(lambda: qmp.status(control_socket) == "prelaunch", "QEMU, busy with who was cut off", 30)
     finally:
         signal.signal(signal.SIGALRM, before)
     assert cut == 100

@@ -627,6 +627,15 @@ def test_no_record_is_as_large_as_that(tmp_path: Path):
         atomic.read(tmp_path / "record.toml")
 
 
+def test_a_file_of_any_size_has_a_digest(tmp_path: Path):
+    """Packages on a phase's CD are larger than any record."""
+    size = atomic.RECORD_BYTES + 1
+    with (tmp_path / "package.deb").open("wb") as file:
+        file.truncate(size)
+    whole = subprocess.run(["sha256sum", tmp_path / "package.deb"], capture_output=True, text=True, check=True).stdout
+    assert atomic.sha256(tmp_path / "package.deb") == whole.split()[0]
+
+
 def test_write_if_changed(tmp_path: Path):
     path = tmp_path / "new/file"
     assert atomic.write_if_changed(path, "text", 0o555)

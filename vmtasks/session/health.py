@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from vmtasks import atomic, proc, processes, progress, qcow2
+from vmtasks import atomic, proc, processes, progress
 from vmtasks.config import FALLBACK_PORTS, Config
 from vmtasks.errors import MissingToolError, VmTasksError
 from vmtasks.machine import qmp
@@ -110,7 +110,8 @@ def _console(machine: Machine) -> tuple[Verdict, str]:
 def last_boot(log: Path) -> int:
     """Where in the console's record the last boot begins, as well as that can be told: at the last firmware's line."""
     try:
-        data = atomic.read(log)
+        with atomic.opened(log) as file:
+            data = file.read()
     except OSError:
         return 0
     return max(data.rfind(b"SeaBIOS"), data.rfind(b"Linux version"), 0)
@@ -172,7 +173,7 @@ def store_layers(store: Store) -> Iterator[Layer]:
         remedy = "doit auto_install, in the project that needs it, builds it again"
         yield Layer(what, not fault, f"{fault}; {remedy}" if fault else f"{record.size >> 20} MiB, as its record says")
     for path in store.downloads():
-        whole = qcow2.digest(path) == path.name
+        whole = atomic.sha256(path) == path.name
         says = f"{path.stat().st_size >> 20} MiB, as its name says"
         yield Layer(
             f"download {path.name[:12]}", whole, says if whole else f"other bytes; remove {path}, then doit fetch"

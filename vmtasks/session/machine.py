@@ -411,14 +411,14 @@ class Machine(Place):
         """
         if not record.image:
             return None
-        store, told = self.state.store, qcow2.header(self.disk)
-        image, fault = store.find(record.image, record.image_sha256, look="sample")
-        at = Path(told.backing) if told else None
         if not os.access(self.disk, os.R_OK | os.W_OK):
             raise StateError(
                 f"machine {self.name} cannot use its disk {self.disk}: it is another user's, or its mode forbids it",
                 hint=f"look at it: ls -l {self.disk}; it is to belong to you, with mode 0600",
             )
+        store, told = self.state.store, qcow2.header(self.disk)
+        image, fault = store.find(record.image, record.image_sha256, look="sample")
+        at = Path(told.backing) if told else None
         if at is None:
             fault = f"{self.disk.name} is no qcow2 image"
         elif image is not None and at.name != store.image(image).name:
