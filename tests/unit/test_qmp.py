@@ -114,6 +114,7 @@ def test_a_socket_without_qemu(tmp_path: Path):
         (b"SSH-2.0-x\r\n", "does not speak QMP"),
         (b"\xff\xfe\n", "does not speak QMP"),
         (b"[1]\n", "does not speak QMP"),
+        (b"[" * 100_000 + b"\n", "does not speak QMP"),
         (b'{"return": {}}\n', "not QEMU"),
         (b'{"QMP": {}}\n{"error": "no", "id": 1}\n', "no"),
         (b'{"QMP": {}}\n{"error": {"desc": "not now"}, "id": 1}\n', "not now"),

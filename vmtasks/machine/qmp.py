@@ -112,7 +112,7 @@ class Qmp:
         self._unread = rest
         try:
             said = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             said = None
         if not isinstance(said, dict):
             raise ConnectionError(f"it does not speak QMP: {bytes(line[:80])!r}")
