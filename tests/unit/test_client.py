@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import paramiko
@@ -249,6 +250,32 @@ def test_commands_that_a_server_does_not_carry_out(serve: Serve, key: Path, keys
         with pytest.raises(CommandTimeoutError, match="it may still run"):
             connection.execute("true", timeout_s=1)
         assert time.monotonic() - began < LIMIT_S
+
+
+def test_a_connection_closes_while_another_thread_opens_a_channel(
+    serve: Serve, key: Path, keys: dict[str, paramiko.PKey], monkeypatch: pytest.MonkeyPatch
+):
+    """Paramiko lists a channel before the channel knows its transport, and its close() fails on such a one."""
+    listed, closed = threading.Event(), threading.Event()
+    whole = paramiko.Channel._set_transport
+
+    def slow(channel: paramiko.Channel, transport: paramiko.Transport) -> None:
+        if not transport.server_mode:
+            listed.set()
+            assert closed.wait(LIMIT_S)
+        whole(channel, transport)
+
+    connection = client.connect(target(serve(keys["rsa"]), key, *pin(keys["rsa"])), timeout_s=LIMIT_S)
+    monkeypatch.setattr(paramiko.Channel, "_set_transport", slow)
+    with ThreadPoolExecutor(1) as pool:
+        command = pool.submit(connection.execute, "true", timeout_s=LIMIT_S)
+        assert listed.wait(LIMIT_S)
+        try:
+            connection.close()
+        finally:
+            closed.set()
+        with pytest.raises(ConnectionLostError):
+            command.result(LIMIT_S)
 
 
 def waiting_shell() -> int:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import paramiko
 from paramiko.common import MSG_CHANNEL_REQUEST
+from paramiko.transport import ChannelMap
 
 from vmtasks import atomic
 from vmtasks.arguments import public_key
@@ -37,7 +38,14 @@ def _request(channel: Any, message: Any) -> None:
     paramiko.Channel._handle_request(channel, message)  # noqa: SLF001 - it has no public door for this
 
 
-class _Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no types
+class _Channels(ChannelMap):  # type: ignore[misc]  # paramiko has no types
+    """As paramiko's, without those that open_channel() has listed but not yet made whole: close() fails on them."""
+
+    def values(self) -> list[Any]:
+        return [channel for channel in super().values() if channel.transport is not None]
+
+
+class _Transport(paramiko.Transport):  # type: ignore[misc]  # as above
     _channel_handler_table: ClassVar[dict[int, Any]] = {
         **paramiko.Transport._channel_handler_table,  # noqa: SLF001 - as above
         MSG_CHANNEL_REQUEST: _request,
@@ -45,6 +53,7 @@ class _Transport(paramiko.Transport):  # type: ignore[misc]  # paramiko has no t
 
     def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock, default_window_size=WINDOW_BYTES)
+        self._channels = _Channels()
         self.set_log_channel(LOG)
 
 
