@@ -224,19 +224,24 @@ def note_failure(error: BaseException, undo: Callable[[], object], what: str) ->
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+IN_THE_WAY = {
+    errno.EEXIST: "a folder belongs there: move that file away",
+    errno.EISDIR: "a file belongs there: move that folder away",
+    errno.ELOOP: "a file belongs there, not a link: remove the link",
+    errno.ENOTDIR: "a folder belongs there: move that file away",
+    errno.ENXIO: "a file belongs there: move what is there away",
+}
+"""What lies where a file or folder of ours should be, and the remedy."""
 OF_THE_HOST = (
     *FULL,
     *FORBIDDEN,
+    *IN_THE_WAY,
     errno.EFBIG,
     errno.EIO,
-    errno.EISDIR,
-    errno.ELOOP,
     errno.EMFILE,
     errno.ENAMETOOLONG,
     errno.ENFILE,
     errno.ENOMEM,
-    errno.ENOTDIR,
-    errno.ENXIO,
     errno.ESTALE,
 )
 """What a full, broken, read-only or oddly built file system gives, and a host that has run out of something."""
@@ -246,11 +251,14 @@ def os_failure(error: OSError) -> str:
     """What to tell a user of an error that this host's state explains; '' for any other, which is a bug."""
     if error.errno not in OF_THE_HOST:
         return ""
-    where = f"{error.filename}: " if error.filename else ""
+    path = error.filename2 or error.filename  # of a rename, the name that a user knows
+    where = f"{path}: " if path else ""
     text = f"{where}{error.strerror}"
     if error.errno in FULL:
         where = "put the store elsewhere with VMTASKS_STORE=/path (or store=), the state folder with VM_DIR=/path"
         return f"{text}\nhint: free some space, or {where}"
     if error.errno in FORBIDDEN:
         return f"{text}\nhint: choose folders that you may write with VMTASKS_STORE=/path and VM_DIR=/path"
+    if path and error.errno in IN_THE_WAY:
+        return f"{text}\nhint: {IN_THE_WAY[error.errno]}"
     return text

@@ -149,6 +149,18 @@ def test_a_rendered_file_that_was_damaged_is_rendered_again(project: Built, dama
     assert project.stale() == []
 
 
+def test_a_folder_in_the_place_of_an_iso_is_told(project: Built):
+    iso = next((project.root / ".vm").glob("*/phase-2.iso"))
+    iso.unlink()
+    iso.mkdir()
+    try:
+        assert "phase_iso:2" in project.stale()
+        said = project.doit("phase_iso:2", status=1)
+        assert f"{iso}: Is a directory\n  hint: a file belongs there: move that folder away" in said
+    finally:
+        iso.rmdir()
+
+
 def test_in_a_new_store_the_second_run_renders_nothing(project: Built):
     private = project.root / "store/keys/id_ed25519"
     private.rename(private.with_suffix(".old"))

@@ -26,7 +26,7 @@ UNVERIFIED_PARAM = {
 
 
 class Intact:
-    """Up to date only if what the task's record names is in the store, whole. Its repr says why not."""
+    """Up to date only if what the task makes is there, whole. Its repr says why not."""
 
     def __init__(self, check: partial[str]) -> None:
         """`check` returns why the target is stale, or an empty string."""
@@ -38,7 +38,7 @@ class Intact:
 
     def __repr__(self) -> str:
         """What `doit info` prints."""
-        return self._why() or "in the store, intact"
+        return self._why() or "there, intact"
 
     def _why(self) -> str:
         """What cannot be looked at is stale; the task's action then says so as an error of its own."""
@@ -168,14 +168,19 @@ def task_phase_iso() -> Iterator[Task]:
     """
     state = State(CONFIG)
     for number in _numbers(CONFIG):
+        iso = state.iso(number)
         yield {
             "name": str(number),
             "actions": [action(partial(run_step, "phase_iso", number))],
             "file_dep": [*map(str, state.rendered(number)), str(state.installer_record)],
-            "targets": [str(state.iso(number))],
-            "uptodate": [config_changed(str(plan.FORMAT))],
+            "targets": [str(iso)],
+            "uptodate": [config_changed(str(plan.FORMAT)), Intact(partial(_no_file, iso))],
             "io": {"capture": False},
         }
+
+
+def _no_file(iso: Path) -> str:
+    return "" if iso.is_file() else f"{iso} is not a file"
 
 
 def task_phase() -> Iterator[Task]:
