@@ -295,7 +295,7 @@ class Suites:
 def send(results: Results, target: ssh.Target, say: Say, *, thorough: bool = False) -> Synced:
     """Bring the project's tree to `target`; raises what sync() does."""
     table, walk = results.config.sync, results.walk()
-    size = sum(taken(info) for _, _, info in walk)
+    size = sum(taken(info) for _, info in walk)
     return sync(
         target,
         results.source(),

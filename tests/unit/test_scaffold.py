@@ -113,7 +113,7 @@ def test_what_is_written_is_not_synced(tmp_path: Path) -> None:
     scaffold(tmp_path / "new", "tiny")
     assert excludes(tmp_path / "new") == [*ALWAYS, "/config/", "/phases/", "/build/"]
     walk = Results(config_of(tmp_path / "new")).walk()
-    assert [name for name, _, _ in walk] == [b".gitignore"]
+    assert [name for name, _ in walk] == [b".gitignore"]
 
 
 def test_what_the_project_has_already_is_synced(tmp_path: Path) -> None:
@@ -121,7 +121,7 @@ def test_what_the_project_has_already_is_synced(tmp_path: Path) -> None:
     for name in ("config/app.ini", "phases/moon.c", "build/build.sh"):
         add(root, name, "x")
     scaffold(root, "tiny")
-    sent = {name for name, _, info in Results(config_of(root)).walk() if info.st_mode & 0o100000}
+    sent = {name for name, info in Results(config_of(root)).walk() if info.st_mode & 0o100000}
     assert sent == {b".gitignore", b"config/app.ini", b"phases/moon.c", b"build/build.sh"}
 
 

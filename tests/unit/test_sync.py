@@ -61,7 +61,7 @@ def tree_digest(root: Path, exclude: list[str], cache: Path | None = None) -> st
 
 
 def seen(walk: Walk) -> set[str]:
-    return {os.fsdecode(name) for name, _, _ in walk}
+    return {os.fsdecode(name) for name, _ in walk}
 
 
 def listing(root: Path) -> list[str]:
@@ -375,16 +375,23 @@ def test_what_ssh_has_said_is_the_reason(target: Target, tmp_path: Path):
 
 
 def test_what_goes_during_the_scan_is_as_if_it_had_not_been_there(source: Path):
-    (source / "z").write_text("z")
     names = []
-    for name, path, _ in Walk(source):
+    for name, _ in Walk(source):
         names.append(name)
-        if name == b"a":
-            (source / "z").unlink()
+        if name == b"empty":
             (source / "link").unlink()
-        if name == b"sub":
-            shutil.rmtree(path)
-    assert names == [b"a", b"empty", b"sub"]
+            shutil.rmtree(source / "sub")
+    assert names == [b"a", b"empty", b"link", b"sub"], "a folder that has been listed stays as it was then"
+
+
+def test_what_goes_between_its_listing_and_a_look_at_it_is_left_out(source: Path, monkeypatch: pytest.MonkeyPatch):
+    def list_and_remove(folder: bytes) -> list[bytes]:
+        (source / "a").unlink(missing_ok=True)
+        (source / "sub/b c").unlink(missing_ok=True)
+        return {os.fsencode(source): [b"a", b"empty", b"link", b"sub"]}.get(folder, [b"b c"])
+
+    monkeypatch.setattr("vmtasks.remote.tree._list", list_and_remove)
+    assert [name for name, _ in Walk(source)] == [b"empty", b"link", b"sub"]
 
 
 def test_a_digest_of_files_that_come_and_go(source: Path):

@@ -89,7 +89,9 @@ class Rules:
         level: Rules | None = self
         while level is not None:
             whole, suffixes = level.whole, level.suffixes
-            found.update([name for name in names if name in whole or name.endswith(suffixes)])
+            found.update(whole.intersection(names))
+            if suffixes:
+                found.update([name for name in names if name.endswith(suffixes)])
             below = folder_path[len(level.base) :]
             for expression, lead in ((level.by_name, b""), (level.by_path, below)):
                 if expression is not None:

@@ -14,8 +14,8 @@ from vmtasks import proc
 from vmtasks.errors import CommandError, SshError
 from vmtasks.progress import Say
 from vmtasks.remote import ssh
+from vmtasks.remote.exclude import effective, literal
 from vmtasks.remote.ssh import FAILED, Target
-from vmtasks.remote.tree import effective, literal
 
 ASK_BYTES = 32 << 20
 """A tree that takes less is sent without asking whether there is room for it."""

@@ -8,19 +8,18 @@ import itertools
 import json
 import marshal
 import os
-import re
 import stat
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
 from vmtasks import atomic
 from vmtasks.errors import StateError, VmTasksError
+from vmtasks.remote.exclude import excluder
 from vmtasks.remote.gitignore import FILE, Rules, read
 
 SETTLED_NS = 2_000_000_000
@@ -44,65 +43,6 @@ class Hidden(Protocol):
 
     def named(self, folder: bytes, names: Collection[bytes]) -> Collection[bytes]:
         """Which names in a folder are those of such places, whether or not they are there."""
-
-
-@dataclass(frozen=True)
-class Excluder:
-    """What simple rsync patterns say of a whole path, as bytes (folders end in `/`)."""
-
-    runs: tuple[tuple[bool, re.Pattern[bytes]], ...] = ()
-    whole: bool = True
-    """Whether all patterns are understood; else what no run matches may be kept by one that is not."""
-
-    def verdict(self, path: bytes) -> bool | None:
-        """True: excluded. False: kept, or perhaps so. None: no pattern speaks of it."""
-        for excluded, expression in self.runs:
-            if expression.fullmatch(path):
-                return excluded
-        return None if self.whole else False
-
-
-def excluder(patterns: Sequence[str]) -> Excluder:
-    """Of the patterns that rsync is given, those that are simple, in their order: the first that matches decides.
-
-    What is not simple is left out, after such a `+` also what follows, which it may keep, and what is before a `!`,
-    which clears the list. A digest that sees too much only runs a suite once more.
-    """
-    runs: list[tuple[bool, list[bytes]]] = []
-    whole = True
-    for pattern in map(os.fsencode, effective(patterns)):
-        excluded = not pattern.startswith(b"+ ")
-        expression = _simple(pattern.removeprefix(b"+ "))
-        if expression is None and not excluded:
-            whole = False
-            break
-        if expression is not None:
-            if not runs or runs[-1][0] != excluded:
-                runs.append((excluded, []))
-            runs[-1][1].append(expression)
-    made = ((excluded, re.compile(b"|".join(parts), re.DOTALL)) for excluded, parts in runs)
-    return Excluder(tuple(made), whole)
-
-
-def effective(patterns: Sequence[str]) -> Sequence[str]:
-    """The patterns that count for rsync: those after the last `!`, which clears its list."""
-    return patterns[max((n for n, pattern in enumerate(patterns, 1) if pattern == "!"), default=0) :]
-
-
-def _simple(pattern: bytes) -> bytes | None:
-    """The pattern as an expression for whole paths; None when it is not simple."""
-    body = pattern.removeprefix(b"/").removesuffix(b"/")
-    if not body or body.startswith((b"/", b"- ", b"!")) or re.search(rb"\*\*|[\[\\]|//|/\Z", body):
-        return None
-    words = {b"*": b"[^/]*", b"?": b"[^/]"}
-    simple = b"".join(words.get(c, re.escape(c)) for c in (body[i : i + 1] for i in range(len(body))))
-    start = b"" if pattern.startswith(b"/") else b"(?:.*/)?"
-    return start + simple + rb"(?<!/)" + (b"/" if pattern.endswith(b"/") else b"/?")
-
-
-def literal(path: bytes) -> bytes:
-    """The rsync pattern for just this path of the tree. A backslash is one only where there is a wildcard."""
-    return b"/" + (re.sub(rb"([\\*?\[])", rb"\\\1", path) if re.search(rb"[*?\[]", path) else path)
 
 
 class Repository:
@@ -154,14 +94,14 @@ class Repository:
 
 _Folder = tuple[bytes, bytes, Rules | None, Repository | None, bool]
 """Name in the tree (ends in `/`), path, what holds around it, and whether `.gitignore` names it."""
-_Entry = tuple[bytes, bytes, os.stat_result]
-"""Name in the tree, path and lstat."""
+_Entry = tuple[bytes, os.stat_result]
+"""Name in the tree and lstat."""
 _Doubt = tuple[bytes, _Entry, Rules | None, Repository]
 """Name (a folder ends in `/`), the entry, and what holds around it."""
 
 
 class Walk:
-    """One look at a tree. Iterating gives what would be sent: name, path and lstat of each, folders before their own.
+    """One look at a tree. Iterating gives what would be sent: name and lstat of each, folders before their own.
 
     What git tracks although `.gitignore` names it comes last: git is asked while all else is looked at. Then `hidden`
     has what never goes into a guest, `ignored` what `.gitignore` names and git does not track (relative paths, folders
@@ -185,6 +125,11 @@ class Walk:
 
     def __iter__(self) -> Iterator[_Entry]:
         """Walk the tree. Sorted, so that two looks at one tree give the same."""
+        for entries in self.by_folder():
+            yield from entries
+
+    def by_folder(self) -> Iterator[list[_Entry]]:
+        """Walk the tree and give what lies in one folder at a time, which costs a third less."""
         self.hidden, self.ignored, self.rules, self.repositories, self.lead = [], [], {}, [], b""
         rules, repository = self._outside() if self.gitignore else (None, None)
         folders: list[_Folder] = [(b"", self.root, rules, repository, False)]
@@ -192,42 +137,40 @@ class Walk:
         while folders or doubtful:
             if folders:
                 below: list[_Folder] = []
-                yield from self._look(folders.pop(), below, doubtful)
+                yield self._look(folders.pop(), below, doubtful)
                 folders += reversed(below)
                 continue
             tracked, doubtful = list(self._tracked(doubtful)), []
-            for path, entry, rules, repository in tracked:
-                yield entry
+            yield [entry for _, entry, _, _ in tracked]
+            for path, (name, _), rules, repository in reversed(tracked):
                 if path.endswith(b"/"):
-                    folders.insert(0, (path, entry[1], rules, repository, True))
+                    folders.append((path, self.root + b"/" + name, rules, repository, True))
 
-    def _look(self, folder: _Folder, below: list[_Folder], doubtful: list[_Doubt]) -> Iterator[_Entry]:
+    def _look(self, folder: _Folder, below: list[_Folder], doubtful: list[_Doubt]) -> list[_Entry]:
         """What is in one folder; adds to its folders, and to what `.gitignore` names: git says later what it tracks."""
         base, place, rules, repository, inside = folder
-        entries = _list(place)
-        if base and self.private is not None and self.private.looks(place, entries):
+        names = _list(place)
+        if base and self.private is not None and self.private.looks(place, names):
             self.hidden.append(base)
-            return
-        hidden = self.private.named(place, entries) if self.private is not None else ()
+            return []
+        hidden = self.private.named(place, names) if self.private is not None else ()
         self.hidden += [base + name + b"/" for name in hidden]
         if self.gitignore:
-            rules, repository = self._enter(base, place, entries, rules, repository)
+            rules, repository = self._enter(base, place, names, rules, repository)
         in_repository = self.lead + base
-        suspects = rules.suspects(in_repository, entries) if rules is not None else ()
-        special = {*suspects, *hidden}
+        suspects = rules.suspects(in_repository, names) if rules is not None else ()
+        infos = _stat(place, names)
         plain = not self.excluder.runs and self.excluder.whole and not inside
-        for name in sorted(entries):
-            entry = entries[name]
-            try:
-                info = entry.stat(follow_symlinks=False)
-            except FileNotFoundError:
-                continue
+        # Most are plain files, and there may be many: what is none is looked at more closely.
+        odd = {*suspects, *hidden} if plain else set(infos)
+        odd.update([name for name, info in infos.items() if info.st_mode & KIND == FOLDER or info.st_nlink > 1])
+        found: list[_Entry] = []
+        for name, info in infos.items():
             path = base + name
-            end = b"/" if info.st_mode & KIND == FOLDER else b""
-            found = path, entry.path, info
-            if plain and not end and info.st_nlink == 1 and name not in special:
-                yield found  # most are such, and there may be many
+            if name not in odd:
+                found.append((path, info))
                 continue
+            end = b"/" if info.st_mode & KIND == FOLDER else b""
             if (end or info.st_nlink > 1) and self._is_private(info):
                 self.hidden.append(path + end)
                 continue
@@ -239,11 +182,12 @@ class Walk:
                 or (rules is not None and name in suspects and rules.names(in_repository, name, folder=end != b""))
             )
             if named and repository is not None:
-                doubtful.append((path + end, found, rules, repository))
+                doubtful.append((path + end, (path, info), rules, repository))
                 continue
-            yield found
+            found.append((path, info))
             if end:
-                below.append((path + end, entry.path, rules, repository, named))
+                below.append((path + end, place + b"/" + name, rules, repository, named))
+        return found
 
     def _is_private(self, info: os.stat_result) -> bool:
         return self.private is not None and (info.st_dev, info.st_ino) in self.private.places
@@ -273,15 +217,15 @@ class Walk:
         self,
         base: bytes,
         folder: bytes,
-        entries: Collection[bytes],
+        names: Collection[bytes],
         rules: Rules | None,
         repository: "Repository | None",
     ) -> tuple[Rules | None, "Repository | None"]:
         """What holds in a folder: a repository inside another knows nothing of the outer one's rules."""
-        if b".git" in entries and base:
+        if b".git" in names and base:
             rules, repository = None, Repository(base, folder)
             self.repositories.append(repository)
-        if FILE in entries:
+        if FILE in names:
             rules = read(_text(folder + b"/" + FILE), self.lead + base, rules)
         self.rules[base] = rules
         if rules is not None and repository is not None:
@@ -347,14 +291,14 @@ def tree_digest(walk: Walk, cache: Path | None = None) -> str:
 def _facts(walk: Walk) -> tuple[list[bytes], list[tuple[int, int, int, int, int]]]:
     """The names, and of each its mode, size in bytes, times of change and inode; of folders only the mode counts."""
     names, facts = [], []
-    for name, _, info in walk:
-        mode = info.st_mode
-        names.append(name)
-        facts.append(
-            (mode, 0, 0, 0, 0)
-            if mode & KIND == FOLDER
-            else (mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
-        )
+    for entries in walk.by_folder():
+        names += [name for name, _ in entries]
+        facts += [
+            (info.st_mode, 0, 0, 0, 0)
+            if info.st_mode & KIND == FOLDER
+            else (info.st_mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
+            for _, info in entries
+        ]
     return names, facts
 
 
@@ -370,14 +314,33 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _list(folder: bytes) -> dict[bytes, "os.DirEntry[bytes]"]:
+def _list(folder: bytes) -> list[bytes]:
     try:
-        with os.scandir(folder) as entries:
-            return {entry.name: entry for entry in entries}
+        return sorted(os.listdir(folder))  # noqa: PTH208 - bytes
     except (FileNotFoundError, NotADirectoryError):
-        return {}
+        return []
     except OSError as error:
         raise _unreadable(error) from error
+
+
+def _stat(folder: bytes, names: Sequence[bytes]) -> dict[bytes, os.stat_result]:
+    """Give lstat of each name that is still in the folder; by its descriptor, which is quicker than by whole paths."""
+    if not names:
+        return {}
+    try:
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    try:
+        return {name: os.lstat(name, dir_fd=place) for name in names}
+    except FileNotFoundError:
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError):
+                found[name] = os.lstat(name, dir_fd=place)
+        return found
+    finally:
+        os.close(place)
 
 
 def _sha256(path: bytes) -> str:

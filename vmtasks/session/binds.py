@@ -94,7 +94,7 @@ def _why_copied(place: Place, bind: BindRecord) -> str:
 def _look(place: Place, bind: BindRecord) -> Rules:
     """What of the bind is not copied, and what the rest takes, as it is now."""
     walk = Walk(Path(bind.host), bind.exclude, hidden=Private(place.config))
-    size = sum(taken(info) for _, _, info in walk)
+    size = sum(taken(info) for _, info in walk)
     return Rules(walk.hidden, bind.exclude, size=size)
 
 
