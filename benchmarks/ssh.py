@@ -1,4 +1,4 @@
-"""Compare vmtasks.remote with plain OpenSSH through a ControlMaster, on one running machine. Prints ratios.
+"""Compare vmtasks.guest with plain OpenSSH through a ControlMaster, on one running machine. Prints ratios.
 
     python benchmarks/ssh.py [--rounds N] [--mib N] [guest=tiny ...]
 
@@ -18,11 +18,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from vmtasks.config import load
+from vmtasks.config.load import load
 from vmtasks.errors import VmTasksError
-from vmtasks.remote import client, files
-from vmtasks.remote.ssh import Target
-from vmtasks.session import Machine
+from vmtasks.guest import client, files
+from vmtasks.guest.ssh import Target
+from vmtasks.machines import Machine
 
 LIMITS = {"true": 1.0, "row": 1.1, "in": 0.9, "out": 0.9, "cpu": 0.02}
 """`true`, `row`: ours to theirs, at most; a row is as long for both but for noise. `in`, `out`: our speed to theirs, at

@@ -20,15 +20,15 @@ from pathlib import Path
 
 from timing import compare
 
-from vmtasks.machine import argv, events
-from vmtasks.session import Machine, Project, Wants, launch
+from vmtasks.machines import Machine, Project, Wants, start
+from vmtasks.qemu import argv, events
 
 LIMIT = 1.15
 EVERY_S, SHARE, LISTEN_S = 0.25, 8, 60.0
 BOOT_S = 300.0
 
 
-def start(machine: Machine) -> float:
+def timed_start(machine: Machine) -> float:
     """Seconds that `vmtasks start` takes; the machine is stopped again."""
     words = [sys.executable, "-m", "vmtasks.cli", "start", machine.name]
     began = time.perf_counter()
@@ -46,7 +46,7 @@ def raw(machine: Machine) -> float:
     copy = machine.folder / "raw.qcow2"
     shutil.copyfile(machine.disk, copy)
     events.prepare(machine.events)
-    words = argv.command(replace(launch.spec(machine, record, port), disk=copy.absolute()))
+    words = argv.command(replace(start.spec(machine, record, port), disk=copy.absolute()))
     began = time.perf_counter()
     with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as qemu:
         try:
@@ -95,7 +95,7 @@ def main() -> int:
         machine.stop(lambda _: None)
         for _ in range(given.rounds):
             times["QEMU and the guest"].append(raw(machine))
-            times["vmtasks start"].append(start(machine))
+            times["vmtasks start"].append(timed_start(machine))
     finally:
         machine.destroy(lambda _: None)
     return compare(times, LIMIT)

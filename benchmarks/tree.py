@@ -17,10 +17,10 @@ from pathlib import Path
 
 from timing import bare_doit, compare, run
 
-from vmtasks.config import load
-from vmtasks.results import ResultRecord, Results
-from vmtasks.scaffold import scaffold
-from vmtasks.store import write_record
+from vmtasks.config.load import load
+from vmtasks.config.scaffold import scaffold
+from vmtasks.store.store import write_record
+from vmtasks.suites.results import ResultRecord, Results
 
 LIMIT = 4.0
 DOIT = [sys.executable, "-m", "doit"]

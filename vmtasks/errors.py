@@ -117,7 +117,7 @@ class PhaseError(VmTasksError):
     def __init__(
         self, message: str, *, cause: str, hint: str = "", log: Path | None = None, console: Sequence[str] = ()
     ) -> None:
-        """`cause` is one of vmtasks.phase.CAUSES."""
+        """`cause` is one of vmtasks.images.judge.CAUSES."""
         super().__init__(message, hint=hint, log=log, console=console)
         self.cause = cause
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from msgspec.structs import replace as changed
 
 from rehearsal import media, transcript
-from vmtasks import image
-from vmtasks.build import Builder
-from vmtasks.config import load
+from vmtasks.config.load import load
 from vmtasks.errors import PhaseError
+from vmtasks.images import make
+from vmtasks.images.steps import Builder
 
 TIMEOUT_S, SILENCE_S, PROMPT_S = 40, 12, 4
 """Limits on fast hardware: a fault that goes unnoticed must not hold up the others for long."""
@@ -78,7 +78,7 @@ def _boot(root: Path, work: Path, order: Order) -> Outcome:
     cause = message = ""
     with job.store.lock(f"image-{digest}", timeout_s=5) as lock:
         try:
-            image.make(job, lock)
+            make.make(job, lock)
         except PhaseError as error:
             cause, message = error.cause, error.message
     images = [job.store.image(record) for record in job.store.made(digest)]

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import msgspec
 
-from vmtasks.media import compose, debian
+from vmtasks.config.recipe import Recipe
+from vmtasks.installer.compose import compose, debian
+from vmtasks.installer.compose.unpack import unpack
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
-from vmtasks.media.unpack import unpack
-from vmtasks.recipe import Recipe
 
 HERE = Path(__file__).parent
 STANDIN = HERE / "standin"

@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from vmtasks.machine.console import parse_sentinel
 from vmtasks.printable import Cleaner
+from vmtasks.qemu.console import parse_sentinel
 
 CALL = re.compile(r":: \[(\d+)\] (.*)")
 FAILED = re.compile(r"(.*) \(made to fail with status (\d+)\)")

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from vmtasks.media.debian import Archive
+from vmtasks.installer.compose.debian import Archive
 from vmtasks.media.tree import Entry
 
 SUITE = "test"

@@ -11,10 +11,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from bootsector import hang, sector
-from vmtasks.machine import argv
-from vmtasks.session import Project
-from vmtasks.state import PhaseRecord, State
-from vmtasks.store import ImageRecord, write_record
+from vmtasks.images.workspace import PhaseRecord, State
+from vmtasks.machines import Project
+from vmtasks.qemu import argv
+from vmtasks.store.store import ImageRecord, write_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WAIT_S = 60.0

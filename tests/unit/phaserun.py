@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from bootsector import ask, say, wait_key
+from vmtasks.config.tables import Exchange, FailureText
 from vmtasks.errors import PhaseError
-from vmtasks.machine import argv, vm
-from vmtasks.machine.argv import Spec
-from vmtasks.model import Exchange, FailureText
-from vmtasks.phase import CAUSES, Limits, Phase
+from vmtasks.images.judge import CAUSES, Limits, Phase
+from vmtasks.qemu import argv, vm
+from vmtasks.qemu.argv import Spec
 
 needs_qemu = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
 
@@ -74,7 +74,7 @@ def machine(folder: Path, image: bytes, **changes: Any) -> Spec:
 def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Went]]:
     """Give what runs a phase and checks that it ends in time and leaves no QEMU."""
     folders: list[Path] = []
-    monkeypatch.setattr("vmtasks.phase.PANIC_LINES_S", 0.3)
+    monkeypatch.setattr("vmtasks.images.judge.PANIC_LINES_S", 0.3)
 
     def boot(
         image: bytes,

@@ -13,7 +13,7 @@ from typing import Any
 import paramiko
 from paramiko.common import cMSG_CHANNEL_REQUEST
 
-from vmtasks.remote.ssh import Target
+from vmtasks.guest.ssh import Target
 
 
 class _Login(paramiko.ServerInterface):

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from vmtasks import proc
 from vmtasks.errors import MachineError, MissingToolError
-from vmtasks.machine import accel
-from vmtasks.machine.accel import Accel, Run
+from vmtasks.host import process
+from vmtasks.qemu import accel
+from vmtasks.qemu.accel import Accel, Run
 
 needs_qemu = pytest.mark.skipif(not shutil.which(accel.QEMU), reason="QEMU is not installed")
 SOME = Accel("tcg", "max", "as kept", 4.0, 0.5)
@@ -45,12 +45,12 @@ def no_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def seed(file: Path) -> None:
     """Keep an answer that no race here gives, as of now, for "auto" and "tcg"."""
-    accel.keep(file, accel.Kept(accel.facts(Path(proc.find(accel.QEMU))), {"auto": SOME, "tcg": SOME}))
+    accel.keep(file, accel.Kept(accel.facts(Path(process.find(accel.QEMU))), {"auto": SOME, "tcg": SOME}))
 
 
 def children() -> list[str]:
     """List the argv of all processes below this one, those that are not reaped included."""
-    listing = proc.run(["ps", "-eo", "pid=,ppid=,args="], timeout_s=10).stdout
+    listing = process.run(["ps", "-eo", "pid=,ppid=,args="], timeout_s=10).stdout
     rows = [line.split(None, 2) for line in listing.splitlines()]
     return [args for _, parent, args in rows if parent == str(os.getpid()) and not args.startswith("ps ")]
 
@@ -70,7 +70,7 @@ def test_auto_is_what_really_works(tmp_path: Path):
     rival = accel.CANDIDATES.get(sys.platform)
     image = tmp_path / "probe.img"
     image.write_bytes(accel.sector())
-    qemu = Path(proc.find(accel.QEMU))
+    qemu = Path(process.find(accel.QEMU))
     opens = rival is not None and (rival != "kvm" or not accel.refusal())
     runs = [accel.boot(qemu, image, rival, cpu, 2) for cpu in accel.CPUS[rival]] if rival and opens else []
     works = any(run.loop_s is not None and run.total_s < 1 for run in runs)
@@ -81,7 +81,7 @@ def test_auto_is_what_really_works(tmp_path: Path):
 @needs_qemu
 def test_the_sector_does_its_work_under_emulation(tmp_path: Path):
     (tmp_path / "probe.img").write_bytes(accel.sector())
-    run = accel.boot(Path(proc.find(accel.QEMU)), tmp_path / "probe.img", "tcg", "max", 20)
+    run = accel.boot(Path(process.find(accel.QEMU)), tmp_path / "probe.img", "tcg", "max", 20)
     assert run.status == accel.DONE
     assert run.loop_s is not None
     assert 0 < run.loop_s < run.total_s
@@ -90,7 +90,7 @@ def test_the_sector_does_its_work_under_emulation(tmp_path: Path):
 @pytest.mark.skipif(not shutil.which("nasm"), reason="nasm is not installed")
 def test_listing_is_what_nasm_makes_of_it(tmp_path: Path):
     (tmp_path / "a.asm").write_text("\n".join(text for _, text in accel.LISTING) + "\n")
-    proc.run(["nasm", "-f", "bin", "-o", tmp_path / "a.bin", tmp_path / "a.asm"], timeout_s=10)
+    process.run(["nasm", "-f", "bin", "-o", tmp_path / "a.bin", tmp_path / "a.asm"], timeout_s=10)
     code = (tmp_path / "a.bin").read_bytes()
     assert accel.sector() == code.ljust(510, b"\0") + b"\x55\xaa"
 
@@ -310,9 +310,9 @@ def members(group: str) -> list[str]:
 def test_an_interrupted_race_leaves_nothing(wrapper: str, tmp_path: Path):
     script(tmp_path / "bin" / accel.QEMU, f"echo $$ >{tmp_path}/pid\n{wrapper}")
     cache = str(tmp_path / "accel.json")
-    code = f"from pathlib import Path; from vmtasks.machine import accel; accel.probe(Path({cache!r}))"
+    code = f"from pathlib import Path; from vmtasks.qemu import accel; accel.probe(Path({cache!r}))"
     env = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
-    with proc.spawn([sys.executable, "-c", code], env=env, pipe=True) as child:
+    with process.spawn([sys.executable, "-c", code], env=env, pipe=True) as child:
         deadline_s = time.monotonic() + 20
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
             assert time.monotonic() < deadline_s

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmtasks import arguments
-from vmtasks.arguments import Bind, Forward
+from vmtasks.config import arguments
+from vmtasks.config.arguments import Bind, Forward
 from vmtasks.errors import ConfigError
 
 MIB = 1 << 20

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmtasks import proc
 from vmtasks.errors import MachineError
-from vmtasks.machine import argv, qmp
-from vmtasks.machine.argv import Spec, command
+from vmtasks.host import process
 from vmtasks.media import disk
+from vmtasks.qemu import argv, qmp
+from vmtasks.qemu.argv import Spec, command
 
 DATA = Path(__file__).parents[1] / "data/argv"
 PATHS = {"disk", "console_socket", "console_log", "qmp_socket", "firmware_log", "pidfile"}
@@ -50,7 +50,7 @@ def spec(**changes: Any) -> Spec:
 def test_argv_is_as_the_file_says(path: Path):
     """A case is a file: `spec` is what differs from USUAL, `argv` is the expected command line in a shell's quoting."""
     case = json.loads(path.read_text())
-    assert proc.quote(command(spec(**case["spec"]))).split(" -") == shlex.join(
+    assert process.quote(command(spec(**case["spec"]))).split(" -") == shlex.join(
         shlex.split(" ".join(case["argv"]))
     ).split(" -")
 
@@ -105,7 +105,7 @@ def test_every_machine_is_bare_and_in_the_sandbox():
 
 
 def test_every_field_of_a_machine_is_in_its_argv():
-    base = proc.quote(command(spec()))
+    base = process.quote(command(spec()))
     other = {
         "name": "x", "accel": "kvm", "cpu": "host", "machine_type": "q35", "memory": 1 << 30, "cpus": 4, "disk": "/x",
         "disk_bus": "ide", "disk_serial": "x", "cds": ["/x"], "nic": "e1000", "network": "none", "ssh_port": 2222,
@@ -116,7 +116,7 @@ def test_every_field_of_a_machine_is_in_its_argv():
     only_with_cds = {"cd_bus"}
     assert {f.name for f in fields(Spec)} == set(other) | only_with_cds
     for name, value in other.items():
-        assert proc.quote(command(spec(**{name: value}))) != base, name
+        assert process.quote(command(spec(**{name: value}))) != base, name
     assert command(spec(cds=["/x"], cd_bus="virtio-scsi")) != command(spec(cds=["/x"], cd_bus="ide"))
 
 
@@ -190,7 +190,7 @@ def test_qemu_takes_every_combination_of_buses(buses: dict[str, str], tmp_path: 
         console_socket=folder / "c", console_log=folder / "log, 1", qmp_socket=folder / "q",
         firmware_log=folder / "fw, 1", pidfile=folder / "pid, 1",
     )  # fmt: skip
-    with proc.spawn([*command(machine), "-S"], pipe=True, merge=True) as child:
+    with process.spawn([*command(machine), "-S"], pipe=True, merge=True) as child:
         try:
             with qmp.connect(machine.qmp_socket, timeout_s=5) as control:
                 inserted = {b["qdev"]: b["inserted"]["node-name"] for b in control.cmd("query-block")}
@@ -212,7 +212,7 @@ def test_qemu_listens_on_loopback_only(tmp_path: Path):
             disk=tmp_path / "disk.qcow2", ssh_port=port, console_socket=tmp_path / "c", console_log=tmp_path / "l",
             qmp_socket=tmp_path / "q", memory=16 << 20,
         )  # fmt: skip
-        with proc.spawn([*command(machine), "-S"], pipe=True, merge=True) as child:
+        with process.spawn([*command(machine), "-S"], pipe=True, merge=True) as child:
             end = time.monotonic() + 5
             while child.poll() is None and not (found := listeners(child.pid)) and time.monotonic() < end:
                 time.sleep(0.05)
@@ -240,7 +240,7 @@ def test_the_cache_of_the_disk(mode: str, throwaway: bool, cache: dict[str, bool
         disk=tmp_path / "disk.qcow2", disk_cache=mode, throwaway=throwaway, memory=16 << 20,
         console_socket=tmp_path / "c", console_log=tmp_path / "l", qmp_socket=tmp_path / "q",
     )  # fmt: skip
-    with proc.spawn([*command(machine), "-S"], pipe=True, merge=True) as child:
+    with process.spawn([*command(machine), "-S"], pipe=True, merge=True) as child:
         try:
             with qmp.connect(machine.qmp_socket, timeout_s=5, ended=lambda: child.poll() is not None) as control:
                 blocks = control.cmd("query-block")

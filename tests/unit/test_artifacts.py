@@ -15,9 +15,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from vmtasks.remote import artifacts
-from vmtasks.remote.artifacts import Fetched, fetch
-from vmtasks.remote.ssh import Target
+from vmtasks.guest import artifacts
+from vmtasks.guest.artifacts import Fetched, fetch
+from vmtasks.guest.ssh import Target
 
 MIB = 1 << 20
 OUTSIDE = "secret of this host\n"

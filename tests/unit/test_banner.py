@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 
-from vmtasks.remote import banner
+from vmtasks.guest import banner
 
 WORD = b"SSH-2.0-OpenSSH_9.2\r\n"
 Peer = Callable[[socket.socket, int], None]

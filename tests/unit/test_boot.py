@@ -2,8 +2,8 @@
 
 import pytest
 
-from vmtasks.remote import boot
-from vmtasks.remote.boot import Boot
+from vmtasks.guest import boot
+from vmtasks.guest.boot import Boot
 
 DRAGONFLY = "boottime { sec = 1700000000, usec = 123456 } Tue Nov 14 22:13:20 2023\nnow 1700000500\n"
 

@@ -28,7 +28,7 @@ from bootsector import (
     wait_ticks,
     write_disk,
 )
-from vmtasks import proc
+from vmtasks.host import process
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="QEMU is not installed")
 LIMIT_S = 20.0
@@ -68,7 +68,7 @@ def boot(image: bytes, folder: Path, *options: str, disc: bool = False) -> Itera
     argv = ["qemu-system-x86_64", "-accel", "tcg", "-machine", "pc", "-m", "16", "-nodefaults", "-no-user-config"]
     argv += ["-display", "none", "-monitor", "none", "-serial", "stdio", *options]
     argv += ["-drive", f"file={file},format=raw,{'media=cdrom' if disc else 'index=0'}"]
-    with proc.spawn(argv, pipe=True, stdin=True) as child:
+    with process.spawn(argv, pipe=True, stdin=True) as child:
         try:
             yield Guest(child)
         finally:
@@ -227,6 +227,6 @@ def test_write_disk_without_a_disk_says_so(tmp_path: Path):
 @pytest.mark.skipif(not shutil.which("nasm"), reason="nasm is not installed")
 def test_listing_is_what_nasm_makes_of_it(tmp_path: Path):
     (tmp_path / "a.asm").write_text("\n".join(text for _, text in bootsector.LISTING) + "\n")
-    proc.run(["nasm", "-f", "bin", "-o", tmp_path / "a.bin", tmp_path / "a.asm"], timeout_s=10)
+    process.run(["nasm", "-f", "bin", "-o", tmp_path / "a.bin", tmp_path / "a.asm"], timeout_s=10)
     code = b"".join(bytes.fromhex(piece) for piece, _ in bootsector.LISTING)
     assert (tmp_path / "a.bin").read_bytes() == code

@@ -9,15 +9,15 @@ from pathlib import Path
 import pytest
 
 from bootsector import ask, cd, phase, power_off, say, sector, wait_ticks, write_disk
-from vmtasks import plan
-from vmtasks.build import Builder
-from vmtasks.config import load
+from vmtasks.config.load import load
 from vmtasks.errors import PhaseError
-from vmtasks.machine import argv
-from vmtasks.machine.accel import Accel
+from vmtasks.images import plan
+from vmtasks.images.steps import Builder
+from vmtasks.installer.installer import recipe_digest
 from vmtasks.media import disk
-from vmtasks.media.installer import recipe_digest
-from vmtasks.store import MediaRecord, write_record
+from vmtasks.qemu import argv
+from vmtasks.qemu.accel import Accel
+from vmtasks.store.store import MediaRecord, write_record
 
 pytestmark = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
 

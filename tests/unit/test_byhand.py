@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from pycdlib import PyCdlib
 
-from vmtasks import byhand
+from vmtasks.byhand import console
 from vmtasks.errors import MissingToolError, StateError
-from vmtasks.state import State
+from vmtasks.images.workspace import State
 
 WITH_WINDOWS = "Available display backend types:\nnone\ngtk\nsdl\ncurses\n"
 WITHOUT = "Available display backend types:\nnone\ncurses\ndbus\n"
@@ -30,22 +30,22 @@ def qemu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_best_window_is_taken(qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qemu.write_text(WITH_WINDOWS)
     monkeypatch.setenv("DISPLAY", ":0")
-    assert byhand.window(wanted=True) == "gtk"
+    assert console.window(wanted=True) == "gtk"
     qemu.write_text(WITH_WINDOWS.replace("gtk\n", ""))
-    assert byhand.window(wanted=True) == "sdl"
+    assert console.window(wanted=True) == "sdl"
 
 
 def test_a_window_needs_a_screen(qemu: Path) -> None:
     qemu.write_text(WITH_WINDOWS)
     with pytest.raises(StateError, match="neither DISPLAY nor WAYLAND_DISPLAY is set"):
-        byhand.window(wanted=True)
+        console.window(wanted=True)
 
 
 def test_a_qemu_without_windows(qemu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     qemu.write_text(WITHOUT)
     monkeypatch.setenv("DISPLAY", ":0")
     with pytest.raises(MissingToolError, match="this QEMU can open no window") as caught:
-        byhand.window(wanted=True)
+        console.window(wanted=True)
     assert "qemu-system-gui" in caught.value.hint
 
 
@@ -60,7 +60,7 @@ def test_the_cd_of_the_key(tmp_path: Path) -> None:
         def __init__(self) -> None:
             """Only the key is asked for."""
 
-    byhand.key_cd(Keys(), "dev", tmp_path / "key.iso")
+    console.key_cd(Keys(), "dev", tmp_path / "key.iso")
     iso = PyCdlib()
     iso.open(str(tmp_path / "key.iso"))
     names = {child.rock_ridge.name().decode() for child in iso.list_children(rr_path="/") if child.rock_ridge}

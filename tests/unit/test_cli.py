@@ -12,17 +12,18 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from vmtasks import cli, tidy
+from vmtasks import cli
 from vmtasks.cli import app
 from vmtasks.cli.files import _remote
 from vmtasks.cli.jobs import _how
 from vmtasks.cli.login import loopback, split
+from vmtasks.config.rules import first_port
 from vmtasks.errors import ConfigError
-from vmtasks.remote.jobview import View
-from vmtasks.rules import first_port
-from vmtasks.session import Project, Wants
-from vmtasks.state import MachineRecord, PhaseRecord, State
-from vmtasks.store import ImageRecord, write_record
+from vmtasks.guest.jobview import View
+from vmtasks.images import prune
+from vmtasks.images.workspace import MachineRecord, PhaseRecord, State
+from vmtasks.machines import Project, Wants
+from vmtasks.store.store import ImageRecord, write_record
 
 
 def bare(home: Path) -> dict[str, str]:
@@ -198,7 +199,7 @@ class Here:
         store.snapshot_key(digest).parent.mkdir(parents=True, exist_ok=True)
         store.snapshot_key(digest).write_text("key")
         write_record(self.state.snapshot_record(name), PhaseRecord(digest=digest, sha256=made.sha256))
-        tidy.register(store, self.state.config.vm_dir)
+        prune.register(store, self.state.config.vm_dir)
         return digest
 
 
@@ -267,7 +268,7 @@ def test_an_image_that_another_project_names_stays(here: Here, tmp_path: Path) -
     other = tmp_path / "other"
     (made,) = here.state.store.made(digest)
     write_record(other / "tiny" / "snapshots" / "copy.toml", PhaseRecord(digest=digest, sha256=made.sha256))
-    tidy.register(here.state.store, other)
+    prune.register(here.state.store, other)
     assert "its image stays until vmtasks prune" in here("snapshot", "rm", "--force", "tiny:one").stderr
     assert here.state.store.made(digest)
 
@@ -323,7 +324,7 @@ def test_a_closed_standard_stream_is_dev_null(words: list[str], status: int, clo
 def test_descriptors_of_closed_streams_are_taken(tmp_path: Path) -> None:
     """So that no file that is opened later gets one of their numbers; children inherit them."""
     code = (
-        "import os, subprocess, sys; from vmtasks import progress; progress.open_streams();"
+        "import os, subprocess, sys; from vmtasks.host import progress; progress.open_streams();"
         "handle = os.open('.', os.O_RDONLY); names = [os.readlink(f'/proc/self/fd/{n}') for n in range(3)];"
         "child = subprocess.run(['readlink', '/proc/self/fd/0'], stdout=subprocess.PIPE, text=True).stdout.strip();"
         "open('found', 'w').write(' '.join([str(handle > 2), *names, child]))"

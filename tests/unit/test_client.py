@@ -25,8 +25,8 @@ from vmtasks.errors import (
     HostKeyError,
     SshError,
 )
-from vmtasks.remote import client, ssh
-from vmtasks.remote.ssh import Target
+from vmtasks.guest import client, ssh
+from vmtasks.guest.ssh import Target
 
 LIMIT_S = 20.0
 

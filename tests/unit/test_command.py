@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from vmtasks.errors import ConfigError
-from vmtasks.remote import command, ssh
-from vmtasks.remote.command import Header, Lines, Via
+from vmtasks.guest import command, ssh
+from vmtasks.guest.command import Header, Lines, Via
 
 SHELLS = {
     name: [path, *words, "-c"]

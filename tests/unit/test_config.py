@@ -15,11 +15,11 @@ import tomli_w
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from vmtasks import rules
-from vmtasks.config import VARIABLES, Config, help_table, load, parse_size, schema, show_size
+from vmtasks.config import rules
+from vmtasks.config.load import VARIABLES, Config, help_table, load, parse_size, schema, show_size
+from vmtasks.config.mistakes import explain, key_path
+from vmtasks.config.tables import Exchange, GuestFile, MachineTable, PhaseTable, Recipe, SuiteTable, SyncTable, VmFile
 from vmtasks.errors import ConfigError
-from vmtasks.explain import explain, key_path
-from vmtasks.model import Exchange, GuestFile, MachineTable, PhaseTable, Recipe, SuiteTable, SyncTable, VmFile
 
 TOP = Path(__file__).parents[2]
 DATA = TOP / "tests/data/config"

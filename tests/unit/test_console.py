@@ -15,9 +15,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from vmtasks.errors import MachineError
-from vmtasks.machine import console, terminal
-from vmtasks.machine.console import Sentinel, Serial, Transcript, parse_sentinel
 from vmtasks.printable import Cleaner
+from vmtasks.qemu import console, terminal
+from vmtasks.qemu.console import Sentinel, Serial, Transcript, parse_sentinel
 
 TOKEN = "0123456789abcdef"  # noqa: S105
 PIECES = st.one_of(

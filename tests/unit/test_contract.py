@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from tools import SHELLCHECK
-from vmtasks.machine.console import Sentinel, Transcript
 from vmtasks.media import template
+from vmtasks.qemu.console import Sentinel, Transcript
 
 TOKEN = "0123456789abcdef"  # noqa: S105
 SHELL = os.path.realpath("/bin/sh")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmtasks.media import decompress
+from vmtasks.installer.download import decompress
 
 COMPRESSORS = {"bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress}
 

@@ -21,11 +21,11 @@ import msgspec
 import pytest
 
 from rehearsal.loader_peer import Vices
+from vmtasks.config.tables import Exchange, GuestFile
 from vmtasks.errors import PhaseError
-from vmtasks.machine.console import Serial
-from vmtasks.machine.vm import Booted
-from vmtasks.model import Exchange, GuestFile
-from vmtasks.phase import Limits, Phase
+from vmtasks.images.judge import Limits, Phase
+from vmtasks.qemu.console import Serial
+from vmtasks.qemu.vm import Booted
 
 TOP = Path(__file__).resolve().parents[2]
 PEER = TOP / "tests/rehearsal/loader_peer.py"
@@ -155,8 +155,8 @@ def went() -> Iterator[dict[str, Went]]:
     cases["blind"] = (Vices(lose_key=16), exchanges(echo=False, again=False))
     cases["checked"] = (Vices(lose_key=16), exchanges())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vmtasks.phase.ECHO_S", 0.3)
-        patch.setattr("vmtasks.machine.console.SETTLE_S", 0.1)
+        patch.setattr("vmtasks.images.judge.ECHO_S", 0.3)
+        patch.setattr("vmtasks.qemu.console.SETTLE_S", 0.1)
         with ThreadPoolExecutor(8) as pool:
             yield dict(zip(cases, pool.map(talk, *zip(*cases.values(), strict=True)), strict=True))
 

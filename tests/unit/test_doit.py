@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import mounted_tmpfs
 
-from vmtasks.scaffold import scaffold
+from vmtasks.config.scaffold import scaffold
 from vmtasks.tasks.machines import EXIT
 
 REPOSITORY = Path(__file__).parents[2]

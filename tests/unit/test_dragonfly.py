@@ -19,14 +19,14 @@ import pytest
 
 from httpserver import Reply, serving
 from tools import SHELLCHECK
-from vmtasks import proc
-from vmtasks.build import Builder
-from vmtasks.config import Config, load
-from vmtasks.image import Job, spec
-from vmtasks.machine.accel import Accel
-from vmtasks.machine.argv import command
-from vmtasks.model import Download
-from vmtasks.store import MediaRecord, Store, write_record
+from vmtasks.config.load import Config, load
+from vmtasks.config.tables import Download
+from vmtasks.host import process
+from vmtasks.images.make import Job, spec
+from vmtasks.images.steps import Builder
+from vmtasks.qemu.accel import Accel
+from vmtasks.qemu.argv import command
+from vmtasks.store.store import MediaRecord, Store, write_record
 
 TOP = Path(__file__).parents[2]
 NUMBERS = (1, 2, 3)
@@ -80,7 +80,7 @@ def test_the_phase_cd_is_what_pfi_needs(tmp_path: Path, number: int):
     builder = rendered(tmp_path)
     write_media(builder)
     builder.phase_iso(number)
-    listing = proc.run(["bsdtar", "-tvf", builder.iso(number)], timeout_s=20).stdout.splitlines()
+    listing = process.run(["bsdtar", "-tvf", builder.iso(number)], timeout_s=20).stdout.splitlines()
     found = {words[-1]: (words[0], words[2], words[3]) for words in map(str.split, listing)}
     program, plain = ("-r-xr-xr-x", "0", "0"), ("-r--r--r--", "0", "0")
     assert {name: what for name, what in found.items() if name != "."} == {
@@ -93,7 +93,7 @@ def test_the_phase_cd_is_what_pfi_needs(tmp_path: Path, number: int):
     }
     out = tmp_path / "out"
     out.mkdir()
-    proc.run(["bsdtar", "-xpf", builder.iso(number), "-C", out], timeout_s=20)
+    process.run(["bsdtar", "-xpf", builder.iso(number), "-C", out], timeout_s=20)
     assert (out / "pfi.conf").read_bytes() == b"pfi_script=run.sh\n"
     assert b"\r" not in b"".join(path.read_bytes() for path in out.iterdir())
     first = builder.iso(number).read_bytes()

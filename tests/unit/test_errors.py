@@ -20,7 +20,7 @@ from vmtasks.errors import (
     note_failure,
     os_failure,
 )
-from vmtasks.session import Project, Wants, first_start
+from vmtasks.machines import Project, Wants, first_start
 
 
 def fail() -> None:

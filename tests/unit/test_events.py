@@ -11,9 +11,9 @@ import pytest
 from phaserun import machine
 
 from bootsector import hang, sector
-from vmtasks.machine import argv, events, qmp, vm
-from vmtasks.machine.argv import Spec
-from vmtasks.machine.events import Events
+from vmtasks.qemu import argv, events, qmp, vm
+from vmtasks.qemu.argv import Spec
+from vmtasks.qemu.events import Events
 
 WAIT_S = 20.0
 

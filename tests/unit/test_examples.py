@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from vmtasks import rules
-from vmtasks.config import Config, load
+from vmtasks.config import rules
+from vmtasks.config.load import Config, load
 
 TOP = Path(__file__).parents[2]
 SUITES = {

@@ -14,9 +14,9 @@ from downloads import HTML, NAME, PACKED, PLAIN, assert_whole, get, names, of_co
 
 from httpserver import Reply, serving
 from vmtasks.errors import FetchError, StateError
-from vmtasks.lock import lock
-from vmtasks.media.digest import Digest
-from vmtasks.media.want import Fetched, Limits, Want, stem
+from vmtasks.host.locks import lock
+from vmtasks.installer.download.digest import Digest
+from vmtasks.installer.download.want import Fetched, Limits, Want, stem
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 

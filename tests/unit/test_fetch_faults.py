@@ -10,8 +10,8 @@ from downloads import HTML, NAME, PACKED, PLAIN, get, names, of_content, of_down
 
 from httpserver import Reply, serving
 from vmtasks.errors import FetchError
-from vmtasks.media.digest import Digest
-from vmtasks.media.want import Want
+from vmtasks.installer.download.digest import Digest
+from vmtasks.installer.download.want import Want
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from httpserver import Reply, serving
 from vmtasks.errors import FetchError
-from vmtasks.media import transfer
-from vmtasks.media.want import Limits, Want, stem
+from vmtasks.installer.download import transfer
+from vmtasks.installer.download.want import Limits, Want, stem
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -193,9 +193,9 @@ def test_no_mirror_continues_what_another_began(folder: Path):
 
 PROGRAM = """
 import sys, pathlib
-from vmtasks.media.digest import Digest
-from vmtasks.media.fetch import fetch
-from vmtasks.media.want import Want
+from vmtasks.installer.download.digest import Digest
+from vmtasks.installer.download.fetch import fetch
+from vmtasks.installer.download.want import Want
 url, name, hex, folder = sys.argv[1:]
 fetch(Want(urls=(url,), name=name, digests=(Digest("sha256", hex),)), pathlib.Path(folder))
 """

@@ -2,8 +2,8 @@
 
 from markdown_it import MarkdownIt
 
-from vmtasks.findings import LONGEST, Findings, Stage, answer, markdown, observed
-from vmtasks.model import Question
+from vmtasks.config.tables import Question
+from vmtasks.verify.findings import LONGEST, Findings, Stage, answer, markdown, observed
 
 PFI = Question(asks="What is in rc.d/pfi?", observed="pfi")
 SSHD = Question(asks="When does sshd start?", observed="sshd *")

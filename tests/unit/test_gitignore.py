@@ -10,13 +10,13 @@ import msgspec
 import nearby
 import pytest
 
-from vmtasks.config import load
-from vmtasks.remote import gitignore
-from vmtasks.remote.ssh import Target
-from vmtasks.remote.tree import Walk
-from vmtasks.results import Results
-from vmtasks.scaffold import scaffold
-from vmtasks.suites import send
+from vmtasks.config.load import load
+from vmtasks.config.scaffold import scaffold
+from vmtasks.guest import gitignore
+from vmtasks.guest.ssh import Target
+from vmtasks.guest.tree import Walk
+from vmtasks.suites.results import Results
+from vmtasks.suites.run import send
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("rsync") and shutil.which("git")), reason="rsync or git is not installed"

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmtasks import arguments
-from vmtasks.remote import keypair
-from vmtasks.session import identity
-from vmtasks.session.identity import HostKey
+from vmtasks.config import arguments
+from vmtasks.guest import keypair
+from vmtasks.machines import identity
+from vmtasks.machines.identity import HostKey
 
 SHELLS = {
     name: [path, *words]

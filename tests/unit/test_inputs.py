@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from test_build import Guest
 
-from vmtasks.machine import argv
+from vmtasks.qemu import argv
 
 pytestmark = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
 
@@ -90,8 +90,8 @@ def project(built: Built) -> Iterator[Built]:
     [
         ("media/phase/lib.sh", "# What a phase", "# All that a phase", ["render:1", "render:2"]),
         ("media/phase/run.sh", "# Runs the phase", "# Carries out the phase", ["render:1", "render:2"]),
-        ("media/installer.py", "FORMAT = 1", "FORMAT = 1000", ["fetch"]),
-        ("plan.py", "FORMAT = 1", "FORMAT = 1000", STEPS[1:-1]),
+        ("installer/installer.py", "FORMAT = 1", "FORMAT = 1000", ["fetch"]),
+        ("images/plan.py", "FORMAT = 1", "FORMAT = 1000", STEPS[1:-1]),
     ],
 )
 def test_what_comes_with_vmtasks_is_an_input(project: Built, file: str, old: str, new: str, stale: list[str]):

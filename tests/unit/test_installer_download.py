@@ -12,13 +12,13 @@ import pytest
 import tomli_w
 
 from httpserver import Site, serving
-from vmtasks import rules
-from vmtasks.build import Builder
-from vmtasks.config import help_table, load, schema
+from vmtasks.config import rules
+from vmtasks.config.load import help_table, load, schema
+from vmtasks.config.tables import GuestFile
 from vmtasks.errors import ConfigError, FetchError
-from vmtasks.media import release
-from vmtasks.model import GuestFile
-from vmtasks.store import MediaRecord, read_record
+from vmtasks.images.steps import Builder
+from vmtasks.installer.download import release
+from vmtasks.store.store import MediaRecord, read_record
 
 TOP = Path(__file__).parents[2]
 ISO = b"CD001 made up" * 5000

@@ -24,7 +24,7 @@ whole = part.whole  # the import of a submodule has set its name here; the secon
 IMPORTS = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
-from vmtasks.interrupts import unwind_on_signals
+from vmtasks.host.signals import unwind_on_signals
 caught = unwind_on_signals()
 try:
     import victim
@@ -35,7 +35,7 @@ except KeyboardInterrupt as error:
 """
 TWICE = """
 import os, signal
-from vmtasks.interrupts import unwind_on_signals
+from vmtasks.host.signals import unwind_on_signals
 unwind_on_signals()
 try:
     os.kill(os.getpid(), signal.SIGHUP)
@@ -47,7 +47,7 @@ except KeyboardInterrupt as error:
 NOHUP = """
 import os, signal
 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-from vmtasks.interrupts import unwind_on_signals
+from vmtasks.host.signals import unwind_on_signals
 unwind_on_signals()
 os.kill(os.getpid(), signal.SIGHUP)
 print("goes on")
@@ -55,7 +55,7 @@ print("goes on")
 LIVE = """
 import sys, time
 from pathlib import Path
-from vmtasks import progress
+from vmtasks.host import progress
 progress.talk_on_stderr()
 with progress.step("work") as step:
     step.now("its terminal is there")
@@ -88,7 +88,7 @@ main()
 """
 CLEAN_UP = """
 import sys, time
-from vmtasks.interrupts import cuttable, unwind_on_signals
+from vmtasks.host.signals import cuttable, unwind_on_signals
 unwind_on_signals()
 try:
     print("works", flush=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vmtasks import proc
 from vmtasks.errors import ImageError
+from vmtasks.host import process
 from vmtasks.media.iso import Boot, write_iso
 from vmtasks.media.tree import Entry
 
@@ -37,7 +37,7 @@ def test_everything_survives(tmp_path):
     write_iso(tmp_path / "a.iso", ENTRIES, label="TEST", boot=Boot("boot/image.bin", "boot/boot.cat"))
     out = tmp_path / "out"
     out.mkdir()
-    proc.run(["bsdtar", "-xpf", tmp_path / "a.iso", "-C", out], timeout_s=20, env={"LC_ALL": "C.UTF-8"})
+    process.run(["bsdtar", "-xpf", tmp_path / "a.iso", "-C", out], timeout_s=20, env={"LC_ALL": "C.UTF-8"})
     for entry in ENTRIES:
         path = out / entry.path
         if entry.kind == "link":
@@ -53,10 +53,10 @@ def test_everything_survives(tmp_path):
 @needs_xorriso
 def test_second_reader_sees_boot_image_owner_and_modes(tmp_path):
     write_iso(tmp_path / "a.iso", ENTRIES, label="TEST", boot=Boot("boot/image.bin", "boot/boot.cat"))
-    said = proc.run(["xorriso", "-indev", tmp_path / "a.iso", "-report_el_torito", "plain"], timeout_s=20).stdout
+    said = process.run(["xorriso", "-indev", tmp_path / "a.iso", "-report_el_torito", "plain"], timeout_s=20).stdout
     assert "/boot/image.bin" in said
     assert "boot-info-table" in said
-    said = proc.run(["xorriso", "-indev", tmp_path / "a.iso", "-find", "/su", "-exec", "lsdl"], timeout_s=20).stdout
+    said = process.run(["xorriso", "-indev", tmp_path / "a.iso", "-find", "/su", "-exec", "lsdl"], timeout_s=20).stdout
     assert said.split()[:4] == ["-rwsr-xr-x", "1", "0", "0"]
     assert "Jan  1  2000" in said
 

@@ -13,8 +13,8 @@ import pytest
 
 from unit.shellserver import serving
 from vmtasks.errors import SshError
-from vmtasks.remote import job
-from vmtasks.remote.link import Link
+from vmtasks.guest import job
+from vmtasks.guest.link import Link
 
 LIMIT_S = 30.0
 JOBS = ".vmtasks/jobs"

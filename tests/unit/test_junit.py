@@ -1,4 +1,4 @@
-"""vmtasks.junit: what suites print and write -> JUnit XML. Each case is a file in tests/data/junit."""
+"""vmtasks.suites.junit: what suites print and write -> JUnit XML. Each case is a file in tests/data/junit."""
 
 import tomllib
 from collections import Counter
@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from junitparser import JUnitXml
 
-from vmtasks.junit import Counts, Format, report
-from vmtasks.junit.case import LOG_LIMIT, TEXT_LIMIT
-from vmtasks.proc import Ended
+from vmtasks.host.process import Ended
+from vmtasks.suites.junit import Counts, Format, report
+from vmtasks.suites.junit.case import LOG_LIMIT, TEXT_LIMIT
 
 CASES = sorted((Path(__file__).parent.parent / "data" / "junit").glob("*.toml"))
 FORMATS: tuple[Format, ...] = ("auto", "go-json", "junit", "plain", "tap")

@@ -9,14 +9,14 @@ from socket import SO_REUSEADDR, SOL_SOCKET, socket
 import msgspec
 import pytest
 
-from vmtasks import config
+from vmtasks.config import load
 from vmtasks.errors import MachineError, SshError
-from vmtasks.machine import argv, vm
+from vmtasks.guest import keypair
+from vmtasks.images.workspace import MachineRecord
+from vmtasks.machines import start
+from vmtasks.machines.machine import Machine
 from vmtasks.media import disk
-from vmtasks.remote import keypair
-from vmtasks.session import launch
-from vmtasks.session.machine import Machine
-from vmtasks.state import MachineRecord
+from vmtasks.qemu import argv, vm
 
 pytestmark = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
 
@@ -27,7 +27,7 @@ STRANGER = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIII
 def machine(tmp_path: Path) -> Iterator[Machine]:
     """A machine with an empty disk, for which a second is long enough."""
     places = {"VMTASKS_STORE": str(tmp_path / "store"), "VM_DIR": str(tmp_path / "state"), "VM_ACCEL": "tcg"}
-    base = config.without_project({"guest": "tiny"}, places)
+    base = load.without_project({"guest": "tiny"}, places)
     short = msgspec.structs.replace(base.guest.ssh, ready_timeout_s=0.1)
     base = msgspec.structs.replace(base, guest=msgspec.structs.replace(base.guest, ssh=short))
     made = Machine(base, "a")
@@ -64,12 +64,12 @@ def held(*ports: int) -> Iterator[None]:
         yield
 
 
-def start(machine: Machine) -> MachineRecord:
+def boot_with(machine: Machine) -> MachineRecord:
     """Start it, in vain; returns what its record says then."""
     there = machine.record()
     assert there is not None
     with pytest.raises(SshError, match="did not accept SSH"):
-        launch.boot(machine, there)
+        start.boot(machine, there)
     there = machine.record()
     assert there is not None
     return there
@@ -82,10 +82,10 @@ def given(there: MachineRecord) -> list[int]:
 
 def test_a_port_that_was_left_open_is_left_open_at_the_next_start(machine: Machine):
     record(machine, forwards=["0:80"])
-    (first,) = given(start(machine))
+    (first,) = given(boot_with(machine))
     assert first > 0
     with held(first):
-        (second,) = given(start(machine))
+        (second,) = given(boot_with(machine))
     assert second not in (0, first)
 
 
@@ -94,18 +94,18 @@ def test_a_port_that_was_asked_for_is_asked_for_again(machine: Machine):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     record(machine, forwards=[f"{port}:80", "0:80"])
-    assert port in given(start(machine))
+    assert port in given(boot_with(machine))
     there = machine.record()
     assert there is not None
     with held(port), pytest.raises(MachineError, match=f"port {port}, the host's side of a forward, is taken"):
-        launch.boot(machine, there)
+        start.boot(machine, there)
 
 
 def test_when_the_range_is_used_up_any_free_port_will_do(machine: Machine):
-    usual = (launch.FIRST_PORT, *launch.FALLBACK_PORTS)
+    usual = (start.FIRST_PORT, *start.FALLBACK_PORTS)
     record(machine, forwards=["0:22"])
     with held(*usual):
-        there = start(machine)
+        there = boot_with(machine)
     assert there.ssh_port not in (0, *usual)
     assert there.forwards != [f"{there.ssh_port}:22"], "each has a port of its own"
     assert there.forwards[0].endswith(":22")

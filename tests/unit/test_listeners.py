@@ -4,9 +4,9 @@ import socket
 
 import pytest
 
-from vmtasks import proc
-from vmtasks.remote import listeners
-from vmtasks.remote.listeners import Listener
+from vmtasks.guest import listeners
+from vmtasks.guest.listeners import Listener
+from vmtasks.host import process
 
 DRAGONFLY = """Active Internet connections (including servers)
 Proto Recv-Q Send-Q  Local Address          Foreign Address        (state)
@@ -53,7 +53,7 @@ def test_who_serves_an_address():
 
 def test_this_host_is_told_right_and_nobody_is_called():
     def ports() -> list[Listener]:
-        return listeners.parse(proc.run(["sh", "-c", listeners.SCRIPT], timeout_s=20).stdout)
+        return listeners.parse(process.run(["sh", "-c", listeners.SCRIPT], timeout_s=20).stdout)
 
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from vmtasks import config
+from vmtasks.config import load
 from vmtasks.errors import StateError
-from vmtasks.remote import keypair
-from vmtasks.session import keys, launch
-from vmtasks.session.machine import Machine
-from vmtasks.state import MachineRecord
+from vmtasks.guest import keypair
+from vmtasks.images.workspace import MachineRecord
+from vmtasks.machines import keys, start
+from vmtasks.machines.machine import Machine
 
 pytestmark = pytest.mark.skipif(not shutil.which("ssh-keygen"), reason="OpenSSH is not installed")
 
@@ -23,7 +23,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine that was never started."""
     places = {"VMTASKS_STORE": str(tmp_path / "store"), "VM_DIR": str(tmp_path / "state")}
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    made = Machine(config.without_project({"guest": "tiny"}, places), "a")
+    made = Machine(load.without_project({"guest": "tiny"}, places), "a")
     made.folder.mkdir(parents=True)
     made.state.key.parent.mkdir(parents=True)
     keypair.make_pair(made.state.key, "store")
@@ -78,7 +78,7 @@ def test_a_key_of_the_store_that_lets_nobody_in(
 ) -> None:
     hurt(machine.state.key)
     with pytest.raises(StateError) as caught:
-        launch.boot(machine, record(machine))
+        start.boot(machine, record(machine))
     assert f"the private key {machine.state.key} {says}" in caught.value.message
     assert caught.value.hint.startswith(hint)
     assert not machine.qemu_log.exists(), "QEMU was not started"
@@ -89,7 +89,7 @@ def test_a_key_of_a_machine_that_lets_nobody_in(machine: Machine) -> None:
     machine.own_key.write_text("garbage\n")
     machine.state.key.unlink()  # which is of no use to this one
     with pytest.raises(StateError) as caught:
-        launch.boot(machine, record(machine, own=True, key="own"))
+        start.boot(machine, record(machine, own=True, key="own"))
     assert f"the private key {machine.own_key} is not one" in caught.value.message
 
 

@@ -25,13 +25,13 @@ from phaserun import machine as spec
 from phaserun import needs_qemu
 
 from bootsector import hang, sector
-from vmtasks import atomic, processes
-from vmtasks.build import Builder
 from vmtasks.errors import StateError
-from vmtasks.lock import lock
-from vmtasks.machine import vm
-from vmtasks.session import Machine, Wants
-from vmtasks.state import BindRecord, MachineRecord
+from vmtasks.host import files, processes
+from vmtasks.host.locks import lock
+from vmtasks.images.steps import Builder
+from vmtasks.images.workspace import BindRecord, MachineRecord
+from vmtasks.machines import Machine, Wants
+from vmtasks.qemu import vm
 
 pytestmark = pytest.mark.timeout(240)
 NOBODY = 65534
@@ -280,7 +280,7 @@ def test_a_holder_that_is_not_proven_is_never_signalled(home: Home, noted: str):
 
 def home_of(pid: int) -> tuple[str, str]:
     """Start and digest of a process, as the note beside a lock has them."""
-    from vmtasks.lock import Holder  # noqa: PLC0415
+    from vmtasks.host.locks import Holder  # noqa: PLC0415
 
     found = Holder.of(pid)
     return found.started, found.command_sha256
@@ -398,7 +398,7 @@ def test_another_machine_of_the_same_name_is_never_reaped(home: Home, monkeypatc
     over = dead(home, "a")
     record = over.record()
     assert record is not None
-    path, read, reads = over.folder / "machine.toml", atomic.read_text, []
+    path, read, reads = over.folder / "machine.toml", files.read_text, []
     ours = msgspec.structs.replace(record, owner=os.getpid(), owner_started=processes.started(os.getpid()))
 
     def read_and_make_the_next(file: Path, errors: str = "strict") -> str:
@@ -409,7 +409,7 @@ def test_another_machine_of_the_same_name_is_never_reaped(home: Home, monkeypatc
                 over.write(ours)
         return text
 
-    monkeypatch.setattr(atomic, "read_text", read_and_make_the_next)
+    monkeypatch.setattr(files, "read_text", read_and_make_the_next)
     assert home.project.reap(lambda _: None) == []
     assert len(reads) > 2
     assert over.record() == ours

@@ -9,11 +9,11 @@ import debs
 import msgspec
 import pytest
 
-from vmtasks import proc
+from vmtasks.config.recipe import Recipe
 from vmtasks.errors import ImageError
-from vmtasks.media import compose
+from vmtasks.host import process
+from vmtasks.installer.compose import compose
 from vmtasks.media.tree import Entry
-from vmtasks.recipe import Recipe
 
 pytestmark = pytest.mark.skipif(
     shutil.which("apt-get") is None or shutil.which("bsdtar") is None, reason="apt and bsdtar are needed"
@@ -81,7 +81,7 @@ def test_cd_holds_what_the_recipe_says(tmp_path, guest, archive):
     composed = made(RECIPE, guest, tmp_path, archive)
     assert [package.name for package in composed.packages] == ["box", "kernel", "loader"]
     assert composed.size == (tmp_path / "a.iso").stat().st_size
-    lines = proc.run(["bsdtar", "tvf", tmp_path / "a.iso"], timeout_s=10).stdout.splitlines()
+    lines = process.run(["bsdtar", "tvf", tmp_path / "a.iso"], timeout_s=10).stdout.splitlines()
     seen = {line.split()[8]: line.split()[0] for line in lines}
     for path in ("boot/kernel", "boot/menu", "boot/loader.bin", "bin/box", "lib/modules/6.1/kernel/a/three.ko"):
         assert path in seen
@@ -95,7 +95,7 @@ def test_cd_holds_what_the_recipe_says(tmp_path, guest, archive):
 
 def test_initramfs_lists_modules_in_order(tmp_path, guest, archive):
     made(RECIPE, guest, tmp_path, archive)
-    proc.run(["bsdtar", "xf", tmp_path / "a.iso", "-C", tmp_path, "boot/initrd.gz"], timeout_s=10)
+    process.run(["bsdtar", "xf", tmp_path / "a.iso", "-C", tmp_path, "boot/initrd.gz"], timeout_s=10)
     raw = gzip.decompress((tmp_path / "boot/initrd.gz").read_bytes())
     assert b"/lib/modules/6.1/kernel/a/two.ko\n/lib/modules/6.1/kernel/a/one.ko\n" in raw
     assert b"three.ko" not in raw

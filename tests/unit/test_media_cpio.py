@@ -3,8 +3,8 @@ import shutil
 
 import pytest
 
-from vmtasks import proc
-from vmtasks.media import cpio
+from vmtasks.host import process
+from vmtasks.installer.compose import cpio
 from vmtasks.media.tree import Entry
 
 ENTRIES = [
@@ -20,7 +20,7 @@ ENTRIES = [
 def test_read_back(tmp_path):
     packed = tmp_path / "a.gz"
     packed.write_bytes(cpio.archive(ENTRIES))
-    listed = proc.run(["bsdtar", "tvf", packed], timeout_s=10).stdout.splitlines()
+    listed = process.run(["bsdtar", "tvf", packed], timeout_s=10).stdout.splitlines()
     seen = {line.split()[8]: line.split()[0] for line in listed}
     assert seen == {
         "bin": "drwxr-xr-x",
@@ -30,7 +30,7 @@ def test_read_back(tmp_path):
         "odd": "-rw-------",
         "tmp": "drwxrwxrwt",
     }
-    proc.run(["bsdtar", "xf", packed, "-C", tmp_path], timeout_s=10)
+    process.run(["bsdtar", "xf", packed, "-C", tmp_path], timeout_s=10)
     assert (tmp_path / "bin/a").read_bytes() == ENTRIES[0].data
 
 

@@ -5,9 +5,9 @@ import debs
 import pytest
 
 from vmtasks.errors import FetchError
-from vmtasks.media import debian
+from vmtasks.installer.compose import debian
+from vmtasks.installer.compose.unpack import unpack
 from vmtasks.media.tree import Entry
-from vmtasks.media.unpack import unpack
 
 pytestmark = pytest.mark.skipif(shutil.which("apt-get") is None, reason="apt is not installed")
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from vmtasks.errors import ImageError
-from vmtasks.media.modules import Modules, depends, is_module
+from vmtasks.installer.compose.modules import Modules, depends, is_module
 from vmtasks.media.tree import Entry
 
 BASE = "lib/modules/6.1/kernel"

@@ -14,12 +14,12 @@ from test_store import damage
 
 from bootsector import ask, cd, phase, say, sector, write_disk
 from vmtasks.errors import ImageError, StateError
-from vmtasks.machine import argv
+from vmtasks.images.workspace import PhaseRecord
+from vmtasks.installer.installer import recipe_digest
+from vmtasks.machines import Machine, Project, Wants
 from vmtasks.media import disk
-from vmtasks.media.installer import recipe_digest
-from vmtasks.session import Machine, Project, Wants
-from vmtasks.state import PhaseRecord
-from vmtasks.store import read_record, write_record
+from vmtasks.qemu import argv
+from vmtasks.store.store import read_record, write_record
 
 pytestmark = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
 WAYS = ["doit", "run"]

@@ -7,8 +7,8 @@ import pytest
 from phaserun import KEY, LOADER, TALK, TOKEN, Went, failed, needs_qemu, runner
 
 from bootsector import ask, forever, hang, phase, power_off, reboot, say, sector, triple_fault, wait_key, wait_ticks
-from vmtasks.model import Exchange, PhaseTable
-from vmtasks.phase import Limits
+from vmtasks.config.tables import Exchange, PhaseTable
+from vmtasks.images.judge import Limits
 
 pytestmark = needs_qemu
 

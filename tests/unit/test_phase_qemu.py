@@ -16,10 +16,10 @@ import pytest
 from phaserun import TOKEN, Went, failed, machine, needs_qemu, runner
 
 from bootsector import hang, phase, sector, write_disk
-from vmtasks import processes
 from vmtasks.errors import MachineError
-from vmtasks.machine import argv, vm
-from vmtasks.phase import Limits
+from vmtasks.host import processes
+from vmtasks.images.judge import Limits
+from vmtasks.qemu import argv, vm
 
 pytestmark = needs_qemu
 
@@ -132,7 +132,7 @@ CHILD = """
     from pathlib import Path
     from bootsector import hang, sector
     from phaserun import machine
-    from vmtasks.machine import vm
+    from vmtasks.qemu import vm
     folder = Path({folder!r})
     with vm.boot(machine(folder, sector(hang())), folder / "qemu.log") as booted:
         print(booted.process.pid, flush=True)

@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import fields, replace
 
-from vmtasks import plan
-from vmtasks.config import load
-from vmtasks.model import Exchange, HardwareTable, PhaseTable
-from vmtasks.plan import Facts, IsoFile
+from vmtasks.config.load import load
+from vmtasks.config.tables import Exchange, HardwareTable, PhaseTable
+from vmtasks.images import plan
+from vmtasks.images.plan import Facts, IsoFile
 
 DATA = Path(__file__).parents[1] / "data/config/good"
 HARDWARE = HardwareTable()

@@ -7,12 +7,13 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from vmtasks import printable, progress
+from vmtasks import printable
 from vmtasks.cli import common
 from vmtasks.errors import CommandError, MachineError, VmTasksError
-from vmtasks.junit import report
-from vmtasks.machine.console import read_log
-from vmtasks.proc import Ended
+from vmtasks.host import progress
+from vmtasks.host.process import Ended
+from vmtasks.qemu.console import read_log
+from vmtasks.suites.junit import report
 
 HOSTILE = "a\x1b]0;owned\x07b\x1b[2Jc\x9b31md\x9d0;t\x9ce\x07f\x1b[8mg\u202eh\x85i\u2028j"
 HOSTILE += "\x1bPk\x90l\rm\x00n\udc9bo\x7fp\nq\tr"

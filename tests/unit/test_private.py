@@ -9,20 +9,20 @@ import msgspec
 import nearby
 import pytest
 
-from vmtasks import tidy
-from vmtasks.arguments import Bind
-from vmtasks.config import load
+from vmtasks.config.arguments import Bind
+from vmtasks.config.load import load
+from vmtasks.config.scaffold import scaffold
 from vmtasks.errors import BindError, CommandError, ConfigError
-from vmtasks.machine.accel import Accel
-from vmtasks.private import Private
-from vmtasks.remote import sync
-from vmtasks.results import Results
-from vmtasks.scaffold import scaffold
-from vmtasks.session import binds, launch
-from vmtasks.session.place import Place
-from vmtasks.state import BindRecord, MachineRecord
-from vmtasks.store import Store
-from vmtasks.suites import send
+from vmtasks.guest import sync
+from vmtasks.images import prune
+from vmtasks.images.private import Private
+from vmtasks.images.workspace import BindRecord, MachineRecord
+from vmtasks.machines import binds, start
+from vmtasks.machines.folder import Place
+from vmtasks.qemu.accel import Accel
+from vmtasks.store.store import Store
+from vmtasks.suites.results import Results
+from vmtasks.suites.run import send
 
 pytestmark = pytest.mark.skipif(
     subprocess.run(["which", "rsync"], capture_output=True, check=False).returncode != 0,
@@ -86,7 +86,7 @@ def registered(root: Path) -> dict[str, str]:
     (root / "elsewhere/tiny").mkdir(parents=True)
     (root / "elsewhere/tiny/phase-1.iso").write_text(SECRET)
     store = store_folder(root.parent / "store")
-    tidy.register(Store(store), root / "elsewhere")
+    prune.register(Store(store), root / "elsewhere")
     return {"VMTASKS_STORE": str(store)}
 
 
@@ -194,7 +194,7 @@ def test_nothing_private_is_bound(layout: str, root: Path, there: Callable[..., 
     (bind,) = record.binds
     assert "never goes into a guest" in bind.copied, "by 9p the guest would have it"
     guest.place.state.accel = Accel("tcg", "max", "", 1.0, 0.0)
-    assert launch.spec(guest.place, record, 2222).shares == ()
+    assert start.spec(guest.place, record, 2222).shares == ()
     binds.push(guest.place, guest.target, 0, bind)
     assert guest.leaked() == []
     assert (guest.home / "work/main.c").is_file()
@@ -220,7 +220,7 @@ def test_a_folder_without_anything_private_is_shared(tmp_path: Path, there: Call
     record = guest.bound(tmp_path / "plain")
     assert [bind.copied for bind in record.binds] == [""]
     guest.place.state.accel = Accel("tcg", "max", "", 1.0, 0.0)
-    assert [share.folder for share in launch.spec(guest.place, record, 2222).shares] == [str(tmp_path / "plain")]
+    assert [share.folder for share in start.spec(guest.place, record, 2222).shares] == [str(tmp_path / "plain")]
 
 
 def test_what_came_into_a_shared_folder_later_is_said(

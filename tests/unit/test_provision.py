@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from vmtasks import proc
+from vmtasks.byhand.provision import Heard, _judge
 from vmtasks.errors import PhaseError, SshError, VmTasksError
-from vmtasks.provision import Heard, _judge
-from vmtasks.remote import ssh
+from vmtasks.guest import ssh
+from vmtasks.host import process
 
 SHIPPED = Path(__file__).parents[2] / "vmtasks/media/phase"
 TOKEN = "0123456789abcdef"  # noqa: S105 - of a line, not of a person
@@ -84,20 +84,25 @@ def test_lines_of_others_are_not_taken_for_ours() -> None:
         (f"::vmtasks:{TOKEN}:step a\n+ 3: ls /x\n::vmtasks:{TOKEN}:exit 2 a\n", 2, PhaseError, "2 (line 3: ls /x) at"),
         (
             f"::vmtasks:{TOKEN}:step a\n",
-            proc.AT_DEADLINE,
+            process.AT_DEADLINE,
             PhaseError,
             "did not end within 5.0 s and was ended at step 'a'",
         ),
         (f"::vmtasks:{TOKEN}:step a\n", ssh.FAILED, SshError, "the connection was lost at step 'a'; how"),
-        (f"::vmtasks:{TOKEN}:step a\n", proc.TIMED_OUT, PhaseError, "ended with 124 and without a verdict at step 'a'"),
+        (
+            f"::vmtasks:{TOKEN}:step a\n",
+            process.TIMED_OUT,
+            PhaseError,
+            "ended with 124 and without a verdict at step 'a'",
+        ),
         ("", 0, PhaseError, "ended with 0 and without a verdict"),
         ("no doas here\n", 126, PhaseError, "ended with 126 and without a verdict"),
     ],
 )
 def test_the_cause_of_each_failure(
-    output: str, ended: proc.Ended | int, kind: type[VmTasksError], says: str, tmp_path: Path
+    output: str, ended: process.Ended | int, kind: type[VmTasksError], says: str, tmp_path: Path
 ) -> None:
-    how = proc.Ended(ended) if isinstance(ended, int) else ended
+    how = process.Ended(ended) if isinstance(ended, int) else ended
     with pytest.raises(kind) as caught:
         _judge("provision", hear(output.encode()), how, tmp_path / "log", 5.0)
     assert says in caught.value.message

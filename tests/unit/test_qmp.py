@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from machines_ill import until
 
-from vmtasks import proc
 from vmtasks.errors import MachineError
-from vmtasks.machine import qmp
+from vmtasks.host import process
+from vmtasks.qemu import qmp
 
 pytestmark = pytest.mark.skipif(not shutil.which("qemu-system-x86_64"), reason="QEMU is not installed")
 
@@ -25,7 +25,7 @@ def control_socket(tmp_path: Path) -> Iterator[Path]:
     """The control socket of a QEMU that runs as long as the test."""
     path = tmp_path / "q"
     argv = ["qemu-system-x86_64", "-machine", "none", "-S", "-display", "none", "-nodefaults"]
-    with proc.spawn([*argv, "-qmp", f"unix:{path},server=on,wait=off"]):
+    with process.spawn([*argv, "-qmp", f"unix:{path},server=on,wait=off"]):
         with qmp.connect(path, timeout_s=30):
             pass
         yield path

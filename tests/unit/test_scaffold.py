@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from vmtasks.config import Config, load
-from vmtasks.results import ResultRecord, Results
-from vmtasks.scaffold import scaffold
-from vmtasks.state import PhaseRecord, State
-from vmtasks.store import write_record
+from vmtasks.config.load import Config, load
+from vmtasks.config.scaffold import scaffold
+from vmtasks.images.workspace import PhaseRecord, State
+from vmtasks.store.store import write_record
+from vmtasks.suites.results import ResultRecord, Results
 
 ALWAYS = ["/.git/", "/.venv/", "__pycache__/", "/dodo.py"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vmtasks.machine import vm
-from vmtasks.session import Project
+from vmtasks.machines import Project
+from vmtasks.qemu import vm
 
 DAY_S = 86400.0
 

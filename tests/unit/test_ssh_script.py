@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from unit.shellserver import serving
-from vmtasks import proc, processes
-from vmtasks.remote import ssh
+from vmtasks.guest import ssh
+from vmtasks.host import process, processes
 
 LOGIN_SHELLS = {
     name: [path, *words, "-c"]
@@ -66,7 +66,7 @@ def test_shells_to_test_with():
 @given(words=st.lists(WORDS, max_size=4))
 @example(words=ODD)
 def test_any_login_shell_hands_a_command_on_unchanged(shell: str, words: list[str], tmp_path: Path):
-    text = f"printf '<%s>' {proc.quote(words)}; exit 7"
+    text = f"printf '<%s>' {process.quote(words)}; exit 7"
     done = login(shell, ssh.remote_line(text), home=tmp_path)
     assert (done.stdout, done.stderr, done.returncode) == ("".join(f"<{w}>" for w in words) or "<>", "", 7)
 
@@ -217,7 +217,7 @@ def test_end_script_ends_all_that_a_script_has_started(shell: str, tmp_path: Pat
         began = time.monotonic()
         ended = login(shell, ssh.remote_line(ssh.end_script(str(pidfile))), home=tmp_path)
         assert ended.stderr == ""
-        assert proc.shell_status(child.wait(5)) == 128 + signal.SIGKILL
+        assert process.shell_status(child.wait(5)) == 128 + signal.SIGKILL
         assert time.monotonic() - began < 6
     assert not processes.started(int((tmp_path / "sleep").read_text()))
     assert not pidfile.exists()
@@ -334,7 +334,7 @@ def test_a_session_takes_words_as_long_as_the_system_does(words: list[str], tree
         command = f'printf \'%s|\' "$PWD" "$V"; cat; {shlex.join(words)}'
         argv = ssh.session_argv(target, f"vmtasks-{1:016x}", command, cwd=tree, env={"V": "it's\n"})
         try:
-            done = proc.run(argv, timeout_s=60, check=False, stdin="stdin é")
+            done = process.run(argv, timeout_s=60, check=False, stdin="stdin é")
         finally:
             ssh.close(target)
         folder = str((tmp_path / "home" / tree).resolve())

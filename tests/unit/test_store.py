@@ -16,11 +16,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmtasks import atomic, leftovers, qcow2, tidy
 from vmtasks.errors import BusyError, ImageError, StateError
-from vmtasks.lock import lock
+from vmtasks.host import files
+from vmtasks.host.locks import lock
+from vmtasks.images import prune
 from vmtasks.media import disk
-from vmtasks.store import ImageRecord, Store, read_record, write_record
+from vmtasks.store import leftovers, qcow2
+from vmtasks.store.store import ImageRecord, Store, read_record, write_record
 
 
 def fill(store: Store, digest: str, data: bytes = b"disk") -> None:
@@ -132,9 +134,9 @@ def test_a_full_disk_is_said_and_nothing_is_believed(full_disk: Path):
 
 def test_a_write_that_fails_leaves_the_old_content(full_disk: Path):
     path = full_disk / "file"
-    atomic.write(path, "old")
+    files.write(path, "old")
     with pytest.raises(OSError, match=f"No space.*{path}"):
-        atomic.write(path, "x" * 100_000)
+        files.write(path, "x" * 100_000)
     assert path.read_text() == "old"
     assert list(full_disk.iterdir()) == [path]
 
@@ -213,11 +215,11 @@ def old(store: Store, digest: str, below: ImageRecord | None = None, data: bytes
 
 
 def drop(store: Store, record: ImageRecord) -> None:
-    for path in files(store, record):
+    for path in all_of(store, record):
         path.unlink()
 
 
-def files(store: Store, record: ImageRecord) -> tuple[Path, Path]:
+def all_of(store: Store, record: ImageRecord) -> tuple[Path, Path]:
     return store.image(record), store.image(record).with_suffix(".toml")
 
 
@@ -394,7 +396,7 @@ def test_records_come_back(
 # ---- pruned
 
 
-def prune(store: Store, *needed: ImageRecord) -> list[Path]:
+def prune_but(store: Store, *needed: ImageRecord) -> list[Path]:
     """Prune all that is not named by digest and SHA-256."""
     return store.prune(store.reachable({(record.digest, record.sha256) for record in needed}, ()))
 
@@ -403,22 +405,22 @@ def prune(store: Store, *needed: ImageRecord) -> list[Path]:
 def test_prune_keeps_what_is_named_and_all_below(store: Store, first: Callable[..., ImageRecord]):
     a = first(store, "a")
     b = first(store, "b", a)
-    named = {*files(store, a), *files(store, b)}
+    named = {*all_of(store, a), *all_of(store, b)}
     anew = make(store, "b", a, b"anew")
     c = make(store, "c", b)
     x = make(store, "x", a)
     fill(store, "b")
     fill(store, "gone")
     store.keep_failed("gone")
-    expected = {*files(store, anew), *files(store, c), *files(store, x), store.partial("b"), store.failed("gone")}
+    expected = {*all_of(store, anew), *all_of(store, c), *all_of(store, x), store.partial("b"), store.failed("gone")}
     assert set(store.prune(store.reachable({("b", b.sha256)}, ()), dry_run=True)) == expected
     assert all(path.exists() for path in expected)
-    assert set(prune(store, b)) == expected
+    assert set(prune_but(store, b)) == expected
     assert store.find("b", look="bytes") == (b, "")
     assert set((store.root / "images").iterdir()) == named
-    assert prune(store, b) == []
+    assert prune_but(store, b) == []
     assert store.prune(None) == [], "where nobody knows what is needed, all is"
-    assert set(prune(store)) == named
+    assert set(prune_but(store)) == named
     assert store.records() == []
 
 
@@ -427,9 +429,9 @@ def test_prune_goes_by_the_headers_where_a_record_cannot_be_read(store: Store):
     b = real(store, "b", a)
     for record in (a, b):
         store.image(record).with_suffix(".toml").write_text("garbage")
-    assert prune(store, b) == []
+    assert prune_but(store, b) == []
     assert store.prune(store.reachable((), {b.stem})) == [], "as an overlay names it"
-    assert set(prune(store)) == {*files(store, a), *files(store, b)}
+    assert set(prune_but(store)) == {*all_of(store, a), *all_of(store, b)}
 
 
 def test_prune_leaves_alone_what_is_being_made(store: Store):
@@ -448,7 +450,7 @@ def test_prune_of_nothing(store: Store):
 WRITER = """
     import sys
     from pathlib import Path
-    from vmtasks import atomic
+    from vmtasks.host import files as atomic
     with atomic.temporary(Path(sys.argv[1]), folder=sys.argv[2] == "folder") as beside:
         (beside / "part" if beside.is_dir() else beside).write_bytes(b"half of it")
         print(beside, flush=True)
@@ -460,7 +462,7 @@ DIGEST = "0123456789abcdef" * 4
 
 def swept(store: Store) -> tuple[list[Path], int]:
     """What prune removes, and its bytes."""
-    pruned = tidy.prune(store)
+    pruned = prune.prune(store)
     return pruned.gone, pruned.size
 
 
@@ -483,7 +485,7 @@ def test_what_is_being_written_stays_and_what_a_killed_writer_left_goes(store: S
         process.communicate("go on\n", timeout=20)
     assert process.returncode == 0
     assert path.exists()
-    atomic.remove(path)
+    files.remove(path)
     process, beside = writer(path.with_name("other"), kind)
     process.kill()
     process.communicate()
@@ -515,7 +517,7 @@ def test_locks_that_nobody_holds_go(store: Store):
     with store.lock("image-b", timeout_s=0):
         assert swept(store) == ([store.root / "downloads/x.unpacked"], 5)
         assert sorted(path.name for path in (store.root / "locks").iterdir()) == ["image-b.lock", "image-b.owner"]
-    tidy.prune(store)
+    prune.prune(store)
     assert [*(store.root / "locks").iterdir(), *(store.root / "downloads").iterdir()] == []
     with store.lock("image-b", timeout_s=0):
         pass
@@ -526,7 +528,7 @@ def test_locks_that_nobody_holds_go(store: Store):
 HOLDER = """
     import sys, time
     from pathlib import Path
-    from vmtasks.store import Store
+    from vmtasks.store.store import Store
     waiting = lambda who: print("waits", who, flush=True)
     with Store(Path(sys.argv[1])).lock("image", timeout_s=float(sys.argv[2]), waiting=waiting):
         print("has it", flush=True)
@@ -624,33 +626,33 @@ def test_no_record_is_as_large_as_that(tmp_path: Path):
     with (tmp_path / "record.toml").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(OSError, match="File too large"):
-        atomic.read(tmp_path / "record.toml")
+        files.read(tmp_path / "record.toml")
 
 
 def test_a_file_of_any_size_has_a_digest(tmp_path: Path):
     """Packages on a phase's CD are larger than any record."""
-    size = atomic.RECORD_BYTES + 1
+    size = files.RECORD_BYTES + 1
     with (tmp_path / "package.deb").open("wb") as file:
         file.truncate(size)
     whole = subprocess.run(["sha256sum", tmp_path / "package.deb"], capture_output=True, text=True, check=True).stdout
-    assert atomic.sha256(tmp_path / "package.deb") == whole.split()[0]
+    assert files.sha256(tmp_path / "package.deb") == whole.split()[0]
 
 
 def test_write_if_changed(tmp_path: Path):
     path = tmp_path / "new/file"
-    assert atomic.write_if_changed(path, "text", 0o555)
+    assert files.write_if_changed(path, "text", 0o555)
     before = path.stat()
-    assert not atomic.write_if_changed(path, b"text", 0o555)
+    assert not files.write_if_changed(path, b"text", 0o555)
     assert path.stat() == before
-    assert atomic.write_if_changed(path, "text", 0o444)
+    assert files.write_if_changed(path, "text", 0o444)
     assert path.stat().st_mode & 0o777 == 0o444
-    assert atomic.write_if_changed(path, "text2", 0o444)
+    assert files.write_if_changed(path, "text2", 0o444)
     assert path.read_text() == "text2"
 
 
 def test_replacing_cleans_up_after_an_error(tmp_path: Path):
     def fail() -> None:
-        with atomic.replacing(tmp_path / "file") as beside:
+        with files.replacing(tmp_path / "file") as beside:
             beside.write_text("half")
             raise KeyboardInterrupt
 

@@ -14,18 +14,18 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
-from vmtasks import proc
-from vmtasks.config import load
+from vmtasks.config.load import load
+from vmtasks.config.scaffold import scaffold
 from vmtasks.errors import CommandError, SshError
-from vmtasks.remote import tree
-from vmtasks.remote.ssh import Target
-from vmtasks.remote.sync import PARTIAL, VANISHED, Rules, Synced, Told, copy, itemised
-from vmtasks.remote.sync import sync as sync_by_rules
-from vmtasks.remote.tree import Walk
-from vmtasks.remote.tree import tree_digest as digest_of
-from vmtasks.results import Results
-from vmtasks.scaffold import scaffold
-from vmtasks.suites import Suites
+from vmtasks.guest import tree
+from vmtasks.guest.ssh import Target
+from vmtasks.guest.sync import PARTIAL, VANISHED, Rules, Synced, Told, copy, itemised
+from vmtasks.guest.sync import sync as sync_by_rules
+from vmtasks.guest.tree import Walk
+from vmtasks.guest.tree import tree_digest as digest_of
+from vmtasks.host import process
+from vmtasks.suites.results import Results
+from vmtasks.suites.run import Suites
 
 pytestmark = pytest.mark.skipif(not shutil.which("rsync"), reason="rsync is not installed")
 
@@ -390,7 +390,7 @@ def test_what_goes_between_its_listing_and_a_look_at_it_is_left_out(source: Path
         (source / "sub/b c").unlink(missing_ok=True)
         return {os.fsencode(source): [b"a", b"empty", b"link", b"sub"]}.get(folder, [b"b c"])
 
-    monkeypatch.setattr("vmtasks.remote.tree._list", list_and_remove)
+    monkeypatch.setattr("vmtasks.guest.tree._list", list_and_remove)
     assert [name for name, _ in Walk(source)] == [b"empty", b"link", b"sub"]
 
 
@@ -416,14 +416,14 @@ def test_a_digest_of_files_that_come_and_go(source: Path):
 
 def without_privilege(code: str, *words: str) -> str:
     """What Python code prints that may not override permissions, also when root runs the tests."""
-    with proc.spawn([sys.executable, "-c", code, *words], pipe=True, merge=True, unprivileged=True) as child:
+    with process.spawn([sys.executable, "-c", code, *words], pipe=True, merge=True, unprivileged=True) as child:
         return child.communicate(timeout=60)[0].decode()
 
 
 DIGEST = """
 import sys, pathlib
 from vmtasks.errors import StateError
-from vmtasks.remote.tree import Walk, tree_digest
+from vmtasks.guest.tree import Walk, tree_digest
 try:
     tree_digest(Walk(pathlib.Path(sys.argv[1])))
 except StateError as error:
@@ -432,8 +432,8 @@ except StateError as error:
 SYNC = """
 import sys, pathlib
 from vmtasks.errors import CommandError
-from vmtasks.remote.ssh import Target
-from vmtasks.remote.sync import refused, sync, unreadable
+from vmtasks.guest.ssh import Target
+from vmtasks.guest.sync import refused, sync, unreadable
 folder = pathlib.Path(sys.argv[2])
 try:
     sync(Target("vm", 22220, "dev", folder / "key", (), folder), pathlib.Path(sys.argv[1]), "src")

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from tools import SHELLCHECK
-from vmtasks.config import load
+from vmtasks.config.load import load
 from vmtasks.errors import ConfigError
 from vmtasks.media import template
 from vmtasks.media.template import render, shell_words

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from vmtasks.store import Store
+from vmtasks.store.store import Store
 
 if TYPE_CHECKING:
     from remotes import Guest
@@ -305,7 +305,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def remote_guest(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator["Guest"]:
-    """The machine that all tests of vmtasks.remote share. Who ends it starts it again; see `guest`."""
+    """The machine that all tests of vmtasks.guest share. Who ends it starts it again; see `guest`."""
     from remotes import Guest  # noqa: PLC0415 - it imports this module
 
     project = Project(tmp_path_factory.mktemp("remote") / "project", store)

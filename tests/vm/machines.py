@@ -17,8 +17,8 @@ from pathlib import Path
 
 from conftest import Project, free_port, until
 
-from vmtasks.lock import lock
-from vmtasks.machine.vm import socket_base
+from vmtasks.host.locks import lock
+from vmtasks.qemu.vm import socket_base
 
 COMMAND = [sys.executable, "-m", "vmtasks.cli"]
 RANGE = range(22220, 22230)

@@ -1,4 +1,4 @@
-"""One running machine for all tests of vmtasks.remote, with a hand on its QEMU and on its SSH server."""
+"""One running machine for all tests of vmtasks.guest, with a hand on its QEMU and on its SSH server."""
 
 import contextlib
 import shlex
@@ -9,11 +9,11 @@ from typing import Any
 
 from conftest import Project, until
 
-from vmtasks.config import load
-from vmtasks.machine import qmp
-from vmtasks.remote import client, ssh
-from vmtasks.remote.link import Link
-from vmtasks.session import Machine
+from vmtasks.config.load import load
+from vmtasks.guest import client, ssh
+from vmtasks.guest.link import Link
+from vmtasks.machines import Machine
+from vmtasks.qemu import qmp
 
 START = "/usr/sbin/sshd"
 LIMIT_S = 60.0

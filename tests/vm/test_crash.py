@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import Doit, Project, qemus, until
 
-from vmtasks.store import Store
+from vmtasks.store.store import Store
 
 pytestmark = pytest.mark.timeout(280)
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import Project, copy_store
 from machines import Cli
 
-from vmtasks.store import Store
+from vmtasks.store.store import Store
 
 pytestmark = [
     pytest.mark.timeout(280),

@@ -21,13 +21,13 @@ from conftest import Project, free_port, until
 from machines import RANGE, Cli, digest, held, here, login, make_key, range_alone, sockets
 
 from vmtasks.errors import HostKeyError
-from vmtasks.machine import vm
+from vmtasks.guest.link import Link
+from vmtasks.images.workspace import PhaseRecord
+from vmtasks.machines import Project as Machines
+from vmtasks.machines import Wants
 from vmtasks.media import disk
-from vmtasks.remote.link import Link
-from vmtasks.session import Project as Machines
-from vmtasks.session import Wants
-from vmtasks.state import PhaseRecord
-from vmtasks.store import ImageRecord, Store, write_record
+from vmtasks.qemu import vm
+from vmtasks.store.store import ImageRecord, Store, write_record
 
 pytestmark = pytest.mark.timeout(400)
 

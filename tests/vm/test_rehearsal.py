@@ -19,11 +19,11 @@ from httpserver import serving
 from rehearsal import inject, media, transcript
 from rehearsal.inject import Order, Outcome
 from rehearsal.transcript import Transcript
-from vmtasks.config import load
+from vmtasks.config.load import load
 from vmtasks.errors import CommandTimeoutError
-from vmtasks.remote import job
-from vmtasks.remote.link import Link
-from vmtasks.session import Machine
+from vmtasks.guest import job
+from vmtasks.guest.link import Link
+from vmtasks.machines import Machine
 
 pytestmark = pytest.mark.timeout(420)
 

@@ -26,8 +26,8 @@ from vmtasks.errors import (
     ConnectRefusedError,
     HostKeyError,
 )
-from vmtasks.remote import channels, client, files
-from vmtasks.remote.ssh import Target
+from vmtasks.guest import channels, client, files
+from vmtasks.guest.ssh import Target
 
 pytestmark = pytest.mark.timeout(300)
 

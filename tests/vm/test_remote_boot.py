@@ -7,9 +7,9 @@ import pytest
 from remotes import LIMIT_S, Guest, until_true
 
 from vmtasks.errors import ConnectionLostError, RebootedError
-from vmtasks.machine.events import Events
-from vmtasks.remote import boot
-from vmtasks.remote.link import Link, resilient
+from vmtasks.guest import boot
+from vmtasks.guest.link import Link, resilient
+from vmtasks.qemu.events import Events
 
 pytestmark = pytest.mark.timeout(300)
 

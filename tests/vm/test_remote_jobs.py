@@ -15,8 +15,8 @@ import pytest
 from remotes import LIMIT_S, Guest, processes, until_true
 
 from vmtasks.errors import CommandTimeoutError, ConfigError, RebootedError, SshError, StateError
-from vmtasks.remote import job
-from vmtasks.remote.link import Link
+from vmtasks.guest import job
+from vmtasks.guest.link import Link
 
 pytestmark = pytest.mark.timeout(400)
 
@@ -24,9 +24,9 @@ ODD = ["it's", 'a "b"', "$HOME `id` $(id)", "back\\slash \\n", "!x", "a\nb\n\nc"
 COUNT = "echo once >>runs; n=0; while [ $n -lt {lines} ]; do n=$((n+1)); echo line $n é; sleep {pause}; done; exit 7"
 CLIENT = """
 import json, pathlib, sys
-from vmtasks.remote import job
-from vmtasks.remote.link import Link
-from vmtasks.remote.ssh import Target
+from vmtasks.guest import job
+from vmtasks.guest.link import Link
+from vmtasks.guest.ssh import Target
 name, port, user, key, host_keys, folder, which, path = json.loads(sys.argv[1])
 target = Target(name, port, user, pathlib.Path(key), tuple(host_keys), pathlib.Path(folder))
 with Link(target) as link, open(path, "ab", buffering=0) as file:

@@ -1,4 +1,4 @@
-"""Is it alive? C3 of docs/parity.md. The last of the tests of vmtasks.remote: it ends the machine that they share."""
+"""Is it alive? C3 of docs/parity.md. The last of the tests of vmtasks.guest: it ends the machine that they share."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ import pytest
 from remotes import LIMIT_S, Guest, until_true
 
 from vmtasks.errors import ConnectionLostError
-from vmtasks.remote import alive, banner
+from vmtasks.guest import alive, banner
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -12,7 +12,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from conftest import Doit, Project, until
 
-from vmtasks.machine import qmp
+from vmtasks.qemu import qmp
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -15,11 +15,11 @@ from typer.core import TyperCommand
 from vmtasks import __version__, printable
 from vmtasks.cli.complete import names
 from vmtasks.errors import ConfigError, StateError, VmTasksError, os_failure
-from vmtasks.interrupts import ignore, unwind_on_signals
-from vmtasks.progress import accept_any_text, open_streams, tell_notes, to_stderr
+from vmtasks.host.progress import accept_any_text, open_streams, tell_notes, to_stderr
+from vmtasks.host.signals import ignore, unwind_on_signals
 
 if TYPE_CHECKING:
-    from vmtasks.session import Machine, Project
+    from vmtasks.machines import Machine, Project
 
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -155,8 +155,8 @@ def _everywhere(
 
 def project() -> "Project":
     """The project that we are in, after what the dead have left was removed. From now on stdout is for data."""
-    from vmtasks import progress  # noqa: PLC0415
-    from vmtasks.session import Project  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
+    from vmtasks.machines import Project  # noqa: PLC0415
 
     progress.talk_on_stderr()
     found = Project.find(Path.cwd(), os.environ)

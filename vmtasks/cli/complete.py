@@ -9,7 +9,7 @@ import typer
 from vmtasks.errors import VmTasksError
 
 if TYPE_CHECKING:
-    from vmtasks.session import Project
+    from vmtasks.machines import Project
 
 Complete = Callable[[typer.Context, str], list[str]]
 
@@ -18,7 +18,7 @@ def _completing(found: "Callable[[Project, typer.Context], Iterable[str]]") -> C
     """Those of what `found` gives that begin with what was typed."""
 
     def complete(ctx: typer.Context, incomplete: str) -> list[str]:
-        from vmtasks.session import Project  # noqa: PLC0415
+        from vmtasks.machines import Project  # noqa: PLC0415
 
         there: list[str] = []
         try:
@@ -60,7 +60,7 @@ def snapshots(here: "Project", ctx: typer.Context) -> Iterable[str]:
 @_completing
 def jobs(here: "Project", ctx: typer.Context) -> Iterator[str]:
     """Jobs of the machine which was named before."""
-    from vmtasks.remote import job  # noqa: PLC0415
+    from vmtasks.guest import job  # noqa: PLC0415
 
     with here.machine(str(ctx.params["name"])).link(window_s=0) as link:
         yield from (view.job for view in job.listing(link))

@@ -14,11 +14,11 @@ def cp(
     dest: Annotated[str, typer.Argument(metavar="DEST", help="A path here, or NAME:PATH.", show_default=False)],
 ) -> None:
     """Copy a file or a folder, with modes and times; one side is NAME:PATH, relative to the login user's home."""
-    from vmtasks import progress  # noqa: PLC0415
     from vmtasks.errors import ConfigError, StateError  # noqa: PLC0415
-    from vmtasks.remote import ssh  # noqa: PLC0415
-    from vmtasks.session import health  # noqa: PLC0415
-    from vmtasks.session.use import using  # noqa: PLC0415
+    from vmtasks.guest import ssh  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
+    from vmtasks.machines import health  # noqa: PLC0415
+    from vmtasks.machines.sessions import using  # noqa: PLC0415
 
     here = project()
     known = here.names()

@@ -11,8 +11,8 @@ from vmtasks.cli import complete
 from vmtasks.cli.common import AsJson, Name, Through, app, machine, show, table
 
 if TYPE_CHECKING:
-    from vmtasks.remote.jobview import View
-    from vmtasks.remote.link import Link
+    from vmtasks.guest.jobview import View
+    from vmtasks.guest.link import Link
 
 FOREVER_S = 14 * 86400.0
 """poll(2) takes no longer waits than 24 days."""
@@ -34,8 +34,8 @@ def jobs(
     """List the jobs of a machine; `vmtasks exec --detach` starts one."""
     from dataclasses import asdict  # noqa: PLC0415
 
-    from vmtasks import progress  # noqa: PLC0415
-    from vmtasks.remote import job  # noqa: PLC0415
+    from vmtasks.guest import job  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
 
     with _link(name) as link:
         found = job.listing(link)
@@ -59,10 +59,10 @@ def jobs(
 @app.command(cls=Through, rich_help_panel="Jobs")
 def attach(name: Name, which: Job) -> None:
     """Show all that a job has written, and go on until it is over; the exit status is the job's. Ctrl-C lets it run."""
-    from vmtasks import progress  # noqa: PLC0415
-    from vmtasks.remote import job  # noqa: PLC0415
-    from vmtasks.session import health  # noqa: PLC0415
-    from vmtasks.session.use import using  # noqa: PLC0415
+    from vmtasks.guest import job  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
+    from vmtasks.machines import health  # noqa: PLC0415
+    from vmtasks.machines.sessions import using  # noqa: PLC0415
 
     found = machine(name)
     found.wait()
@@ -77,8 +77,8 @@ def attach(name: Name, which: Job) -> None:
 @app.command(rich_help_panel="Jobs")
 def cancel(name: Name, which: Job) -> None:
     """End a job with all that it has started: SIGTERM, then SIGKILL."""
-    from vmtasks import progress  # noqa: PLC0415
-    from vmtasks.remote import job  # noqa: PLC0415
+    from vmtasks.guest import job  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
 
     with _link(name) as link:
         view = job.cancel(link, _find(link, which))
@@ -87,8 +87,8 @@ def cancel(name: Name, which: Job) -> None:
 
 def start_job(name: str, words: list[str], *, cwd: str, env: dict[str, str], user: str) -> str:
     """Start a program as a job; returns its id."""
-    from vmtasks.remote import job  # noqa: PLC0415
-    from vmtasks.session.use import using  # noqa: PLC0415
+    from vmtasks.guest import job  # noqa: PLC0415
+    from vmtasks.machines.sessions import using  # noqa: PLC0415
 
     found = machine(name)
     found.wait()
@@ -107,7 +107,7 @@ def _link(name: str) -> "Link":
 def _find(link: "Link", which: str) -> str:
     """The id that begins with `which`."""
     from vmtasks.errors import StateError  # noqa: PLC0415
-    from vmtasks.remote import job  # noqa: PLC0415
+    from vmtasks.guest import job  # noqa: PLC0415
 
     found = [view.job for view in job.listing(link) if view.job.startswith(which)]
     if len(found) != 1:

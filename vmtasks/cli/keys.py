@@ -9,8 +9,8 @@ import typer
 from vmtasks.cli.common import App, AsJson, Name, app, machine, show, table
 
 if TYPE_CHECKING:
-    from vmtasks.session import Machine
-    from vmtasks.state import MachineRecord
+    from vmtasks.images.workspace import MachineRecord
+    from vmtasks.machines import Machine
 
 group = App(no_args_is_help=True, help="Who may log in to a machine: list, add, rm, rotate.")
 app.add_typer(group, name="keys", rich_help_panel="Use")
@@ -21,7 +21,7 @@ User = Annotated[str, typer.Option(help="A user of the guest; by default the one
 @group.command("list")
 def list_keys(name: Name, user: User = "", as_json: AsJson = False) -> None:
     """Show the keys that let in, with their fingerprints; `machine` is the machine's own."""
-    from vmtasks.session import keys  # noqa: PLC0415
+    from vmtasks.machines import keys  # noqa: PLC0415
 
     found, record = _running(name)
     there = keys.listed(found, record, user or record.ssh_user)
@@ -51,9 +51,9 @@ def add(
     user: User = "",
 ) -> None:
     """Let the holder of a key in."""
-    from vmtasks import progress  # noqa: PLC0415
     from vmtasks.cli.run import read_keys  # noqa: PLC0415
-    from vmtasks.session import keys  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
+    from vmtasks.machines import keys  # noqa: PLC0415
 
     added = read_keys(file, "FILE.pub")
     found, record = _running(name)
@@ -70,8 +70,8 @@ def remove(
     user: User = "",
 ) -> None:
     """Refuse a key from now on; the machine's own can only be rotated."""
-    from vmtasks import progress  # noqa: PLC0415
-    from vmtasks.session import keys  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
+    from vmtasks.machines import keys  # noqa: PLC0415
 
     found, record = _running(name)
     with found.lock():
@@ -84,7 +84,7 @@ def remove(
 def rotate(name: Name) -> None:
     """Give a running machine a new key of its own; the old one is refused, sessions that are open stay open."""
     from vmtasks.errors import StateError  # noqa: PLC0415
-    from vmtasks.session import keys  # noqa: PLC0415
+    from vmtasks.machines import keys  # noqa: PLC0415
 
     found, record = _running(name)
     if record.key != "own":

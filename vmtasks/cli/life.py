@@ -27,7 +27,7 @@ from vmtasks.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from vmtasks.session import Machine
+    from vmtasks.machines import Machine
 
 WAIT_S = 600
 
@@ -46,9 +46,9 @@ def ps(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only their names.")] = False,
 ) -> None:
     """List machines: what they are, what they do, and who uses them now."""
-    from vmtasks import progress  # noqa: PLC0415
     from vmtasks.cli.look import described  # noqa: PLC0415
     from vmtasks.errors import ConfigError  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
 
     if quiet and as_json:
         raise ConfigError("ps: --quiet and --json do not go together")
@@ -121,7 +121,7 @@ def _start(names: list[str], *, every: bool, as_json: bool, before: "Callable[[M
 @app.command(rich_help_panel="Machines")
 def stop(names: Names = None, every: Every = False, force: Force = False, timeout: Timeout = None) -> None:
     """Stop machines: power off in the guest, then ACPI, QMP quit, SIGTERM, SIGKILL; says which was needed."""
-    from vmtasks import progress  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
 
     here = project()
 
@@ -153,8 +153,8 @@ def rm(
 
     --all leaves alone what `doit start` has made: only its name, given here, or `doit destroy` removes that.
     """
-    from vmtasks import progress  # noqa: PLC0415
     from vmtasks.errors import ConfigError, StateError  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
 
     if every == bool(names):
         raise ConfigError("rm: name machines, or give --all")
@@ -193,8 +193,8 @@ def wait(
 ) -> None:
     """Wait until a machine lets us in, or until it has ended; exit status 1 when that takes too long."""
     from vmtasks.errors import SshError, StateError  # noqa: PLC0415
-    from vmtasks.machine.vm import wait_until  # noqa: PLC0415
-    from vmtasks.session import health  # noqa: PLC0415
+    from vmtasks.machines import health  # noqa: PLC0415
+    from vmtasks.qemu.vm import wait_until  # noqa: PLC0415
 
     found = machine(name)
 
@@ -222,7 +222,7 @@ def resume(name: Name) -> None:
 
 
 def _tell(name: str, command: str) -> None:
-    from vmtasks.machine import vm  # noqa: PLC0415
+    from vmtasks.qemu import vm  # noqa: PLC0415
 
     found = machine(name)
     found.running()

@@ -11,7 +11,7 @@ from vmtasks.cli.common import OWN, VERBATIM, AnyName, Interactive, Name, Throug
 from vmtasks.cli.jobs import FOREVER_S, start_job
 
 if TYPE_CHECKING:
-    from vmtasks.session import Machine
+    from vmtasks.machines import Machine
 
 WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
 """Options of ssh(1) that take a value."""
@@ -57,10 +57,10 @@ def execute(
     No shell of the guest sees them. It reads nothing unless -i is given. The exit status is the program's; 128 + N
     after signal N; 125 when vmtasks or SSH has failed, 126 when the program cannot be run, 127 when it is not there.
     """
-    from vmtasks import arguments  # noqa: PLC0415
+    from vmtasks.config import arguments  # noqa: PLC0415
     from vmtasks.errors import CommandTimeoutError, ConfigError  # noqa: PLC0415
-    from vmtasks.proc import TIMED_OUT  # noqa: PLC0415
-    from vmtasks.session.login import log_in  # noqa: PLC0415
+    from vmtasks.host.process import TIMED_OUT  # noqa: PLC0415
+    from vmtasks.machines.login import log_in  # noqa: PLC0415
 
     words = ctx.args[1:] if ctx.args[:1] == ["--"] else ctx.args
     if not words:
@@ -87,8 +87,8 @@ def execute(
 
 def _variables(given: list[str]) -> dict[str, str]:
     """`NAME=VALUE` each. ConfigError for what is not."""
+    from vmtasks.config.rules import VARIABLE  # noqa: PLC0415
     from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.rules import VARIABLE  # noqa: PLC0415
 
     values = {}
     for item in given:
@@ -120,7 +120,7 @@ def session(found: "Machine", verb: str, options: list[str], words: list[str], *
 
     `more` as for log_in().
     """
-    from vmtasks.session.login import log_in  # noqa: PLC0415
+    from vmtasks.machines.login import log_in  # noqa: PLC0415
 
     shown = words[0] if len(words) == 1 else shlex.join(words)
     # The login shell runs it as a child, so that a death by signal becomes a status, as in any shell.
@@ -142,9 +142,9 @@ def forward(
     ] = None,
 ) -> None:
     """Forward ports over SSH until Ctrl-C; listeners are on loopback only."""
-    from vmtasks import proc, progress  # noqa: PLC0415
     from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.session.use import using  # noqa: PLC0415
+    from vmtasks.host import process, progress  # noqa: PLC0415
+    from vmtasks.machines.sessions import using  # noqa: PLC0415
 
     wanted = [("-L", item) for item in local or []] + [("-R", item) for item in remote or []]
     wanted += [("-D", item) for item in dynamic or []]
@@ -157,7 +157,7 @@ def forward(
     target = found.wait()
     progress.say(f"forwarding {', '.join(f'{kind} {item}' for kind, item in wanted)}; Ctrl-C ends it")
     with using(found, "forward", shlex.join(options[5:])) as outcome:
-        outcome.status = proc.attach(target.argv(options=options))
+        outcome.status = process.attach(target.argv(options=options))
     raise typer.Exit(outcome.status)
 
 
@@ -192,7 +192,7 @@ def ssh_config(name: AnyName = "") -> None:
 @app.command(rich_help_panel="Use")
 def console(name: AnyName = "") -> None:
     """Attach this terminal to the guest's serial console, also when SSH is dead; Ctrl-] detaches."""
-    from vmtasks.machine.terminal import attach  # noqa: PLC0415
+    from vmtasks.qemu.terminal import attach  # noqa: PLC0415
 
     found = machine(name)
     found.running()

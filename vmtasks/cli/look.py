@@ -11,7 +11,7 @@ from vmtasks.cli import complete
 from vmtasks.cli.common import AnyName, AsJson, Every, Name, Names, app, chosen, each, machine, project, show, table
 
 if TYPE_CHECKING:
-    from vmtasks.session import Machine, Project
+    from vmtasks.machines import Machine, Project
 
 POLL_S = 0.2
 
@@ -22,8 +22,8 @@ def described(found: "Machine") -> dict[str, Any]:
 
     import msgspec  # noqa: PLC0415
 
-    from vmtasks.arguments import Forward  # noqa: PLC0415
-    from vmtasks.session.use import uses  # noqa: PLC0415
+    from vmtasks.config.arguments import Forward  # noqa: PLC0415
+    from vmtasks.machines.sessions import uses  # noqa: PLC0415
 
     view = found.status()
     if view.record is None:
@@ -189,8 +189,8 @@ def doctor(
     from dataclasses import asdict  # noqa: PLC0415
 
     from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.session import health  # noqa: PLC0415
-    from vmtasks.store import Store  # noqa: PLC0415
+    from vmtasks.machines import health  # noqa: PLC0415
+    from vmtasks.store.store import Store  # noqa: PLC0415
 
     if name and store:
         raise ConfigError("--store looks at all images of this host's store: leave the machine out")

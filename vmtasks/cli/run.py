@@ -10,8 +10,8 @@ from vmtasks.cli import complete
 from vmtasks.cli.common import OWN, AsJson, Interactive, Through, Tty, app, project, show
 
 if TYPE_CHECKING:
-    from vmtasks.arguments import PublicKey
-    from vmtasks.session import Wants
+    from vmtasks.config.arguments import PublicKey
+    from vmtasks.machines import Wants
 
 COMMAND = "vmtasks.command"
 """Where the words after `--` are kept."""
@@ -73,7 +73,7 @@ def run(
     that of the command; 125 when vmtasks or SSH has failed.
     """
     from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.session import Wants  # noqa: PLC0415
+    from vmtasks.machines import Wants  # noqa: PLC0415
 
     words: list[str] = ctx.meta.get(COMMAND, [])
     if rm and not detach:
@@ -100,9 +100,9 @@ def run(
 
 
 def _coupled(wants: "Wants", words: list[str], *, stdin: bool, tty: bool) -> None:
-    from vmtasks import progress  # noqa: PLC0415
     from vmtasks.cli.login import session  # noqa: PLC0415
-    from vmtasks.session import ephemeral  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
+    from vmtasks.machines import ephemeral  # noqa: PLC0415
 
     with ephemeral(project(), wants) as machine:
         status = session(machine, "run", [], words, failed=OWN, stdin=stdin, tty=tty)
@@ -112,7 +112,7 @@ def _coupled(wants: "Wants", words: list[str], *, stdin: bool, tty: bool) -> Non
 
 def _detached(wants: "Wants", *, as_json: bool) -> None:
     from vmtasks.cli.look import described  # noqa: PLC0415
-    from vmtasks.session import first_start  # noqa: PLC0415
+    from vmtasks.machines import first_start  # noqa: PLC0415
 
     machine = project().create(wants)
     first_start(machine)
@@ -128,7 +128,7 @@ def _detached(wants: "Wants", *, as_json: bool) -> None:
 def _wants(
     *, name: str, memory: str, disk: str, bind: list[str], exclude: list[str], publish: list[str], ssh_key: list[Path]
 ) -> dict[str, Any]:
-    from vmtasks import arguments  # noqa: PLC0415
+    from vmtasks.config import arguments  # noqa: PLC0415
 
     return {
         "name": arguments.machine_name(name) if name else "",
@@ -145,7 +145,7 @@ def read_keys(path: Path, what: str) -> "list[PublicKey]":
 
     `what` named the file: an option, or an argument.
     """
-    from vmtasks import arguments  # noqa: PLC0415
+    from vmtasks.config import arguments  # noqa: PLC0415
     from vmtasks.errors import ConfigError  # noqa: PLC0415
 
     try:
@@ -174,6 +174,6 @@ def _ssh_port(text: str) -> int:
 
 
 def _user(text: str) -> str:
-    from vmtasks import arguments  # noqa: PLC0415
+    from vmtasks.config import arguments  # noqa: PLC0415
 
     return arguments.user(text) if text else ""

@@ -49,7 +49,7 @@ def remove(
     force: Annotated[bool, typer.Option("--force", "-f", help="Do not ask.")] = False,
 ) -> None:
     """Remove snapshots with their images; one that a machine stands on stays."""
-    from vmtasks import progress  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
 
     here = project()
     if not force:
@@ -72,7 +72,7 @@ def restore(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Throw away what a machine has written, and go back to a snapshot; it is stopped then."""
-    from vmtasks import progress  # noqa: PLC0415
+    from vmtasks.host import progress  # noqa: PLC0415
 
     found = machine(name)
     if not yes:
@@ -93,7 +93,7 @@ def snapshots(
     import time  # noqa: PLC0415
 
     from vmtasks.errors import StateError  # noqa: PLC0415
-    from vmtasks.session import Machine  # noqa: PLC0415
+    from vmtasks.machines import Machine  # noqa: PLC0415
 
     config = project().config(guest)
     maker = Machine(config)

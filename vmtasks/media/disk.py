@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vmtasks import atomic
 from vmtasks.errors import CommandError, ImageError
-from vmtasks.proc import run
+from vmtasks.host import files
+from vmtasks.host.process import run
 
 QUICK_S = 60.0
 COPY_S = 3600.0
@@ -54,10 +54,10 @@ def reback(path: Path, backing: Path) -> None:
 
 def flatten(source: Path, target: Path) -> None:
     """Copy what `source` shows into a new image that needs no backing file; `target` appears whole."""
-    with atomic.temporary(target, folder=True) as place:
+    with files.temporary(target, folder=True) as place:
         beside = place / "disk"
         _img("convert", "-q", "-O", "qcow2", source, beside, timeout_s=COPY_S)
-        atomic.publish(beside, target, 0o444)
+        files.publish(beside, target, 0o444)
 
 
 def _img(command: str, *words: str | Path, fresh: Path | None = None, timeout_s: float = QUICK_S) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from time import struct_time
 from typing import TYPE_CHECKING, Any
 
-from vmtasks.atomic import replacing
 from vmtasks.errors import ImageError
+from vmtasks.host.files import replacing
 from vmtasks.media.tree import Entry, merge
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vmtasks.config import show
+from vmtasks.config.load import show
 from vmtasks.errors import ConfigError
 
 

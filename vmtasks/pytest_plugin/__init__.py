@@ -42,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def vm_factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Vm"]]:
     """Makes machines: `vm_factory(image="", **wants)`; all are gone when the test has ended.
 
-    `wants` are the fields of vmtasks.session.Wants: name, memory and disk_size in bytes, cpus, network, forwards.
+    `wants` are the fields of vmtasks.machines.Wants: name, memory and disk_size in bytes, cpus, network, forwards.
     """
     yield from _factory(request)
 

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vmtasks import printable, proc
+from vmtasks import printable
 from vmtasks.errors import CommandTimeoutError, ConnectionLostError, MachineError, SshError
-from vmtasks.machine.console import read_log
-from vmtasks.machine.ports import port_free
-from vmtasks.machine.vm import wait_until
-from vmtasks.progress import seconds
-from vmtasks.remote import boot, files, listeners, ssh
-from vmtasks.remote.command import Command, Executed
-from vmtasks.session import Machine, Project, Wants, ephemeral
+from vmtasks.guest import boot, files, listeners, ssh
+from vmtasks.guest.command import Command, Executed
+from vmtasks.host import process
+from vmtasks.host.progress import seconds
+from vmtasks.machines import Machine, Project, Wants, ephemeral
+from vmtasks.qemu.console import read_log
+from vmtasks.qemu.ports import port_free
+from vmtasks.qemu.vm import wait_until
 
 T = TypeVar("T")
 
@@ -79,7 +80,7 @@ class Vm:
 
         CommandTimeoutError after `timeout_s`: what it has started was ended. ConnectionLostError, RebootedError.
         """
-        shown = command if isinstance(command, str) else proc.quote(list(command))
+        shown = command if isinstance(command, str) else process.quote(list(command))
         with self._noted(f"$ {shown[:SHOWN_CHARS]}") as note:
             done = self._link.execute(command, timeout_s=timeout_s, user=user, cwd=cwd, env=env, stdin=stdin)
             note(f"status {done.status}")
@@ -164,7 +165,7 @@ class Vm:
         options = ["-N", "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes"]
         with self._noted(f"forward {ours} to port {port} of {host}"):
             words = target.argv(options=[*options, "-L", f"127.0.0.1:{ours}:{host}:{port}"])
-            child = self._open.enter_context(proc.spawn(words, die_with_us=True))
+            child = self._open.enter_context(process.spawn(words, die_with_us=True))
             # Not by a call: what listens in the guest may take only one.
             wait_until(lambda: child.poll() is not None or not port_free(ours), timeout_s)
             if child.poll() is not None or port_free(ours):
@@ -236,7 +237,7 @@ class Vm:
 
     def _copy(self, source: str, dest: str) -> None:
         config = self.machine.running().config
-        proc.run(["scp", "-F", str(config), "-q", "-r", "-p", "--", source, dest], timeout_s=600)
+        process.run(["scp", "-F", str(config), "-q", "-r", "-p", "--", source, dest], timeout_s=600)
 
     @contextlib.contextmanager
     def _noted(self, what: str) -> Iterator[Callable[[str], None]]:
@@ -255,7 +256,7 @@ class Vm:
 
 
 def _account(command: Command, done: Executed, wanted: str) -> str:
-    shown = command if isinstance(command, str) else proc.quote(list(command))
+    shown = command if isinstance(command, str) else process.quote(list(command))
     streams = [
         f"{name}:\n{text.decode(errors='replace').rstrip()}"
         for name, text in (("stdout", done.stdout), ("stderr", done.stderr))

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from vmtasks import progress
+from vmtasks.host import progress
 from vmtasks.tasks.context import CONFIG, action
 from vmtasks.tasks.machines import YES_PARAM, confirm, the_machine
 
@@ -31,17 +31,17 @@ def task_install() -> Task:
     """
 
     def install(yes: bool, display: bool, disk: bool, user: str) -> None:  # noqa: FBT001 - doit passes them by name
-        from vmtasks import byhand  # noqa: PLC0415
-        from vmtasks.build import Builder  # noqa: PLC0415
+        from vmtasks.byhand import console  # noqa: PLC0415
+        from vmtasks.images.steps import Builder  # noqa: PLC0415
 
-        shown = byhand.window(wanted=display)
+        shown = console.window(wanted=display)
         if disk:
-            byhand.go_on(Builder(CONFIG), display=shown)
+            console.go_on(Builder(CONFIG), display=shown)
             return
         machine = the_machine()
         if machine.disk.exists() and not yes:
             confirm(f"Machine {machine.name} has a disk already. Install over it?", "doit install --yes")
-        byhand.install(Builder(CONFIG), user=user, display=shown)
+        console.install(Builder(CONFIG), user=user, display=shown)
 
     flag = {"type": bool, "default": False}
     return {
@@ -68,7 +68,7 @@ def task_provision() -> Task:
     """
 
     def provision(phase: int) -> None:
-        from vmtasks.provision import provision as run  # noqa: PLC0415
+        from vmtasks.byhand.provision import provision as run  # noqa: PLC0415
 
         log = run(CONFIG, phase)
         progress.say(f"log: {log}")
@@ -110,7 +110,7 @@ def task_look() -> Iterator[Task]:
 
 
 def _look(number: int, cd: bool, live: bool, display: bool) -> None:  # noqa: FBT001 - doit passes them by name
-    from vmtasks import byhand  # noqa: PLC0415
-    from vmtasks.build import Builder  # noqa: PLC0415
+    from vmtasks.byhand import console  # noqa: PLC0415
+    from vmtasks.images.steps import Builder  # noqa: PLC0415
 
-    byhand.look(Builder(CONFIG), number, cd=cd, live=live, display=byhand.window(wanted=display))
+    console.look(Builder(CONFIG), number, cd=cd, live=live, display=console.window(wanted=display))

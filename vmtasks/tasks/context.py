@@ -13,11 +13,11 @@ from typing import Any, ParamSpec
 
 from doit import cmd_base, doit_cmd
 
-from vmtasks import rules
-from vmtasks.config import Config, load
+from vmtasks.config import rules
+from vmtasks.config.load import Config, load
 from vmtasks.errors import ConfigError, VmTasksError, os_failure
-from vmtasks.interrupts import unwind_on_signals
-from vmtasks.progress import accept_any_text, open_streams, tell_notes, to_stderr
+from vmtasks.host.progress import accept_any_text, open_streams, tell_notes, to_stderr
+from vmtasks.host.signals import unwind_on_signals
 
 P = ParamSpec("P")
 

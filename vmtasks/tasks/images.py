@@ -8,11 +8,12 @@ from typing import Any
 
 from doit.tools import config_changed
 
-from vmtasks import atomic, plan, progress
-from vmtasks.config import Config
+from vmtasks.config.load import Config
 from vmtasks.errors import VmTasksError
+from vmtasks.host import files, progress
+from vmtasks.images import plan
+from vmtasks.images.workspace import State
 from vmtasks.media.template import shipped_path
-from vmtasks.state import State
 from vmtasks.tasks.context import CONFIG, action
 
 Task = dict[str, Any]
@@ -82,7 +83,7 @@ class AsLeft:
 
 def run_step(name: str, *arguments: int, **options: bool) -> None:
     """Carry out a build step. What that needs is imported only now: most runs have nothing to build."""
-    from vmtasks.build import Builder  # noqa: PLC0415
+    from vmtasks.images.steps import Builder  # noqa: PLC0415
 
     getattr(Builder(CONFIG), name)(*arguments, **options)
 
@@ -261,7 +262,7 @@ def task_clean_phases() -> Task:
         for number in _numbers(CONFIG):
             for path in (state.folder(number), state.iso(number), state.look_disk(number)):
                 gone += _remove(path)
-        for path in atomic.abandoned(state.home):
+        for path in files.abandoned(state.home):
             gone += _remove(path)
         progress.say(f"clean_phases: {gone} removed below {state.home}")
 

@@ -7,11 +7,12 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vmtasks import printable, progress
-from vmtasks.config import help_table, show_size
+from vmtasks import printable
+from vmtasks.config.load import help_table, show_size
+from vmtasks.config.tables import Download
 from vmtasks.errors import MissingToolError, StateError, VmTasksError
-from vmtasks.model import Download
-from vmtasks.state import CLEAN, State
+from vmtasks.host import progress
+from vmtasks.images.workspace import CLEAN, State
 from vmtasks.tasks.context import CONFIG, VARIABLES, action, asked_with
 from vmtasks.tasks.images import Intact, run_step, without_option
 from vmtasks.tasks.reporter import Said
@@ -35,7 +36,7 @@ YES_PARAM = {"name": "yes", "long": "yes", "short": "y", "type": bool, "default"
 
 
 if TYPE_CHECKING:
-    from vmtasks.session import Machine, View
+    from vmtasks.machines import Machine, View
 
 
 def the_machine(*, reap: bool = True) -> "Machine":
@@ -43,7 +44,7 @@ def the_machine(*, reap: bool = True) -> "Machine":
 
     Imported only when it is needed: most runs have nothing to do.
     """
-    from vmtasks.session import Machine, Project  # noqa: PLC0415
+    from vmtasks.machines import Machine, Project  # noqa: PLC0415
 
     if reap:
         Project(CONFIG.root, variables=VARIABLES).reap(progress.say)
@@ -182,7 +183,7 @@ def task_ssh() -> Task:
     """
 
     def login() -> None:
-        from vmtasks.session.login import log_in  # noqa: PLC0415
+        from vmtasks.machines.login import log_in  # noqa: PLC0415
 
         status = log_in(the_machine(), "ssh")
         if status != 0:
@@ -252,13 +253,13 @@ def task_check_prereqs() -> Task:
     """
 
     def check() -> None:
-        from vmtasks import proc  # noqa: PLC0415
+        from vmtasks.host import process  # noqa: PLC0415
 
         missing = []
         composed = [] if isinstance(CONFIG.guest.installer, Download) else ["apt-get"]
         for program in ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "ssh-keygen", "ssh-keyscan", *composed):
             try:
-                progress.say(f"✓ {program}: {proc.find(program)}")
+                progress.say(f"✓ {program}: {process.find(program)}")
             except MissingToolError as error:
                 missing.append(program)
                 progress.say(f"✗ {error.message}; {error.hint}")

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from vmtasks import atomic
-from vmtasks.config import show
+from vmtasks.config.load import show
 from vmtasks.errors import ConfigError
-from vmtasks.progress import to_stderr
+from vmtasks.host import files
+from vmtasks.host.progress import to_stderr
 from vmtasks.tasks.context import CONFIG
 
 
@@ -18,14 +18,14 @@ def prepare_folders() -> None:
     """Have the state folder, and the store where that can be; one line and exit status 2 if the first cannot be."""
     folder = CONFIG.vm_dir
     try:
-        atomic.private_folder(folder)
+        files.private_folder(folder)
         why = "" if os.access(folder, os.W_OK | os.X_OK) else "not writable"
     except (OSError, ValueError) as error:
         why = _reason(error)
     if why:
         _refuse(f"VM_DIR (dir=) = {show(folder)}: {why}; name a folder that you may write to")
     with contextlib.suppress(OSError, ValueError):  # what needs the store says why it cannot be had
-        atomic.private_folder(CONFIG.store_dir)
+        files.private_folder(CONFIG.store_dir)
 
 
 def database() -> Path:

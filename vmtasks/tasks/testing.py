@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from vmtasks import printable, progress
-from vmtasks.results import Results, describe
+from vmtasks import printable
+from vmtasks.host import progress
+from vmtasks.suites.results import Results, describe
 from vmtasks.tasks.context import CONFIG, action
 from vmtasks.tasks.images import Intact
 from vmtasks.tasks.machines import images_needed
@@ -18,12 +19,12 @@ Task = dict[str, Any]
 
 
 if TYPE_CHECKING:
-    from vmtasks.suites import Suites
+    from vmtasks.suites.run import Suites
 
 
 def suites(results: Results) -> "Suites":
     """The suites in their machine. Imported only when one is stale: most runs have nothing to do."""
-    from vmtasks.suites import Suites  # noqa: PLC0415
+    from vmtasks.suites.run import Suites  # noqa: PLC0415
 
     return Suites(results)
 
@@ -50,7 +51,7 @@ def _live() -> Iterator[Callable[[bytes], None]]:
 
 def _spoken(sink: Callable[[bytes], None]) -> Callable[[bytes], None]:
     """The sink for `go test -json`: passes on what the events say, as `-v` would show it, when a line is whole."""
-    from vmtasks.junit import gotest  # noqa: PLC0415
+    from vmtasks.suites.junit import gotest  # noqa: PLC0415
 
     rest = b""
 

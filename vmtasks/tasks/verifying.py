@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from vmtasks import progress
+from vmtasks.host import progress
 from vmtasks.tasks.context import CONFIG, action
 from vmtasks.tasks.images import UNVERIFIED_PARAM
 
@@ -21,7 +21,7 @@ def task_verify_guest() -> dict[str, Any]:
     def verify(allow_unverified: bool) -> Any:  # noqa: FBT001 - doit passes it by name
         from doit.exceptions import TaskFailed  # noqa: PLC0415
 
-        from vmtasks.verify import Verification  # noqa: PLC0415
+        from vmtasks.verify.verify import Verification  # noqa: PLC0415
 
         verification = Verification(CONFIG, progress.say)
         failed = verification.run(allow_unverified=allow_unverified).failed

@@ -1,0 +1,158 @@
+"""Is this machine alive, and if not, what is wrong? Layer by layer, true also for a forwarded loopback port.
+
+A connection to the port proves nothing, and neither does a ping: QEMU answers for a guest whose CPU is stopped. A layer
+is looked at only if those below it passed: what fails first is why the rest cannot work, and what it means is the
+verdict.
+"""
+
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from vmtasks.errors import SshError
+from vmtasks.guest import banner, client
+from vmtasks.guest.banner import HOST
+from vmtasks.guest.client import Console
+from vmtasks.guest.ssh import Target
+from vmtasks.qemu import qmp
+
+Verdict = Literal["ready", "ssh", "no-ssh", "silent", "paused", "panicked", "gone", ""]
+
+SAYS: dict[Verdict, str] = {
+    "ready": "an authenticated `true` succeeded",
+    "ssh": "an SSH server answers, but nobody can log in",
+    "no-ssh": "the guest's kernel answers, but no SSH server does",
+    "silent": "nothing answers in the guest: it boots, or hangs",
+    "paused": "the guest's CPU is stopped",
+    "panicked": "the guest's kernel has panicked",
+    "gone": "QEMU does not run, or listens no more",
+}
+
+Look = Callable[[], tuple[Verdict, str]]
+"""Looks at one layer: what it means that it failed, or nothing when it passed; and what it says."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: `passed` is None when it was not looked at, because one below it failed."""
+
+    name: str
+    passed: bool | None
+    says: str
+    verdict: Verdict = ""
+
+
+@dataclass(frozen=True)
+class Alive:
+    """What is known of a machine, and the layers that it is known from."""
+
+    verdict: Verdict
+    layers: tuple[Layer, ...]
+
+    @property
+    def alive(self) -> bool:
+        """Whether the guest's operating system works, be it without SSH."""
+        return self.verdict in ("ready", "ssh", "no-ssh")
+
+    @property
+    def reason(self) -> str:
+        """The layer that failed, with what it says; empty when all have passed."""
+        return next((f"{layer.name}: {layer.says}" for layer in self.layers if layer.passed is False), "")
+
+    def __str__(self) -> str:
+        """The verdict in a sentence, with the reason."""
+        return ": ".join(filter(None, (SAYS[self.verdict], self.reason)))
+
+
+def is_alive(
+    target: Target,
+    *,
+    timeout_s: float = 10.0,
+    process: Callable[[], bool] | None = None,
+    control: Path | None = None,
+    console: Console | None = None,
+) -> Alive:
+    """Ask a machine, each layer for at most `timeout_s`.
+
+    `process` says whether QEMU runs, `control` is its QMP socket; both are left out for a machine that is not ours, for
+    which paused, panicked and silent look alike.
+    """
+    looks: dict[str, Look] = {}
+    if process is not None:
+        looks["process"] = lambda: ("", "QEMU runs") if process() else ("gone", "QEMU does not run")
+    if control is not None:
+        looks["QMP"] = lambda: cpu(control)
+    return judged(climb(looks | network(target, timeout_s, console)))
+
+
+def judged(layers: Iterable[Layer]) -> Alive:
+    """The verdict of the layer that failed."""
+    seen = tuple(layers)
+    return Alive(next((layer.verdict for layer in seen if layer.passed is False), "ready"), seen)
+
+
+def climb(looks: Mapping[str, Look]) -> Iterator[Layer]:
+    """Look at one layer after the other, up to the first that fails."""
+    failed = ""
+    for name, look in looks.items():
+        if failed:
+            yield Layer(name, None, f"not looked at, because {failed} failed")
+            continue
+        verdict, says = look()
+        yield Layer(name, not verdict, says, verdict)
+        failed = name if verdict else ""
+
+
+# -- the layers
+
+
+def cpu(control: Path) -> tuple[Verdict, str]:
+    """What QEMU says of the guest's CPU."""
+    state = qmp.status(control)
+    if not state:
+        return "silent", "QEMU does not answer on its control socket: it hangs, or somebody else holds the socket"
+    if state == "running":
+        return "", "QEMU says running"
+    return ("panicked" if state == qmp.PANICKED else "paused"), f"{state}: {qmp.STUCK.get(state, 'see QEMU')}"
+
+
+def network(target: Target, timeout_s: float, console: Console | None = None) -> dict[str, Look]:
+    """The layers from the port to a command in the guest, each for at most `timeout_s`."""
+    opened: list[client.Connection] = []
+
+    def port() -> tuple[Verdict, str]:
+        where = f"{HOST}:{target.port}"
+        try:
+            with socket.create_connection((HOST, target.port), timeout_s):
+                return "", f"{where} is forwarded by QEMU, which says nothing of the guest"
+        except OSError as error:
+            return "gone", f"{where} takes no connection ({error})"
+
+    def server() -> tuple[Verdict, str]:
+        said = banner.read(target.port, timeout_s)
+        if said.startswith("SSH-"):
+            return "", said
+        how = said or "nothing behind the port speaks"
+        return ("no-ssh" if said else "silent"), f"no SSH server answers in the guest ({how})"
+
+    def login() -> tuple[Verdict, str]:
+        try:
+            opened.append(client.connect(target, timeout_s=timeout_s, console=console))
+        except SshError as error:
+            return "ssh", error.message
+        return "", f"{target.user} is let in with {target.key}"
+
+    def command() -> tuple[Verdict, str]:
+        began = time.monotonic()
+        try:
+            with opened.pop() as connection:
+                done = connection.execute("true", timeout_s=timeout_s)
+        except SshError as error:
+            return "ssh", error.message
+        says = f"`true` gave status {done.status} after {(time.monotonic() - began) * 1000:.0f} ms"
+        return ("ssh" if done.status else ""), says
+
+    return {"port": port, "banner": server, "authentication": login, "command": command}

@@ -1,0 +1,281 @@
+"""Plain files of a guest -> a new folder here, within limits of size and time. The guest is not trusted.
+
+The guest lists what the patterns match, and is then asked for a tar of the plain files among that. Neither is believed:
+only files that were listed and asked for are written, each once, below a folder that is new. Nothing else is made
+there: links, devices, sockets and FIFOs stay in the guest. What does not come is told.
+"""
+
+import errno
+import io
+import os
+import shlex
+import shutil
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from vmtasks import printable
+from vmtasks.config.load import show_size
+from vmtasks.guest import ssh
+from vmtasks.guest.ssh import Target
+from vmtasks.host import process
+
+FILES = 20_000
+"""How many files and folders are taken at most."""
+LIST_BYTES = 8 << 20
+HEADERS_BYTES = 2048
+"""What tar adds to a file: headers, a long name, padding."""
+META_BYTES = 1 << 16
+"""A longer header is refused: tarfile reads it into memory, and no name needs it."""
+TOLD = 5
+"""How many names that stayed for the same reason are told."""
+BLOCK = 1 << 18
+NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+
+ODD_NAMES = (errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
+"""What a file system says of a name that it cannot have. Any other failure is the host's, as a full disk is."""
+
+# All names begin with ./ and no marker does. Not every find has -printf, and not every tar reads names that end in NUL.
+LIST = r"""
+list() {
+    printf 'pattern\0'
+    [ -e "$1" ] || [ -L "$1" ] || return 0
+    printf 'file\0'; find "$@" -type f ! -size +@LIMIT@c -print0
+    printf 'large\0'; find "$@" -type f -size +@LIMIT@c -print0
+    printf 'folder\0'; find "$@" -type d -print0
+    printf 'other\0'; find "$@" ! -type f ! -type d -print0
+}
+"""
+# GNU tar takes a backslash in a name for the begin of an escape, unless it is told not to; others have no such option.
+SEND = "plain=; tar --help 2>&1 | grep -q no-unquote && plain=--no-unquote\nexec xargs -0 tar $plain -cf -"
+
+
+@dataclass
+class Fetched:
+    """What came, and what did not: why, by name or pattern, relative to the folder in the guest."""
+
+    files: set[str] = field(default_factory=set)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def told(self) -> Iterator[str]:
+        """Yield lines that say what did not come, ready for a terminal."""
+        reasons: dict[str, list[str]] = {}
+        for name, why in self.left.items():
+            reasons.setdefault(why, []).append(name)
+        for why, names in reasons.items():
+            yield from (f"{printable.line(name)}: {why}" if name else why for name in names[:TOLD])
+            if len(names) > TOLD:
+                yield f"and {len(names) - TOLD} more: {why}"
+
+
+class _FullError(Exception):
+    """More came than may come."""
+
+
+def fetch(
+    target: Target, cwd: str, dest: Path, *, names: Sequence[str], globs: Sequence[str], limit: int, timeout_s: float
+) -> Fetched:
+    """Copy the files `names`, and what `globs` match below `cwd` in the guest, to the new folder `dest`.
+
+    A folder comes with what is in it. `limit` is in bytes, for all files together. Files keep their time and whether
+    they are executable. OSError when `dest` cannot be written.
+    """
+    deadline, done = time.monotonic() + timeout_s, Fetched()
+    dest.mkdir()
+    words = {name: f"./{shlex.quote(name)}" for name in names} | {glob: f"./{shell_glob(glob)}" for glob in globs}
+    if not words:
+        return done
+    said = _list(target, cwd, tuple(words.values()), limit, deadline, done)
+    found = _Listing(tuple(words), limit, done)
+    for token in said.split(b"\0")[:-1]:
+        found.take(token)
+    for name in found.folders:
+        with _naming(name, done):
+            (dest / name).mkdir(parents=True, exist_ok=True)
+    if found.files:
+        with tempfile.TemporaryFile(dir=dest.parent) as archive:
+            whys = [_receive(target, cwd, found.files, archive, limit, deadline)]
+            whys += [_unpack(archive, dest, found.files, limit, done), "the guest did not send it"]
+        for name in found.files:
+            if name not in done.files:
+                done.left.setdefault(name, next(filter(None, whys)))
+    return done
+
+
+def shell_glob(pattern: str) -> str:
+    """A glob as a shell word: everything is quoted but `*`, `?` and bracket expressions."""
+    return "".join(c if c in "*?[]-" else shlex.quote(c) for c in pattern)
+
+
+# -- what there is
+
+
+def _list(target: Target, cwd: str, words: Sequence[str], limit: int, deadline: float, done: Fetched) -> bytes:
+    """The guest's answer to LIST, cut at LIST_BYTES."""
+    text = LIST.replace("@LIMIT@", str(limit)) + "\n".join(f"list {word}" for word in words)
+    said, errors = bytearray(), process.Head()
+
+    def take(data: bytes) -> None:
+        said.extend(data[: LIST_BYTES - len(said)])
+        if len(said) == LIST_BYTES:
+            raise _FullError
+
+    try:
+        argv = target.argv(ssh.remote_line(ssh.script(text, cwd=cwd, env={})))
+        ended = process.stream(argv, take, timeout_s=deadline - time.monotonic(), errors=errors)
+    except _FullError:
+        done.left[""] = f"more than {FILES} files and folders: the rest was left in the guest"
+    else:
+        if why := _why(ended, errors):
+            done.left[""] = f"not all could be listed: {why}"
+    return bytes(said)
+
+
+class _Listing:
+    """Reads the guest's answer to LIST. What cannot come is put down at once."""
+
+    def __init__(self, patterns: Sequence[str], limit: int, done: Fetched) -> None:
+        self.files: dict[str, None] = {}
+        self.folders: dict[str, None] = {}
+        self._patterns = iter(patterns)
+        self._pattern = self._kind = ""
+        self._limit = limit
+        self._done = done
+
+    def take(self, token: bytes) -> None:
+        """Take in a marker, or the name of a file."""
+        if token.startswith(b"./"):
+            self._name(PurePosixPath(os.fsdecode(token[2:])))
+        elif token == b"pattern":
+            self._pattern = next(self._patterns, "")
+            self._done.left[self._pattern] = "there is nothing of this name in the guest"
+        else:
+            self._done.left.pop(self._pattern, None)
+            self._kind = token.decode(errors="replace")
+
+    def _name(self, path: PurePosixPath) -> None:
+        name, left = str(path), self._done.left
+        if path.is_absolute() or ".." in path.parts:
+            left[name] = "its name leads elsewhere"
+        elif self._kind == "large":
+            left[name] = f"left in the guest: it is larger than {show_size(self._limit)}"
+        elif self._kind == "other":
+            left[name] = "left in the guest: it is a link, or no plain file"
+        elif len(self.files) + len(self.folders) >= FILES:
+            left[""] = f"more than {FILES} files and folders: the rest was left in the guest"
+        elif path.parts:
+            (self.folders if self._kind == "folder" else self.files)[name] = None
+
+
+# -- what comes
+
+
+def _receive(
+    target: Target, cwd: str, wanted: Mapping[str, None], archive: IO[bytes], limit: int, deadline: float
+) -> str:
+    """Have the guest send a tar of these files, as far as it may be long; returns why it is not whole, or nothing."""
+    most, errors = limit + HEADERS_BYTES * (len(wanted) + 16), process.Head()
+
+    def take(data: bytes) -> None:
+        archive.write(data)
+        if archive.tell() > most:
+            raise _FullError
+
+    with tempfile.TemporaryFile() as names:
+        names.write(b"".join(b"./" + os.fsencode(name) + b"\0" for name in wanted))
+        names.seek(0)
+        argv = target.argv(ssh.remote_line(ssh.script(SEND, cwd=cwd, env={})))
+        try:
+            ended = process.stream(argv, take, timeout_s=deadline - time.monotonic(), errors=errors, stdin=names)
+        except _FullError:
+            return _cut(limit)
+    return _why(ended, errors)
+
+
+class _Member(tarfile.TarInfo):
+    """A header, of bounded length."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if not (self.isfile() or self.isdir() or self.islnk()) and self.size > META_BYTES:
+            raise tarfile.ReadError("a header is too long")
+        member: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]  # the way in that its source names
+        return member
+
+
+def _unpack(archive: IO[bytes], dest: Path, wanted: Mapping[str, None], limit: int, done: Fetched) -> str:
+    """Write the files that were asked for; returns why there may be more, or nothing."""
+    archive.seek(0)
+    left = limit
+    try:
+        # Of many names xargs makes several archives, one after the other.
+        with tarfile.open(
+            fileobj=archive, mode="r:", tarinfo=_Member, ignore_zeros=True, encoding="utf-8", errors="surrogateescape"
+        ) as members:
+            while (member := members.next()) is not None:
+                members.members = []  # type: ignore[attr-defined]  # it would keep each of them
+                name = str(PurePosixPath(member.name))
+                if name in wanted and name not in done.files:
+                    left -= _write(members, member, dest, name, left, done)
+                if left < 0:
+                    return _cut(limit)
+    except (tarfile.TarError, OverflowError, RecursionError, ValueError):
+        return "what the guest sent was cut, or is no tar"
+    return ""
+
+
+def _write(members: tarfile.TarFile, member: tarfile.TarInfo, dest: Path, name: str, most: int, done: Fetched) -> int:
+    """Write one file, unless it is too long; returns its size. Of a hard link it is a copy."""
+    first, place = str(PurePosixPath(member.linkname)), dest / name
+    if member.islnk() and first in done.files:
+        size = (dest / first).stat().st_size
+    elif member.isreg() and not member.issparse():
+        size = member.size
+    else:
+        return 0
+    if size > most:
+        return size
+    with _naming(name, done):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        data = (dest / first).open("rb") if member.islnk() else members.extractfile(member)
+        mode = 0o777 if member.mode & 0o100 else 0o666
+        with data or io.BytesIO() as source, os.fdopen(os.open(place, NEW, mode), "wb") as out:
+            try:
+                shutil.copyfileobj(source, out, BLOCK)
+            except BaseException:
+                place.unlink()
+                raise
+        with suppress(OSError, OverflowError, TypeError, ValueError):
+            os.utime(place, (member.mtime, member.mtime))
+        done.files.add(name)
+        return size
+    return 0
+
+
+@contextmanager
+def _naming(name: str, done: Fetched) -> Iterator[None]:
+    """Put down a name that this host's file system cannot have."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in ODD_NAMES:
+            raise
+        done.left[name] = f"this host cannot have a file of this name: {error.strerror}"
+
+
+def _cut(limit: int) -> str:
+    return f"left in the guest: all files together are larger than {show_size(limit)} (artifacts_limit)"
+
+
+def _why(ended: process.Ended, errors: process.Head) -> str:
+    """Why a command in the guest has failed, or nothing."""
+    said = [printable.line(line) for line in errors.text.splitlines() if line.strip()]
+    if ended.timed_out:
+        return "there was no time left (artifacts_timeout_s)"
+    if ended.status == ssh.FAILED:
+        return f"the connection broke: {ssh.explain(errors.text)}"
+    return (said[0] if said else f"status {ended.status}") if ended.status else ""

@@ -1,0 +1,251 @@
+"""One authenticated SSH connection to a machine, and commands through it. Owns paramiko: import it where it is used.
+
+    with client.connect(target, timeout_s=20) as connection:
+        done = connection.execute(["make", "check"], cwd="src", timeout_s=600, on_line=show)
+        done.stdout, done.stderr, done.status, done.signal
+
+A connection never opens itself again; link.py does that.
+"""
+
+import contextlib
+import secrets
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO, Self
+
+import paramiko
+
+from vmtasks.errors import CommandTimeoutError, ConnectionLostError, SshError
+from vmtasks.guest import command as commands
+from vmtasks.guest import login
+from vmtasks.guest.channels import BROKEN, Channels, NotStartedError
+from vmtasks.guest.command import Command, Executed, OnData, OnLine, Wire
+from vmtasks.guest.pump import Outcome, Pump, feed
+from vmtasks.guest.ssh import Target, end_group_script
+
+Console = Callable[[], Sequence[str]]
+"""Gives the console's last lines, for errors."""
+
+END_S = 20.0
+GONE_EVERY_S = 1.0
+KEEPALIVE_S = 15.0
+MISSED = 4
+TRIES = 4
+
+
+class Connection:
+    """Logged in. Several commands may run at once, each on a channel of its own, from any thread."""
+
+    def __init__(
+        self, target: Target, transport: paramiko.Transport, keepalive_s: float, gone: Callable[[], bool] | None
+    ) -> None:
+        """Use connect()."""
+        self.target = target
+        self._transport = transport
+        self._channels = Channels(target.name, transport)
+        self._via: commands.Via = ""
+        self._closing = threading.Event()
+        threading.Thread(target=self._keep_alive, args=(keepalive_s,), name="vmtasks keepalive", daemon=True).start()
+        if gone is not None:
+            threading.Thread(target=self._heed, args=(gone,), name="vmtasks gone", daemon=True).start()
+
+    def __enter__(self) -> Self:
+        """Close it at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    @property
+    def server(self) -> str:
+        """How the server names itself, such as `SSH-2.0-OpenSSH_9.2`."""
+        return str(self._transport.remote_version)
+
+    def is_connected(self) -> bool:
+        """Whether the connection stands. Of a guest that fell silent this is known once keepalives are overdue."""
+        return bool(self._transport.is_active())
+
+    def close(self) -> None:
+        """End the connection. What runs through it goes on in the guest; its end is not seen here."""
+        self._closing.set()
+        self._transport.close()
+
+    def execute(
+        self,
+        command: Command,
+        *,
+        timeout_s: float,
+        idle_s: float | None = None,
+        cwd: str = "",
+        env: Mapping[str, str] | None = None,
+        user: str = "",
+        stdin: bytes | BinaryIO = b"",
+        on_line: OnLine | None = None,
+        on_data: OnData | None = None,
+        keep: bool = True,
+        detached: bytes = b"",
+    ) -> Executed:
+        """Run a script (str) or a program with arguments (list) to its end; both streams are bytes, apart and exact.
+
+        `on_line(line, stream)` is called for each line as it comes, `on_data(data, stream)` for each block; with
+        `keep=False` the result holds no output. `cwd` is relative to the login user's home. `user` is reached through
+        doas, sudo or su. A status other than 0 is a result, not an error. With `detached` a command that says this last
+        and closes its streams goes on without us.
+
+        CommandTimeoutError after `timeout_s`, or after `idle_s` without output: all that the command has started was
+        ended in the guest. ConnectionLostError when the connection broke: `started` says whether the command can have
+        run. ConfigError for a command that no system can take.
+        """
+        text = commands.script(command, cwd=cwd, env=env, user=user)
+        for left in reversed(range(TRIES)):
+            try:
+                return self._once(
+                    text, timeout_s, idle_s, user, stdin, on_line=on_line, on_data=on_data, keep=keep, detached=detached
+                )
+            except NotStartedError:
+                # dropbear closes a channel that is opened just as another's command ends. Nothing has run.
+                if not left or not isinstance(stdin, bytes):
+                    raise
+                time.sleep(0.1)
+        raise AssertionError("the last try returns or raises")
+
+    def _once(
+        self,
+        text: str,
+        timeout_s: float,
+        idle_s: float | None,
+        user: str,
+        stdin: bytes | BinaryIO,
+        *,
+        detached: bytes,
+        **more: Any,
+    ) -> Executed:
+        """One try of execute()."""
+        deadline = time.monotonic() + timeout_s
+        # What goes on without us gets a shell of its own, by whose command line it can be told from others later, see
+        # job.py; and so does what reads a stream, which could not be read again for a second try.
+        fresh = detached != b"" or not isinstance(stdin, bytes)
+        channel, wire = self._start(text, deadline, stdin=stdin != b"", fresh=fresh)
+        try:
+            pump = Pump(channel, wire.token, heralds=wire.heralds, **more)
+            feed(channel, wire.preamble, stdin)
+            outcome = pump.until_end(deadline, idle_s, detached=detached)
+            self._via = self._via or pump.header.via
+            if outcome == "ended":
+                pump.finish()
+                done = self._result(channel, pump, detached, waited=wire.heralds > 1)
+                if self._via:
+                    self._channels.prepare(self._via)
+                return done
+            ended = self._end(pump, user)
+            pump.finish()
+        finally:
+            self._channels.leave(channel)
+        raise _late(outcome, timeout_s if outcome == "overall" else idle_s or 0.0, pump, ended=ended)
+
+    def _start(self, text: str, deadline: float, *, stdin: bool, fresh: bool) -> tuple[Any, Wire]:
+        """A channel on which a command was begun, by the shell that waits for one or by a new one."""
+        waiting = None if fresh else self._channels.take(deadline)
+        if waiting is not None:
+            return waiting.channel, Wire("", commands.order(text, stdin=stdin), waiting.token, heralds=2)
+        wire = commands.wire(text, secrets.token_hex(4), self._via, stdin=stdin)
+        return self._channels.open(wire.line, deadline), wire
+
+    def _result(self, channel: Any, pump: Pump, detached: bytes, *, waited: bool) -> Executed:
+        if detached and pump.stdout.endswith(detached):
+            return Executed(pump.stdout, pump.stderr, 0)
+        name = getattr(channel, "exit_signal", "")
+        over = channel.exit_status >= 0 or name != ""
+        # An exit may also be that of a login shell that lets nobody run anything.
+        if over and not pump.header.seen and (waited or name):
+            raise NotStartedError("the shell that was to run the command in the guest was killed before it had begun")
+        if channel.exit_status >= 0:
+            return Executed(pump.stdout, pump.stderr, channel.exit_status)
+        if name:
+            number = getattr(signal.Signals, f"SIG{name}", 0)
+            return Executed(pump.stdout, pump.stderr, 128 + number, name)
+        if self._channels.gone():
+            raise ConnectionLostError(
+                f"the connection to {self.target.name} was lost; how the command ended is not known",
+                stdout=pump.stdout,
+                stderr=pump.stderr,
+                hint="a command that must survive this is run as a job",
+            )
+        # No answer to the request, which comes before anything of the command; no word of the shell that was to wait.
+        if not channel.event_ready or (waited and not pump.header.seen):
+            raise NotStartedError("the guest's SSH server refused to run the command")
+        raise SshError("the guest's SSH server gave no status for the command")
+
+    def _end(self, pump: Pump, user: str) -> bool:
+        """End in the guest what a command has started; whether that is certain."""
+        limit = time.monotonic() + END_S
+        # A guest that answers no more may also keep us from sending: then all of the connection is given up.
+        guard = threading.Timer(END_S, self._transport.close)
+        guard.daemon = True
+        guard.start()
+        try:
+            if pump.header.group:
+                wire = commands.wire(end_group_script(pump.header.group, user), "0", self._via)
+                other = self._channels.open(wire.line, limit)
+                try:
+                    Pump(other, "0").until_end(limit)
+                finally:
+                    self._channels.leave(other)
+            return pump.until_end(min(limit, time.monotonic() + 5)) == "ended" and pump.header.group != 0
+        except SshError:
+            return False
+        finally:
+            guard.cancel()
+
+    def _heed(self, gone: Callable[[], bool]) -> None:
+        """Give the connection up as soon as its other end is known to be gone."""
+        while not self._closing.wait(GONE_EVERY_S) and self.is_connected():
+            if gone():
+                self._transport.close()
+
+    def _keep_alive(self, every_s: float) -> None:
+        """Ask for a sign of life now and then; give the connection up after a time without one."""
+        while not self._closing.wait(every_s) and self.is_connected():
+            self._channels.expire()
+            guard = threading.Timer(every_s * MISSED, self._transport.close)
+            guard.daemon = True
+            guard.start()
+            with contextlib.suppress(*BROKEN):
+                self._transport.global_request("keepalive@openssh.com", wait=True)
+            guard.cancel()
+
+
+def _late(outcome: Outcome, limit_s: float, pump: Pump, *, ended: bool) -> CommandTimeoutError:
+    how = f"within {limit_s:g} s" if outcome == "overall" else f"and said nothing for {limit_s:g} s"
+    then = "it was ended" if ended else "it may still run: the guest did not let it be ended"
+    return CommandTimeoutError(
+        f"the command did not end {how}; {then}",
+        which="overall" if outcome == "overall" else "idle",
+        stdout=pump.stdout,
+        stderr=pump.stderr,
+    )
+
+
+def connect(
+    target: Target,
+    *,
+    timeout_s: float,
+    console: Console | None = None,
+    keepalive_s: float = KEEPALIVE_S,
+    gone: Callable[[], bool] | None = None,
+) -> Connection:
+    """Log in to a machine within `timeout_s`, one try. Its host key must be one of those that `target` pins.
+
+    The key is `target.key` (ed25519, ECDSA or RSA); one that is encrypted is used through the agent. A guest that falls
+    silent later is noticed after 5 times `keepalive_s`; one that `gone` knows to be another than before, each second
+    asked, at once. Each failure has an error of its own, an SshError that shows what `console` gives:
+    ConnectRefusedError, BannerError, HostKeyError, AuthFailedError, ConnectTimeoutError.
+    """
+    try:
+        transport = login.open_transport(target, time.monotonic() + timeout_s)
+    except SshError as error:
+        raise error.but(console=tuple(console()) if console else ()) from error
+    return Connection(target, transport, keepalive_s, gone)

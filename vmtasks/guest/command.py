@@ -1,0 +1,175 @@
+"""PURE: what is sent to a guest to run one command in a process group of its own, and how its output is read back.
+
+The guest's shell first says on stderr which group it leads, on a line with a token that only this command knows. The
+caller takes that line out, and can end the group at a deadline.
+"""
+
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from vmtasks.errors import ConfigError
+from vmtasks.guest import ssh
+
+GROUP_FIRST = "kill -0 -$$ 2>/dev/null || ! command -v setsid >/dev/null 2>&1 || "
+"""OpenSSH's server makes a group for each command, dropbear does not. Not every system has setsid; where a shell does
+not lead its group, setsid needs no fork, so that the status stays that of the command."""
+
+NO_INPUT = "exec </dev/null; "
+READ = "IFS= read -r vmtasks_line || exit 0; "
+RUN = (
+    'case $vmtasks_line in =*) eval "unset vmtasks_line;${vmtasks_line#=}" ;; '
+    '*) eval "unset vmtasks_line;$(printf %b "$vmtasks_line")" ;; esac'
+)
+"""What READ has read. A shell reads no byte beyond the line, so that the rest is the command's. printf costs a fork."""
+
+Command = str | Sequence[str]
+"""A script for sh, or a program with its arguments, which are then taken as they are."""
+
+Stream = Literal["stdout", "stderr"]
+Via = Literal["", "sh", "setsid"]
+"""How a command comes to lead a group: not known yet, it does so anyway, or through setsid."""
+
+OnLine = Callable[[str, Stream], None]
+OnData = Callable[[bytes, Stream], None]
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A command that has ended. `status` is 128 + N after signal N; `signal` is its name, such as KILL, or empty."""
+
+    stdout: bytes
+    stderr: bytes
+    status: int
+    signal: str = ""
+
+
+@dataclass(frozen=True)
+class Wire:
+    """A command as it is sent: the command line, what goes through stdin before anything else, and the token.
+
+    `heralds`: how often the line with the token comes. Before the last of them nothing of the command has run.
+    """
+
+    line: str
+    preamble: bytes
+    token: str
+    heralds: int = 1
+
+
+def script(command: Command, *, cwd: str = "", env: Mapping[str, str] | None = None, user: str = "") -> str:
+    """The script that runs `command`. ConfigError for what no system can take: NUL, names with `=`, an empty argv."""
+    if isinstance(command, str):
+        text = command
+    else:
+        if not command:
+            raise ConfigError("a command has at least one word")
+        # `exec` reads a leading dash as an option of its own.
+        text = ("" if command[0].startswith("-") else "exec ") + shlex.join(command)
+    names = [name for name in env or {} if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
+    if names:
+        raise ConfigError(f"{names[0]!r} cannot be the name of an environment variable")
+    if any("\0" in part for part in (text, cwd, user, *(env or {}).values())):
+        raise ConfigError("a command, its folder and its environment cannot hold the character NUL")
+    if cwd or env or user:
+        return ssh.script(text, cwd=cwd or ".", env=env or {}, user=user)
+    return text
+
+
+def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
+    """`text` as a command line that any login shell hands to sh unchanged, with the line that names the group.
+
+    Without `stdin` the command reads from /dev/null.
+    """
+    empty = "" if stdin else NO_INPUT
+    if via:
+        body = f"{empty}echo ::vmtasks:{token}:$$:{via} >&2; {text}"
+    else:
+        first = f"{empty}kill -0 -$$ 2>/dev/null && set -- $$ || set -- 0; echo ::vmtasks:{token}:$1"
+        forms = {name: f"{first}:{name} >&2; set --; {text}" for name in ("setsid", "sh")}
+        body = f"{GROUP_FIRST}exec setsid /bin/sh -c {shlex.quote(forms['setsid'])}\n{forms['sh']}"
+    program = "setsid /bin/sh" if via == "setsid" else "/bin/sh"
+    line = ssh.remote_line(body, program)
+    if len(line) <= ssh.LINE_BYTES:
+        return Wire(line, b"", token)
+    return Wire(ssh.remote_line(READ + RUN, program), ssh.plain(body).encode() + b"\n", token)
+
+
+def waiting(token: str, via: Via) -> str:
+    """The command line of a shell that names its group and then waits on stdin for its text, which order() makes.
+
+    It names its group again once it has the text: one that ends before has run nothing.
+    """
+    herald = f"echo ::vmtasks:{token}:$$:{via} >&2; "
+    text = herald + READ + herald + RUN
+    return ssh.remote_line(text, "setsid /bin/sh" if via == "setsid" else "/bin/sh")
+
+
+def order(text: str, *, stdin: bool) -> bytes:
+    """The line that has a waiting shell run `text`. Without `stdin` the command reads from /dev/null."""
+    body = text if stdin else NO_INPUT + text
+    # Some shells' read changes bytes beyond ASCII.
+    return (f"={body}" if body.isascii() and body.isprintable() else ssh.plain(body)).encode() + b"\n"
+
+
+class Header:
+    """Takes the line that names the group out of stderr, and what a login shell has said before it."""
+
+    def __init__(self, token: str, times: int = 1) -> None:
+        """The token of the command; `group` and `via` are known once the line has come, `seen` after `times` lines."""
+        self._line = re.compile(rb"::vmtasks:" + token.encode() + rb":(\d+):(\w*)\n")
+        self._held = b""
+        self._left = times
+        self.group = 0
+        self.via: Via = ""
+
+    @property
+    def seen(self) -> bool:
+        """Whether the command may have begun."""
+        return not self._left
+
+    def feed(self, data: bytes) -> bytes:
+        """What of stderr so far is not held back."""
+        if self.seen:
+            return data
+        self._held += data
+        while self._left and (found := self._line.search(self._held)):
+            self.group = int(found[1])
+            self.via = "setsid" if found[2] == b"setsid" else "sh"
+            self._held = self._held[found.end() :]
+            self._left -= 1
+        if not self.seen:
+            return b""
+        rest, self._held = self._held, b""
+        return rest
+
+    def rest(self) -> bytes:
+        """What is still held at the end: the command never came to run."""
+        return b"" if self.seen else self._held
+
+
+class Lines:
+    """Bytes in, whole lines out, and the unfinished last one at the end. A character is never split."""
+
+    def __init__(self, stream: Stream, on_line: OnLine) -> None:
+        """Each line goes to `on_line` without its line feed, decoded as UTF-8 with replacements."""
+        self._stream: Stream = stream
+        self._on_line = on_line
+        self._held: list[bytes] = []
+
+    def feed(self, data: bytes) -> None:
+        """Call for each line that is complete now."""
+        first, *more = data.split(b"\n")
+        self._held.append(first)
+        for part in more:
+            self._on_line(b"".join(self._held).decode(errors="replace"), self._stream)
+            self._held = [part]
+
+    def end(self) -> None:
+        """Call for the last line if it has no line feed."""
+        rest = b"".join(self._held)
+        if rest:
+            self._on_line(rest.decode(errors="replace"), self._stream)
+        self._held = []

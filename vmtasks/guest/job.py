@@ -1,0 +1,347 @@
+"""Commands that outlive the connection, this process and the SSH server: started detached, followed by byte offset.
+
+    job = start(link, "make world", cwd="src")              now it runs, whatever happens here
+    end = follow(link, job, timeout_s=3600, on_data=show)   each byte once, across lost connections
+    for view in listing(link): ...                          also from another process, later
+    cancel(link, job)
+
+    end = run(link, "make check", timeout_s=600, on_data=show)      start and follow; ended in the guest when late
+
+A job is a folder of mode 0700 in the guest: `command`, `title`, `user`, `boot`, `started`, `pid` of its runner, `group`
+and `leader` of the command, `log` (and `err`, where stderr is kept apart), and at the end `status`: `exit 7 <time>` or
+`signal 9 <time>`. Its name is the job's id, chosen here before anything is sent: a start whose outcome is not known is
+looked for under that name, and nothing is started twice.
+"""
+
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from vmtasks.errors import CommandTimeoutError, ConfigError, ConnectionLostError, RebootedError, SshError, StateError
+from vmtasks.guest import boot, jobscript, jobview
+from vmtasks.guest import command as commands
+from vmtasks.guest.command import Command, Lines, OnData, OnLine, Stream
+from vmtasks.guest.jobview import View
+from vmtasks.guest.link import Link
+from vmtasks.host import signals
+
+ASK_S = 60.0
+READ_S = 600.0
+GRACE_S = 5.0
+START_S = 60.0
+TITLE_BYTES = 120
+TRIES = 5
+GONE = 4
+"""The status of a script that found no folder of that name."""
+
+
+@dataclass(frozen=True)
+class JobEnd:
+    """A job that is over. `status` is 128 + N after signal N; `signal` is its name, or empty after an exit.
+
+    An sh prints nothing about SIGINT and SIGPIPE: these two are given as exit statuses, 130 and 141.
+    """
+
+    view: View
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def status(self) -> int:
+        """How the command ended, as the shell states it."""
+        return 255 if self.view.status is None else self.view.status
+
+    @property
+    def signal(self) -> str:
+        """The signal that ended it, such as KILL, or nothing."""
+        return self.view.signal
+
+
+def new_id() -> str:
+    """The name of a job that is not started yet: 64 random bits."""
+    return secrets.token_hex(8)
+
+
+def start(
+    link: Link,
+    command: Command,
+    *,
+    job: str = "",
+    title: str = "",
+    cwd: str = "",
+    env: Mapping[str, str] | None = None,
+    user: str = "",
+    split: bool = False,
+) -> str:
+    """Start a command and return its job's id; `job` is one from new_id(), for who must write it down before.
+
+    The command's arguments are those of Connection.execute. With `split` stderr has a file of its own.
+    When the connection breaks meanwhile the job is looked for: it is started once, or RebootedError or
+    ConnectionLostError say why that is not known.
+    """
+    job = _valid(job or new_id())
+    text = commands.script(command, cwd=cwd, env=env, user=user).encode(errors="surrogateescape") + b"\n"
+    shown = title or (command if isinstance(command, str) else " ".join(command))
+    before = link.standing()
+    script = jobscript.start(
+        job,
+        text,
+        title=re.sub(r"[^ -~]+", " ", shown)[:TITLE_BYTES],
+        user=user,
+        boot=boot.to_text(before),
+        split=split,
+    )
+    for _ in range(TRIES):
+        try:
+            done = link.open().execute(script, stdin=text, timeout_s=START_S, detached=jobscript.STARTED)
+        except ConnectionLostError as lost:
+            link.recover(before, lost)
+            continue
+        if jobscript.STARTED in done.stdout:
+            return job
+        if jobscript.EXISTS.encode() in done.stdout:
+            return _settled(link, job)
+        raise SshError(f"a job could not be started in {link.target.name}: {done.stderr.decode(errors='replace')}")
+    raise SshError(f"a job could not be started in {link.target.name}: each connection for it was lost")
+
+
+def follow(
+    link: Link,
+    job: str,
+    *,
+    timeout_s: float,
+    idle_s: float | None = None,
+    offset: int = 0,
+    err_offset: int = 0,
+    on_data: OnData | None = None,
+    on_line: OnLine | None = None,
+    keep: bool = True,
+) -> JobEnd:
+    """Hand on what a job has written from byte `offset` on, and what it writes, until it is over.
+
+    Each byte comes once, in order, whatever happens to the connection, from the first one on. CommandTimeoutError after
+    `timeout_s`, or after `idle_s` without output; the job goes on. RebootedError when the guest has rebooted, SshError
+    when the job's runner was killed or its status cannot be read: each after all that is in the log was handed on.
+    StateError when there is no such job.
+    """
+    tap = _Tap(_valid(job), {"stdout": offset, "stderr": err_offset}, on_data, on_line, keep=keep)
+    deadline = time.monotonic() + timeout_s
+    link.open(wait_s=min(timeout_s, link.window_s))  # the first connection has the patience of all that follow
+    before = link.standing()
+    while True:
+        try:
+            _follow_once(link, tap, deadline, idle_s)
+            view = _rest(link, tap)
+        except CommandTimeoutError as late:
+            how = "is not over in time" if late.which == "overall" else "has fallen silent"
+            raise late.but(message=f"job {job} {how}") from late
+        except ConnectionLostError as lost:
+            try:
+                link.recover(before, lost)
+            except RebootedError:
+                _rest(link, tap)
+                tap.end()
+                raise
+            continue
+        if view.state not in ("starting", "running"):
+            break
+    tap.end()
+    if view.state == "rebooted":
+        raise RebootedError(f"{link.target.name} has rebooted while job {job} ran; its log up to then is there")
+    if view.state == "lost":
+        raise SshError(f"job {job}: its runner in the guest was killed; how the command ended is not known")
+    if view.state == "damaged":
+        raise SshError(
+            f"job {job}: its status in {link.target.name} cannot be read; how the command ended is not known",
+            hint=f"is the guest's disk full? vmtasks exec {link.target.name} df",
+        )
+    return JobEnd(view, tap.kept("stdout"), tap.kept("stderr"))
+
+
+def run(
+    link: Link,
+    command: Command,
+    *,
+    timeout_s: float,
+    idle_s: float | None = None,
+    on_data: OnData | None = None,
+    on_line: OnLine | None = None,
+    keep: bool = True,
+    started: Callable[[str], object] = str,
+    **more: object,
+) -> JobEnd:
+    """Start a job and follow it to its end; `more` as for start(). `started` is told the id before it is sent.
+
+    A job that passes a deadline, or that an interrupt here leaves behind, is ended in the guest; CommandTimeoutError.
+    """
+    job = new_id()
+    started(job)
+    try:
+        start(link, command, job=job, **more)  # type: ignore[arg-type]
+        return follow(link, job, timeout_s=timeout_s, idle_s=idle_s, on_data=on_data, on_line=on_line, keep=keep)
+    except (CommandTimeoutError, KeyboardInterrupt) as error:
+        _end_late(link, job, error)
+        raise
+
+
+def listing(link: Link) -> list[View]:
+    """All jobs that the guest knows, the oldest first."""
+    return sorted(_show(link, f"{jobscript.JOBS}/*"), key=lambda view: view.started)
+
+
+def show(link: Link, job: str) -> View | None:
+    """One job, or None when there is none of that name."""
+    views = _show(link, f"{jobscript.JOBS}/{_valid(job)}")
+    return views[0] if views else None
+
+
+def read(link: Link, job: str) -> tuple[bytes, bytes]:
+    """All that a job has written until now: its log, and its stderr if that is kept apart."""
+    done = link.execute(jobscript.fill(jobscript.READ, ID=_valid(job), OUT=1, ERR=1), timeout_s=READ_S)
+    if done.status == GONE:
+        raise _none(link, job)
+    return done.stdout, done.stderr
+
+
+def cancel(link: Link, job: str, *, grace_s: float = GRACE_S) -> View:
+    """End a job: SIGTERM to its process group, SIGKILL after `grace_s`; returns it with its status.
+
+    One that is over is left as it is. SshError when what runs there under its number cannot be proved to be the job.
+    """
+    view = show(link, job)
+    if view is None:
+        raise _none(link, job)
+    if view.state == "starting":
+        _settled(link, job)
+        view = show(link, job) or view
+    if view.state == "running":
+        text = jobscript.cancel(job, view.group, view.user, grace_s)
+        done = link.execute(text, timeout_s=ASK_S + grace_s)
+        if done.status == 3:
+            raise SshError(f"job {job}: the process {view.group} cannot be proved to be its own; nothing was signalled")
+        view = show(link, job) or view
+    return view
+
+
+def remove(link: Link, job: str) -> None:
+    """Remove the folder of a job that is over. StateError when it runs."""
+    if link.execute(jobscript.fill(jobscript.REMOVE, ID=_valid(job)), timeout_s=ASK_S).status == 3:
+        raise StateError(f"job {job} runs", hint="cancel it first")
+
+
+class _Tap:
+    """Where a job's bytes go: counted, handed on, and kept if asked."""
+
+    def __init__(
+        self, job: str, offsets: dict[Stream, int], on_data: OnData | None, on_line: OnLine | None, *, keep: bool
+    ) -> None:
+        self.job = job
+        self.offsets = offsets
+        self._on_data = on_data
+        self._lines = {name: Lines(name, on_line) for name in offsets} if on_line else {}
+        self._kept: dict[Stream, list[bytes]] | None = {name: [] for name in offsets} if keep else None
+
+    def __call__(self, data: bytes, stream: Stream) -> None:
+        self.offsets[stream] += len(data)
+        if self._kept is not None:
+            self._kept[stream].append(data)
+        if self._on_data:
+            self._on_data(data, stream)
+        if self._lines:
+            self._lines[stream].feed(data)
+
+    def script(self, text: str) -> str:
+        """A script that goes on where this stands; tail counts bytes from 1."""
+        out, err = self.offsets["stdout"] + 1, self.offsets["stderr"] + 1
+        return jobscript.fill(text, ID=self.job, OUT=out, ERR=err, WHICH=f"{jobscript.JOBS}/{self.job}")
+
+    def end(self) -> None:
+        for lines in self._lines.values():
+            lines.end()
+
+    def kept(self, stream: Stream) -> bytes:
+        return b"".join(self._kept[stream]) if self._kept is not None else b""
+
+
+def _follow_once(link: Link, tap: _Tap, deadline: float, idle_s: float | None) -> None:
+    """Follow over one connection until the runner is gone."""
+    left = max(0.0, deadline - time.monotonic())
+    connection = link.open()
+    done = connection.execute(tap.script(jobscript.FOLLOW), timeout_s=left, idle_s=idle_s, on_data=tap, keep=False)
+    if done.status == GONE:
+        raise _none(link, tap.job)
+    if done.status != 0:
+        raise SshError(f"job {tap.job} could not be followed: {done.stderr.decode(errors='replace')}")
+
+
+def _rest(link: Link, tap: _Tap) -> View:
+    """Hand on what is in the log beyond what has come; returns how the job stood just before."""
+    told = b""
+
+    def hand_on(data: bytes, stream: Stream) -> None:
+        nonlocal told
+        if stream == "stdout":
+            tap(data, stream)
+        else:
+            told += data
+
+    done = link.open().execute(tap.script(jobscript.REST), timeout_s=READ_S, on_data=hand_on, keep=False)
+    if done.status == GONE:
+        raise _none(link, tap.job)
+    facts, _, errors = told.partition(f"\n{jobscript.MARK}\n".encode())  # not in a line: a title may say it too
+    if errors:
+        tap(errors, "stderr")
+    views = jobview.parse(facts.decode(errors="replace"), link.boot)
+    if not views:
+        raise _none(link, tap.job)
+    return views[0]
+
+
+def _settled(link: Link, job: str) -> str:
+    """Wait until a job that was begun over a connection that broke has its runner, or say that it has none."""
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        view = show(link, job)
+        if view is not None and view.state != "starting":
+            return job
+        time.sleep(1)
+    raise SshError(f"job {job} was begun but has not started: the connection broke while its command was sent")
+
+
+def _end_late(link: Link, job: str, error: BaseException) -> None:
+    """End a job that nobody waits for any more. What goes wrong with that must not hide why."""
+    try:
+        with signals.cuttable():
+            view = cancel(link, job)
+    except (SshError, StateError) as trouble:  # it may not even have been started
+        error.add_note(f"job {job} may still run: {trouble.message}")
+    else:
+        if isinstance(error, CommandTimeoutError):
+            error.message += f"; it was ended ({view.signal or view.status})"
+
+
+def _show(link: Link, which: str) -> list[View]:
+    """Look at jobs, and look again when the connection broke meanwhile and stands again: nothing is changed by that."""
+    for left in reversed(range(TRIES)):
+        try:
+            done = link.execute(jobscript.fill(jobscript.SHOW, WHICH=which), timeout_s=ASK_S)
+            return jobview.parse(done.stdout.decode(errors="replace"), link.boot)
+        except RebootedError:
+            if not left:
+                raise
+        except ConnectionLostError as lost:
+            if not left or not lost.explained:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _none(link: Link, job: str) -> StateError:
+    return StateError(f"{link.target.name} knows no job {job}", hint="vmtasks jobs")
+
+
+def _valid(job: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{16}", job):
+        raise ConfigError(f"{job!r} is not the id of a job: 16 digits and letters a to f", hint="vmtasks jobs")
+    return job

@@ -1,0 +1,212 @@
+"""A way to a machine that outlives its connections: opened when needed, opened again when lost, reboots noticed.
+
+    with Link(target, console=tail, alive=runs, events=boots) as link:
+        link.execute("make", cwd="src", timeout_s=600)      as Connection.execute, but it says what a loss meant
+
+    @resilient
+    def update(link: Link) -> str: ...                       the same guard around several commands
+
+A command whose outcome is not known is never run again. What must outlive a connection is a job; see job.py.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+
+from vmtasks.errors import (
+    BannerError,
+    ConnectionLostError,
+    ConnectRefusedError,
+    ConnectTimeoutError,
+    RebootedError,
+    SshError,
+)
+from vmtasks.guest import boot, client, ssh
+from vmtasks.guest.boot import Boot, Verdict
+from vmtasks.guest.client import Connection, Console
+from vmtasks.guest.command import Command, Executed
+from vmtasks.guest.ssh import Target
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+CONNECT_S = 20.0
+PROBE_S = 30.0
+RETRY_S = 0.5
+TRIES = 5
+WINDOW_S = 180.0
+"""How long a guest may take to come back; a reboot under emulation takes 30 to 120 s."""
+
+PASSING = (ConnectRefusedError, BannerError, ConnectTimeoutError)
+"""Failures to connect that a guest on its way up shows."""
+
+
+class Link:
+    """One machine, as its user sees it. For one thread at a time."""
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        window_s: float = WINDOW_S,
+        connect_s: float = CONNECT_S,
+        keepalive_s: float = client.KEEPALIVE_S,
+        console: Console | None = None,
+        alive: Callable[[], bool] = lambda: True,
+        events: Callable[[], str] | None = None,
+    ) -> None:
+        """Nothing is opened yet.
+
+        `window_s`: how long to try again after a loss. `console` gives last lines for errors. `alive` says whether the
+        machine can still answer, or raises SshError with the reason: no need to wait for one that is gone. `events`
+        gives a word that each of QEMU's RESET and SHUTDOWN events changes: what runs over a connection then ends.
+        """
+        self.target = target
+        self.window_s = window_s
+        self._connect_s = connect_s
+        self._keepalive_s = keepalive_s
+        self._console = console
+        self._alive = alive
+        self._events = events
+        self._connection: Connection | None = None
+        self._boot: Boot | None = None
+        self._reached = False
+
+    def __enter__(self) -> Self:
+        """Close it at the end of the block."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    def close(self) -> None:
+        """End the connection, if there is one. The link can be used again."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = self._boot = None
+
+    def open(self, *, wait_s: float | None = None) -> Connection:
+        """The connection that stands, or a new one; tried again for `wait_s` while the guest is on its way up.
+
+        By default the first connection is tried once, and one that was lost for as long as the window. The errors are
+        those of client.connect().
+        """
+        if self._connection is not None and self._connection.is_connected():
+            return self._connection
+        if wait_s is None:
+            wait_s = self.window_s if self._reached else 0.0
+        self.close()
+        until = time.monotonic() + wait_s
+        while True:
+            left = until - time.monotonic()
+            try:
+                limit = self._connect_s if wait_s == 0 else max(2.0, min(self._connect_s, left))
+                self._connection = client.connect(
+                    self.target,
+                    timeout_s=limit,
+                    console=self._console,
+                    keepalive_s=self._keepalive_s,
+                    gone=self._boot_over(),
+                )
+            except PASSING:
+                if time.monotonic() >= until or not self._alive():
+                    raise
+                time.sleep(RETRY_S)
+            else:
+                self._reached = True
+                return self._connection
+
+    def _boot_over(self) -> Callable[[], bool] | None:
+        """Whether the boot of this moment has ended, to be asked later; None where that cannot be known."""
+        events = self._events
+        now = events() if events is not None else ""
+        return (lambda: events() != now) if events is not None and now else None
+
+    def boot(self) -> Boot:
+        """The identity of the boot that the connection reaches; asked once for each connection."""
+        connection = self.open()
+        if self._boot is None:
+            self._boot = boot.probe(
+                lambda text: connection.execute(text, timeout_s=PROBE_S).stdout.decode(errors="replace"), self._events
+            )
+        return self._boot
+
+    def execute(self, command: Command, *, timeout_s: float, **more: Any) -> Executed:
+        """As Connection.execute, with the same arguments.
+
+        When the connection breaks meanwhile, it is opened again: RebootedError if the guest has booted since, else
+        ConnectionLostError. The command is run a second time only if it was certainly not started.
+        """
+        before = self.standing()
+        try:
+            return self.open().execute(command, timeout_s=timeout_s, **more)
+        except ConnectionLostError as lost:
+            if lost.started:
+                self.explain(before, lost)
+            return self.open().execute(command, timeout_s=timeout_s, **more)
+
+    def explain(self, before: Boot, lost: ConnectionLostError) -> None:
+        """Connect again after a loss and raise what it meant: RebootedError, or `lost` with what is known now."""
+        if lost.explained:
+            raise lost
+        verdict = self.recover(before, lost)
+        known = "; the guest has not rebooted" if verdict == "same" else ""
+        raise lost.but(message=lost.message + known, explained=True) from lost
+
+    def recover(self, before: Boot, lost: ConnectionLostError) -> Verdict:
+        """Connect again after a loss: "same" boot, or "unknown". RebootedError if the guest has booted since `before`.
+
+        `lost`, when the guest does not come back within the window.
+        """
+        self.close()
+        try:
+            self.open()
+            verdict = boot.compare(before, self.standing())
+        except ConnectionLostError:
+            raise
+        except SshError as error:
+            when = f" within {self.window_s:g} s" if isinstance(error, PASSING) else ""
+            message = f"{lost.message}; the guest did not come back{when}: {error.message}"
+            raise lost.but(message=message, console=error.console, explained=True) from error
+        if verdict == "rebooted":
+            ssh.close(self.target)  # OpenSSH would not learn for a minute that its connections are dead
+            raise RebootedError(
+                f"{self.target.name} has rebooted: what ran there was ended by that",
+                console=self._console() if self._console else (),
+            ) from lost
+        return verdict
+
+    def standing(self) -> Boot:
+        """The boot identity; a connection that broke while it was idle, or breaks meanwhile, is replaced."""
+        for left in reversed(range(TRIES)):
+            try:
+                return self.boot()
+            except ConnectionLostError:
+                self.close()
+                if not left:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
+
+def resilient(function: Callable[Concatenate[Link, P], T]) -> Callable[Concatenate[Link, P], T]:
+    """Guard a function that uses a Link: the boot's identity is taken before, and compared after and upon a loss.
+
+    The function is never called twice. RebootedError when the guest has booted meanwhile, also if all that the function
+    did seemed to go well; ConnectionLostError when the connection broke and the outcome is therefore not known.
+    """
+
+    @functools.wraps(function)
+    def guarded(link: Link, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        before = link.boot()
+        try:
+            result = function(link, *args, **kwargs)
+        except ConnectionLostError as lost:
+            link.explain(before, lost)
+            raise
+        if boot.compare(before, link.boot()) == "rebooted":
+            raise RebootedError(f"{link.target.name} has rebooted meanwhile")
+        return result
+
+    return guarded

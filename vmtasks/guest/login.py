@@ -1,0 +1,182 @@
+"""How a connection comes to be: TCP, the server's first word, keys and the host's proof, login. paramiko's part of it.
+
+Each step has an error of its own, because each has another cause and another remedy.
+"""
+
+import logging
+import socket
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import paramiko
+from paramiko.common import MSG_CHANNEL_REQUEST
+from paramiko.transport import ChannelMap
+
+from vmtasks.config.arguments import public_key
+from vmtasks.errors import AuthFailedError, BannerError, ConnectRefusedError, ConnectTimeoutError, HostKeyError
+from vmtasks.guest.banner import HOST
+from vmtasks.guest.ssh import KEX, Target
+from vmtasks.host import files
+
+LOG = "vmtasks.paramiko"
+RSA = ("rsa-sha2-512", "rsa-sha2-256")
+WINDOW_BYTES = 4 << 20
+logging.getLogger(LOG).setLevel(logging.CRITICAL + 1)  # what it logs, with tracebacks, is raised here as an error
+
+
+def _request(channel: Any, message: Any) -> None:
+    """Hear also by which signal a command ended, which paramiko ignores: RFC 4254, 6.10."""
+    if message.get_text() == "exit-signal":
+        message.get_boolean()
+        channel.exit_signal = message.get_text()
+        return
+    message.rewind()
+    message.get_int()  # the channel's number
+    paramiko.Channel._handle_request(channel, message)  # noqa: SLF001 - it has no public door for this
+
+
+class _Channels(ChannelMap):  # type: ignore[misc]  # paramiko has no types
+    """As paramiko's, without those that open_channel() has listed but not yet made whole: close() fails on them."""
+
+    def values(self) -> list[Any]:
+        return [channel for channel in super().values() if channel.transport is not None]
+
+
+class _Transport(paramiko.Transport):  # type: ignore[misc]  # as above
+    _channel_handler_table: ClassVar[dict[int, Any]] = {
+        **paramiko.Transport._channel_handler_table,  # noqa: SLF001 - as above
+        MSG_CHANNEL_REQUEST: _request,
+    }
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock, default_window_size=WINDOW_BYTES)
+        self._channels = _Channels()
+        self.set_log_channel(LOG)
+
+
+def open_transport(target: Target, deadline: float) -> paramiko.Transport:
+    """Log in to a machine until the monotonic time `deadline`, one try.
+
+    ConnectRefusedError, BannerError, HostKeyError, AuthFailedError or ConnectTimeoutError; nothing is left open then.
+    """
+    transport = None
+    sock = _tcp(target, deadline)
+    try:
+        _banner(target, sock, deadline)
+        transport = _Transport(sock)
+        _negotiate(target, transport, deadline)
+        _log_in(target, transport, deadline)
+    except BaseException:
+        if transport is not None:
+            transport.close()
+        sock.close()
+        raise
+    return transport
+
+
+def _tcp(target: Target, deadline: float) -> socket.socket:
+    where = f"port {target.port} of {HOST}"
+    try:
+        sock = socket.create_connection((HOST, target.port), timeout=max(0.1, deadline - time.monotonic()))
+    except TimeoutError:
+        raise ConnectTimeoutError(f"{target.name}: {where} did not answer in time") from None
+    except OSError as error:
+        raise ConnectRefusedError(
+            f"{target.name}: {where} refused the connection ({error.strerror})", hint="is the machine running?"
+        ) from None
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each small request waits for the one before
+    return sock
+
+
+def _banner(target: Target, sock: socket.socket, deadline: float) -> None:
+    """Wait for the first byte of the server. QEMU accepts the connection even while the guest's CPU is stopped."""
+    sock.settimeout(max(0.1, deadline - time.monotonic()))
+    try:
+        first = sock.recv(1, socket.MSG_PEEK)
+    except TimeoutError:
+        raise BannerError(
+            f"{target.name}: the port is open, but nothing behind it spoke",
+            hint="the guest is still booting, or paused, or hangs",
+        ) from None
+    except OSError:
+        first = b""
+    if not first:
+        raise BannerError(
+            f"{target.name}: the connection was closed before a server spoke",
+            hint="the guest's SSH server is not up yet, or was stopped",
+        )
+
+
+def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -> None:
+    """Agree on keys, and hold the server's against those that are pinned, before anything of ours is sent."""
+    pinned = {tuple(line.split()[:2]) for line in target.host_keys}
+    if not pinned:
+        raise HostKeyError(f"{target.name}: no host key is recorded for it", hint="its record was made without one")
+    first = [name for kind, _ in sorted(pinned) for name in (RSA if kind == "ssh-rsa" else (kind,))]
+    options = transport.get_security_options()
+    options.key_types = _preferred(first, options.key_types)
+    options.kex = _preferred(KEX.split(","), options.kex)
+    event = threading.Event()
+    left = max(0.1, deadline - time.monotonic())
+    transport.banner_timeout = transport.handshake_timeout = left + 1
+    transport.start_client(event=event)
+    if not event.wait(left):
+        raise ConnectTimeoutError(f"{target.name}: the key exchange was not over in time")
+    if not transport.is_active():
+        why = transport.get_exception() or "it closed the connection"
+        raise BannerError(f"{target.name}: the server broke off the key exchange: {said(why)}")
+    key = transport.get_remote_server_key()
+    if (key.get_name(), key.get_base64()) not in pinned:
+        raise HostKeyError(
+            f"{target.name}: the server shows the host key {key.get_name()} {key.fingerprint}, which is not pinned",
+            hint="another machine listens on this port, or the guest's keys were made anew",
+        )
+
+
+def _preferred(first: Iterable[str], known: Sequence[str]) -> list[str]:
+    """What paramiko knows, and of that `first` before the rest."""
+    front = [name for name in first if name in known]
+    return [*front, *(name for name in known if name not in front)]
+
+
+def _log_in(target: Target, transport: paramiko.Transport, deadline: float) -> None:
+    for key in _keys(target):
+        event = threading.Event()
+        transport.auth_publickey(target.user, key, event=event)
+        if not event.wait(max(0.1, deadline - time.monotonic())):
+            raise ConnectTimeoutError(f"{target.name}: the login as {target.user} was not over in time")
+        if transport.is_authenticated():
+            return
+        if not transport.is_active():
+            raise BannerError(f"{target.name}: the server closed the connection during the login as {target.user}")
+    raise AuthFailedError(
+        f"{target.name}: the server does not let {target.user} in with the key {target.key}",
+        hint="is it in that user's authorized_keys?",
+    )
+
+
+def _keys(target: Target) -> list[paramiko.PKey]:
+    """The key of the target: from its file, or if that is encrypted from the agent."""
+    try:
+        return [paramiko.PKey.from_path(target.key)]
+    except FileNotFoundError:
+        raise AuthFailedError(f"the private key {target.key} is not there") from None
+    except (TypeError, paramiko.PasswordRequiredException):
+        pass  # encrypted
+    except (OSError, ValueError, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
+        raise AuthFailedError(f"the private key {target.key} cannot be used: {said(error)}") from None
+    held = list(paramiko.Agent().get_keys())
+    public = Path(f"{target.key}.pub")
+    named = public_key(files.read_text(public, "replace")) if public.is_file() else None
+    found = [key for key in held if named is None or key.get_base64() == named.blob]
+    if not found:
+        raise AuthFailedError(f"{target.key} is encrypted, and no agent holds it", hint=f"ssh-add {target.key}")
+    return found
+
+
+def said(error: object) -> str:
+    """What an exception says, or at least its name."""
+    return str(error) or type(error).__name__

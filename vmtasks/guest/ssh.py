@@ -1,0 +1,386 @@
+"""OpenSSH to a machine: its generated configuration, readiness that means authenticated, commands with a deadline.
+
+Host keys are pinned from the image's record and checked strictly; one connection is shared by all that follows.
+"""
+
+import functools
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmtasks.errors import SshError
+from vmtasks.guest import banner
+from vmtasks.host import files, process, progress
+from vmtasks.host.locks import lock
+
+FAILED = 255
+"""The status of ssh itself when it could not connect or lost the connection; see ssh(1)."""
+
+CONNECT_S = 10
+SHARE_S = 60
+KEX = "curve25519-sha256,curve25519-sha256@libssh.org"
+LINE_BYTES = 8000
+"""A longer command line is sent otherwise: dropbear takes 9000 bytes; see MAX_CMD_LEN in its sysoptions.h."""
+SCRIPTS = ".vmtasks/scripts"
+"""Below the login user's home: scripts that are about to be run."""
+
+OTHER_HOST_KEY = "the guest shows another host key than the one its image recorded"
+STAGES = (
+    ("Connection refused", "nothing listens on the port: QEMU is not forwarding it"),
+    ("Permission denied", "the guest refused our key"),
+    ("Host key verification failed", OTHER_HOST_KEY),
+    ("REMOTE HOST IDENTIFICATION HAS CHANGED", OTHER_HOST_KEY),
+    ("banner exchange", "the port is forwarded but no SSH server answers in the guest"),
+    ("Connection reset", "the guest closed the connection: its SSH server is not up yet or broken"),
+    ("Connection closed", "the guest closed the connection: its SSH server is not up yet or broken"),
+    ("timed out", "no answer came: the guest is still booting, or its network is down"),
+)
+"""What ssh prints, and at which stage that means the connection stands."""
+
+
+END_MARKED = r"""
+if [ -r /proc/self/stat ]; then
+    found=
+    for file in $(grep -ls "$mark" /proc/[0-9]*/cmdline); do
+        pid=${file#/proc/} pid=${pid%/cmdline}
+        [ "$pid" -gt 1 ] || continue
+        read -r line <"/proc/$pid/stat" || continue
+        line=${line##*")"}
+        set -- $line
+        if [ "$3" = "$pid" ]; then found="$found -$pid"; else found="$found $pid"; fi
+    done
+else
+    found=$(ps -axww -o pid= -o pgid= -o command= | grep "$mark" | while read -r pid group rest; do
+        if [ "$pid" -le 1 ]; then continue; elif [ "$pid" = "$group" ]; then echo "-$pid"; else echo "$pid"; fi
+    done)
+fi 2>/dev/null
+[ -n "$found" ] || exit 0
+some() { for one in $found; do kill -$1 $one 2>/dev/null && some=0; done; return ${some:-1}; }
+some TERM
+n=0
+while some= && some 0 && [ $n -lt 10 ]; do sleep 0.2 2>/dev/null || sleep 1; n=$((n + 1)); done
+some KILL
+exit 0
+"""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A machine as ssh sees it. In `folder`, short and private: config, known hosts and the shared connection."""
+
+    name: str
+    port: int
+    user: str
+    key: Path
+    host_keys: tuple[str, ...]
+    folder: Path
+    also: tuple[Path, ...] = ()
+    """Further private keys to try, while the machine's key is being changed."""
+
+    @property
+    def config(self) -> Path:
+        """The file for `ssh -F`."""
+        return self.folder / "ssh_config"
+
+    @property
+    def control(self) -> Path:
+        """The socket of the connection that all sessions of this user share."""
+        return self.folder / f"ssh-{self.user}"
+
+    def argv(self, *words: str, options: Sequence[str] = ()) -> list[str]:
+        """`ssh -F config [options] name [words]`."""
+        return ["ssh", "-F", str(self.config), *options, self.name, *words]
+
+
+def write_config(target: Target) -> None:
+    """Write the OpenSSH configuration and known_hosts of a machine; rsync, scp, git and editors use it too."""
+    known = target.folder / "known_hosts"
+    files.write_if_changed(known, "".join(f"{target.name} {key}\n" for key in target.host_keys), 0o600)
+    lines = [
+        f"Host {target.name}",
+        f"    HostName {banner.HOST}",
+        f"    Port {target.port}",
+        f"    User {target.user}",
+        *(f"    IdentityFile {_quoted(key)}" for key in (target.key, *target.also)),
+        "    IdentitiesOnly yes",
+        f"    HostKeyAlias {target.name}",
+        "    StrictHostKeyChecking yes",
+        f"    UserKnownHostsFile {_quoted(known)}",
+        "    GlobalKnownHostsFile /dev/null",
+        *kex_lines(),
+        "    BatchMode yes",
+        "    PasswordAuthentication no",
+        "    KbdInteractiveAuthentication no",
+        f"    ConnectTimeout {CONNECT_S}",
+        "    ServerAliveInterval 15",
+        "    ServerAliveCountMax 4",
+        "    ControlMaster auto",
+        f'    ControlPath {_quoted(target.folder / "ssh")[:-1]}-%r"',  # another user is another connection
+        "    ControlPersist 60",
+        "    LogLevel ERROR",
+    ]
+    files.write_if_changed(target.config, "\n".join(lines) + "\n", 0o600)
+
+
+@functools.cache
+def kex_lines() -> tuple[str, ...]:
+    """The line that puts curve25519 first, where this host's ssh can: an emulated guest takes longer for all others."""
+    words = ["ssh", "-G", "-F", "/dev/null", "-o", f"KexAlgorithms=^{KEX}", banner.HOST]
+    return (f"    KexAlgorithms ^{KEX}",) if process.run(words, timeout_s=CONNECT_S, check=False).status == 0 else ()
+
+
+def wait_ready(target: Target, *, timeout_s: float, alive: Callable[[], bool]) -> float:
+    """Wait until an authenticated `true` succeeds; returns the seconds that it took.
+
+    SshError when `alive` says that the machine is gone, at once when it shows another host key, or after `timeout_s`,
+    with the stage that was reached.
+    """
+    began = time.monotonic()
+    shared = target.control.exists()
+    while True:
+        left_s = timeout_s - (time.monotonic() - began)
+        stage = "" if shared else banner.wait(target.port, timeout_s=left_s, alive=alive)
+        if not stage:
+            tried = process.run(target.argv("true"), timeout_s=CONNECT_S + 5, check=False)
+            if tried.status == 0:
+                return time.monotonic() - began
+            stage, shared = tried.stderr or f"timed out (status {tried.status})", False
+        stage = explain(stage)
+        if not alive():
+            raise SshError(f"machine {target.name} ended while it was booting")
+        if stage == OTHER_HOST_KEY:  # which no waiting mends
+            raise SshError(f"machine {target.name}: {stage}", hint="doit restore, if nothing in it is needed")
+        if time.monotonic() - began > timeout_s:
+            raise SshError(f"machine {target.name} did not accept SSH within {timeout_s:.0f} s: {stage}")
+        time.sleep(0.2)
+
+
+def learn_host_keys(port: int, *, timeout_s: float, alive: Callable[[], bool]) -> list[str]:
+    """The host keys that the server behind a loopback port shows, as `type key`. SshError when none comes in time."""
+    began = time.monotonic()
+    while True:
+        stage = banner.wait(port, timeout_s=timeout_s - (time.monotonic() - began), alive=alive)
+        if not stage:
+            scan = process.run(["ssh-keyscan", "-T", "5", "-p", str(port), banner.HOST], timeout_s=30, check=False)
+            lines = [line.split() for line in scan.stdout.splitlines() if line and not line.startswith("#")]
+            if lines:
+                return sorted(" ".join(words[1:3]) for words in lines)
+        if not alive():
+            raise SshError("the machine ended while it was booting")
+        if time.monotonic() - began > timeout_s:
+            said = explain(stage) if stage else "its SSH server answers"
+            raise SshError(f"no SSH server showed a host key within {timeout_s:.0f} s: {said}")
+        time.sleep(0.2)
+
+
+def is_ready(target: Target) -> bool:
+    """Whether an authenticated `true` succeeds now."""
+    return process.run(target.argv("true", options=["-o", "ConnectTimeout=3"]), timeout_s=8, check=False).status == 0
+
+
+def explain(stderr: str) -> str:
+    """The stage at which a connection stands, from what ssh printed."""
+    for text, meaning in STAGES:
+        if text in stderr:
+            return meaning
+    return stderr.strip().splitlines()[-1] if stderr.strip() else "ssh gave no reason"
+
+
+def attach(target: Target, argv: Sequence[str], *, stdin: bool = True, timeout_s: float | None = None) -> int:
+    """Run ssh or scp on our own streams over the shared connection; returns its status. See proc.attach()."""
+    shared = _share(target)
+    if shared.status == 0:
+        return process.attach(argv, stdin=stdin, timeout_s=timeout_s)
+    late = f"ssh: {target.name} did not let us in within {SHARE_S} s\n" if shared.timed_out else ""
+    progress.to_stderr(shared.stderr + late)
+    return FAILED
+
+
+def _share(target: Target) -> process.Result:
+    """Have the connection that all sessions of this user share; returns how ssh ended, 0 where there is one now.
+
+    One process at a time makes it: of several that begin at once ssh lets each log in alone, and says so on stderr, and
+    a server lets few wait for that (dropbear five of one address, its MAX_UNAUTH_PER_IP).
+    """
+    check = target.argv(options=["-O", "check"])
+    done = process.run(check, timeout_s=CONNECT_S, check=False)
+    if done.status == 0:
+        return done
+    with lock(target.folder / "share.lock", f"the connection to {target.name}", timeout_s=SHARE_S):
+        done = process.run(check, timeout_s=CONNECT_S, check=False)
+        return done if done.status == 0 else process.run(target.argv(options=["-fN"]), timeout_s=SHARE_S, check=False)
+
+
+def close(target: Target) -> None:
+    """End the shared connections of all users, also those whose other end is gone: who waits for one learns it now."""
+    for shared in sorted(target.folder.glob("ssh-*")):
+        path = f"ControlPath={_quoted(shared)}"
+        process.run(target.argv(options=["-o", path, "-O", "exit"]), timeout_s=10, check=False)
+
+
+def detach(target: Target) -> None:
+    """Have new sessions log in anew. Those that are open go on over the connection that was shared until now."""
+    if target.control.exists():
+        process.run(target.argv(options=["-O", "stop"]), timeout_s=10, check=False)
+        target.control.unlink(missing_ok=True)
+
+
+def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pidfile: str = "") -> str:
+    """A POSIX sh script that runs `command` in `cwd`, or where it is, with `env`, as `user` if not who logged in.
+
+    Another user is reached through doas, sudo or, from root, su, whichever the guest has. `pidfile`: where the id of
+    the process group is written, for end_script().
+    """
+    body = become(user, _prepared(command, cwd, env, home='"$0"'))
+    if not pidfile:
+        return body
+    # A group of its own: OpenSSH's server makes one for each command, dropbear does not, and not every system has
+    # setsid. In the background it need not fork, so that the shell can wait for it.
+    return (
+        "if command -v setsid >/dev/null 2>&1; then\n"
+        f"setsid /bin/sh -c {shlex.quote(body)} & echo $! >{shlex.quote(pidfile)}; wait $!\n"
+        f"else echo $$ >{shlex.quote(pidfile)}\n{body}\nfi"
+    )
+
+
+def _prepared(command: str, cwd: str, env: Mapping[str, str], home: str) -> str:
+    """`command` in its folder, with its environment; `home` is how it names the login user's home."""
+    exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
+    place = shlex.quote(cwd) if cwd.startswith("/") else f"{home}/{shlex.quote(cwd)}"
+    return f"{exports}{f'cd {place} && ' if cwd else ''}{{ {command}\n}}"
+
+
+def end_script(pidfile: str, user: str = "") -> str:
+    """A script that ends the process group which script() started: SIGTERM, 2 s, SIGKILL."""
+    inner = (
+        f"group=$(cat {shlex.quote(pidfile)} 2>/dev/null) || exit 0; "  # no `--` before a group: dash takes none
+        f"kill -TERM -$group 2>/dev/null && sleep 2; kill -KILL -$group 2>/dev/null; rm -f {shlex.quote(pidfile)}"
+    )
+    return become(user, inner)
+
+
+def execute(
+    target: Target, text: str, sink: Callable[[bytes], None], *, timeout_s: float, at_deadline: str = ""
+) -> process.Ended:
+    """Run a script in the guest; output goes to `sink` as it comes. Returns how it ended, at the latest `timeout_s`.
+
+    `at_deadline` is a script that ends in the guest what `text` has started.
+    """
+    ended = process.stream(target.argv(remote_line(f"{{ {text}\n}} 2>&1 </dev/null")), sink, timeout_s=timeout_s)
+    if ended.timed_out and at_deadline:
+        process.run(target.argv(remote_line(at_deadline)), timeout_s=30, check=False)
+    return ended
+
+
+def end_group_script(group: int, user: str = "") -> str:
+    """A script that ends a process group whose leader still runs: SIGTERM, up to 2 s, SIGKILL."""
+    gone = "kill -0 -$group 2>/dev/null || exit 0"
+    inner = f"group={group}; kill -TERM -$group 2>/dev/null; {gone}; sleep 1; {gone}; sleep 1; kill -KILL -$group"
+    return become(user, inner + " 2>/dev/null; exit 0")
+
+
+def session_argv(
+    target: Target,
+    mark: str,
+    command: str,
+    *,
+    cwd: str = "",
+    env: Mapping[str, str] | None = None,
+    user: str = "",
+    options: Sequence[str] = (),
+    tty: bool = False,
+) -> list[str]:
+    """The command line of ssh that runs `command` as script() does; end_marked_script() ends what it has started.
+
+    A command that is too long for a command line goes to the guest before, as a file that it removes as it begins.
+    SshError when that fails.
+    """
+    marked = f": {mark}\n{command}\nexit $?"
+    text = script(marked, cwd=cwd, env=env or {}, user=user)
+    line = session_line(text)
+    if len(line) > LINE_BYTES:
+        # As oneself nothing need stand in an argument, which Linux limits to 128 KiB.
+        path = f"{SCRIPTS}/{mark}"
+        _send(target, path, text if user else _prepared(marked, cwd, env or {}, home='"$HOME"'), options)
+        line = session_line(f"exec /bin/sh {path}")
+    return target.argv(line, options=[*options, *(["-tt"] if tty else [])])
+
+
+def _send(target: Target, path: str, text: str, options: Sequence[str]) -> None:
+    """Put a script into the guest that removes itself as it begins. SshError when that fails."""
+    put = f'umask 077; mkdir -p {SCRIPTS} && printf %b "$(cat)" >{path}'
+    line, stdin = remote_line(put), plain(f"rm -f {path}\n{text}\n")
+    sent = process.run(target.argv(line, options=options), timeout_s=SHARE_S, check=False, stdin=stdin)
+    if sent.status != 0:
+        raise SshError(
+            f"{target.name}: the command is too long for a line, and its script could not be sent: "
+            f"{explain(sent.stderr)}"
+        )
+
+
+def session_line(text: str) -> str:
+    """A command line for any login shell that runs `text` in a process group of its own, which end_marked_script ends.
+
+    OpenSSH's server makes a group for each command, dropbear does not. Not every system has setsid.
+    """
+    run = 'eval "$(printf %b "$1")"'
+    group = (
+        'kill -0 -$$ 2>/dev/null || if command -v setsid >/dev/null 2>&1; then exec setsid /bin/sh -c "$2" sh "$1"; fi'
+    )
+    return f"""exec /bin/sh -c '{group}; eval "$2"' sh '{plain(text)}' '{run}'"""
+
+
+def end_marked_script(mark: str, user: str = "") -> str:
+    """A script that ends the process groups whose leader has `mark` in its command line: SIGTERM, up to 2 s, SIGKILL.
+
+    One that does not lead its group is only signalled itself: a server may have it in its own group. `mark` is one that
+    nothing else can have in its command line.
+    """
+    if not re.fullmatch(r"vmtasks-[0-9a-f]{16}", mark):
+        raise AssertionError(mark)
+    return become(user, f"mark='[{mark[0]}]{mark[1:]}'\n{END_MARKED}")
+
+
+def remote_line(text: str, program: str = "/bin/sh") -> str:
+    """A command line that any login shell, csh included, hands to sh unchanged.
+
+    In csh neither a line break nor `!` can stand in quotes, and some know no characters beyond ASCII. All that is not
+    plain is therefore written as printf's %b reads it.
+    """
+    coded = plain(text)
+    if coded == text:
+        return f"exec {program} -c '{text}' sh"
+    return f"""exec {program} -c 'eval "$(printf %b "$1")"' sh '{coded}'"""
+
+
+def plain(text: str) -> str:
+    """`text` on one line of plain ASCII without quotes and `!`, as printf's %b reads it."""
+    return "".join(chr(b) if 32 <= b < 127 and b not in b"!'\\" else f"\\0{b:03o}" for b in os.fsencode(text))
+
+
+def become(user: str, inner: str) -> str:
+    """A script that replaces itself by `inner`, run as `user`, or without one as who logged in; `$0` is the home."""
+    word = shlex.quote(inner)
+    home = '"$HOME"'
+    if not user:
+        return f"exec /bin/sh -c {word} {home}"
+    name = shlex.quote(user)
+    as_user = shlex.quote(remote_line(f"exec /bin/sh -c {word} {home}"))
+    ways = [
+        f'if [ "$(id -un)" = {name} ]; then exec /bin/sh -c {word} {home}',
+        f"elif command -v doas >/dev/null 2>&1; then exec doas -n -u {name} /bin/sh -c {word} {home}",
+        f"elif command -v sudo >/dev/null 2>&1; then exec sudo -n -u {name} /bin/sh -c {word} {home}",
+        f'elif [ "$(id -u)" = 0 ]; then exec su -m {name} -c {as_user}',
+        f"else echo 'the guest has neither doas nor sudo: cannot become '{name} >&2; exit 126; fi",
+    ]
+    return "\n".join(ways)
+
+
+def _quoted(path: Path) -> str:
+    """A path in ssh_config: in double quotes, `%` doubled because ssh expands it."""
+    text = os.fspath(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{text}"'

@@ -1,0 +1,283 @@
+"""A source tree -> a guest, with rsync, itemised and counted. Owns rsync."""
+
+import contextlib
+import os
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmtasks.errors import CommandError, SshError
+from vmtasks.guest import ssh
+from vmtasks.guest.exclude import effective, literal
+from vmtasks.guest.ssh import FAILED, Target
+from vmtasks.host import process
+from vmtasks.host.progress import Say
+
+ASK_BYTES = 32 << 20
+"""A tree that takes less is sent without asking whether there is room for it."""
+ROOM_S = 60.0
+TIMEOUT_S = 3600.0
+ERROR_BYTES = 1 << 20
+"""So much of what rsync says is wrong is looked at."""
+PARTIAL = 23
+"""rsync's status when it could not copy some files, but all others."""
+VANISHED = 24
+"""Its status when files went while it ran."""
+RSYNC_CONNECTION = (10, 12, 30, 35, FAILED)
+"""rsync's own statuses for a connection that failed; see rsync(1), EXIT VALUES."""
+
+ROOM = 'd=$dest; while [ ! -d "$d" ]; do d=$(dirname "$d"); done; df -Pk "$d"'
+"""Space where a folder is or would be, as POSIX has it: in the fourth column of the last line, in KiB."""
+FULL = "No space left on device"
+DENIED = re.compile("Permission denied|Operation not permitted")
+SENDER = re.compile(r"\[sender\]|send_files failed")
+"""In a line that the side has said which reads."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is not copied, and how much the rest may be.
+
+    `hidden` and `left` are paths of the tree as bytes, of which folders end in `/`; no pattern can let `hidden` in.
+    `exclude` as rsync takes it. `size`: bytes that all takes which may be copied.
+    """
+
+    hidden: Sequence[bytes] = ()
+    exclude: Sequence[str] = ()
+    left: Sequence[bytes] = ()
+    size: int = 0
+
+    def argv(self) -> list[str]:
+        """Options for rsync. What is left goes through its standard input, for there may be much."""
+        hidden = [f"--exclude={os.fsdecode(literal(path))}" for path in self.hidden]
+        exclude = [f"--exclude={pattern}" for pattern in effective(self.exclude)]
+        return [*hidden, *exclude, "--from0", "--exclude-from=-"]
+
+    def stdin(self, more: Iterable[bytes] = ()) -> bytes:
+        """What to give to its standard input; `more`: paths that are left too."""
+        return b"".join(literal(path) + b"\0" for path in (*self.left, *more))
+
+
+NOTHING = Rules()
+
+
+@dataclass(frozen=True)
+class Synced:
+    """What rsync changed in the guest; `left`: how many paths of the source stay here because git ignores them."""
+
+    sent: tuple[str, ...]
+    deleted: tuple[str, ...]
+    left: int = 0
+
+    def __str__(self) -> str:
+        """`3 sent, 1 deleted`, or `nothing to send`."""
+        ignored = f" ({self.left} left here that git ignores)" if self.left else ""
+        if not self.sent and not self.deleted:
+            return f"nothing to send{ignored}"
+        return f"{len(self.sent)} sent, {len(self.deleted)} deleted{ignored}"
+
+
+class Told:
+    """Says how many files were sent, every ten seconds. Its argument is what rsync has said, a line for each."""
+
+    EVERY_S = 10.0
+
+    def __init__(self, say: Say, total: int = 0) -> None:
+        """`total` 0: it is not known how many there are."""
+        self.say = say
+        self.total = total
+        self.last = time.monotonic()
+
+    def __call__(self, out: bytes | bytearray) -> None:
+        """Say it, if it is time."""
+        if time.monotonic() - self.last >= self.EVERY_S:
+            self.last = time.monotonic()
+            count = out.count(b"\n")
+            self.say(f"{min(count, self.total)} of {self.total} files sent" if self.total else f"{count} files sent")
+
+
+class NoRoomError(CommandError):
+    """What was to be copied is more than the guest has room for. Nothing was copied."""
+
+
+def sync(
+    target: Target,
+    source: Path,
+    dest: str,
+    rules: Rules = NOTHING,
+    *,
+    delete: bool = True,
+    keep: Callable[[bytes], bool] | None = None,
+    say: Say = lambda _: None,
+    thorough: bool = False,
+) -> Synced:
+    """Make `dest` in the guest equal to `source`, but for what `rules` leave out.
+
+    `keep` tells which paths that only the guest has are not deleted. `say` is told how far a long one is.
+    `thorough` is for a guest that lost its power: contents are compared, and what was built there is removed.
+    Files keep mode and time and belong to the login user; hard links become files of their own. SshError when the guest
+    is not reached, CommandError when not all could be copied; both say why on one line.
+    """
+    argv = [
+        *_rsync(target, f"mkdir -p {shlex.quote(dest)} && rsync"),
+        "-D",
+        *(["--delete"] if delete else []),
+        *(["--checksum", "--delete-excluded"] if thorough else []),
+        *rules.argv(),
+        "--",
+        f"{source}/",
+        f"{target.name}:{dest}/",
+    ]
+    stay: list[bytes] = []
+    told = Told(say)
+    kept = keep if delete and not thorough else None
+    if kept is not None or rules.size > ASK_BYTES:
+        would = itemised(_run(target, _dry(argv), rules.stdin()))
+        stay = outermost(path for path in map(os.fsencode, would.deleted) if kept is not None and kept(path))
+        told.total = len(would.sent)
+        need = require_room(target, source, dest, would.sent)
+        if need > ASK_BYTES:
+            say(f"{told.total} files to send, {need >> 20} MiB")
+    done = itemised(_run(target, argv, rules.stdin(stay), told))
+    return Synced(done.sent, done.deleted, len(rules.left))
+
+
+def copy(
+    target: Target, source: str, dest: str, rules: Rules = NOTHING, *, back: bool = False, as_root: bool = False
+) -> Synced:
+    """Copy what is newer in `source`, deleting nothing: to the guest, or `back` from it.
+
+    `as_root` writes in the guest as root. What comes back is not trusted: no devices, no links that lead out of the
+    folder. SshError when the guest is not reached, CommandError when not all could be copied; both say why on one line.
+    """
+    root = "$(command -v doas || command -v sudo) -n " if as_root and target.user != "root" else ""
+    argv = [*_rsync(target, f"{root}rsync"), "--update", *(["--safe-links"] if back else []), *rules.argv(), "--"]
+    argv += [f"{target.name}:{source}", dest] if back else [source, f"{target.name}:{dest}"]
+    if rules.size > ASK_BYTES and not back:
+        require_room(target, Path(source), dest, itemised(_run(target, _dry(argv), rules.stdin())).sent)
+    return itemised(_run(target, argv, rules.stdin()))
+
+
+def require_room(target: Target, source: Path, dest: str, names: Iterable[str]) -> int:
+    """What these files of `source` take; NoRoomError when less is free in the guest where `dest` is, or is to be."""
+    need = 0
+    for name in names:
+        with contextlib.suppress(OSError):
+            need += taken(Path(source, name).lstat())
+    if need <= ASK_BYTES:
+        return need
+    line = ssh.remote_line(ssh.script(ROOM, cwd=".", env={"dest": dest}))
+    asked = process.run(target.argv(line), timeout_s=ROOM_S, check=False)
+    columns = asked.stdout.strip().rpartition("\n")[2].split()
+    if asked.status != 0 or len(columns) < 4 or not columns[3].isdigit():
+        return need  # rsync will say it
+    free = int(columns[3]) << 10
+    if need > free:
+        raise NoRoomError(
+            f"{need >> 20} MiB are to be copied, and the guest has {free >> 20} MiB free at {dest}; nothing was copied",
+            status=PARTIAL,
+        )
+    return need
+
+
+def taken(info: os.stat_result) -> int:
+    """Bytes that a file takes; holes take none."""
+    return min(info.st_size, info.st_blocks * 512)
+
+
+def outermost(paths: Iterable[bytes]) -> list[bytes]:
+    """Those that are in none of the others; folders end in `/`."""
+    found: list[bytes] = []
+    for path in sorted(paths):
+        if not (found and found[-1].endswith(b"/") and path.startswith(found[-1])):
+            found.append(path)
+    return found
+
+
+def refused(error: CommandError) -> bool:
+    """Whether the side that writes was not allowed to, and the side that reads has nothing to say."""
+    said = [line for line in error.stderr.splitlines() if DENIED.search(line)]
+    return bool(said) and not unreadable(error)
+
+
+def unreadable(error: CommandError) -> bool:
+    """Whether the side that reads could not."""
+    return any(SENDER.search(line) for line in error.stderr.splitlines())
+
+
+def itemised(out: str) -> Synced:
+    """What `--out-format='%i %n'` says: files and links that were sent (folders left out), and what was deleted."""
+    sent, deleted = [], []
+    for line in out.split("\n"):
+        flags, _, name = line.partition(" ")
+        if flags == "*deleting":
+            deleted.append(_name(name.removeprefix("  ")))  # %i is 11 wide
+        elif flags[:1] in "<>ch" and flags[1:2] in "fLDS" and len(flags) > 9:
+            sent.append(_name(name))
+    return Synced(tuple(sent), tuple(deleted))
+
+
+def _name(text: str) -> str:
+    r"""A name as rsync writes it: bytes that are not printable as `\#ooo`."""
+    return os.fsdecode(re.sub(rb"\\#([0-7]{3})", lambda found: bytes([int(found[1], 8) & 255]), os.fsencode(text)))
+
+
+def _rsync(target: Target, there: str) -> list[str]:
+    """The words that all copying begins with; `there` is what starts rsync in the guest."""
+    return [
+        "rsync",
+        "-rlpts",  # s: names go past the remote shell; how they are quoted for it differs between versions
+        "--sparse",
+        "--outbuf=L",
+        "--out-format=%i %n",
+        "-e",
+        f"ssh -F {shlex.quote(str(target.config))}",
+        "--rsync-path",
+        there,
+    ]
+
+
+def _dry(argv: Sequence[str]) -> list[str]:
+    return [argv[0], "--dry-run", *argv[1:]]
+
+
+def _run(target: Target, argv: Sequence[str], stdin: bytes, told: Told | None = None) -> str:
+    """Run rsync, once more where files went while it ran; returns what it has said."""
+    ended, said, stderr = _once(argv, stdin, told)
+    if ended.status == VANISHED:
+        ended, again, stderr = _once(argv, stdin, told)
+        said += again
+    if ended.status == 0:
+        return said
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    why = _words(lines[0]) if lines else f"rsync ended with status {ended.status}"  # later ones follow from it
+    if ended.timed_out:
+        why = f"rsync did not end within {TIMEOUT_S:g} s"
+    if ended.status in RSYNC_CONNECTION:
+        raise SshError(f"rsync lost or never had the connection to {target.name}: {why}")
+    raise CommandError(why, status=ended.status, stderr=stderr, timed_out=ended.timed_out)
+
+
+def _once(argv: Sequence[str], stdin: bytes, told: Told | None) -> tuple[process.Ended, str, str]:
+    out = bytearray()
+    errors = process.Head(ERROR_BYTES)
+    with tempfile.TemporaryFile() as given:
+        given.write(stdin)
+        given.seek(0)
+
+        def take(data: bytes) -> None:
+            out.extend(data)
+            if told is not None:
+                told(out)
+
+        ended = process.stream(argv, take, timeout_s=TIMEOUT_S, errors=errors, stdin=given, env={"LC_ALL": "C"})
+    return ended, os.fsdecode(bytes(out)), errors.text
+
+
+def _words(line: str) -> str:
+    """A line of rsync's without the part of it that spoke."""
+    return re.sub(r"\Arsync: (\[\w+\] )?", "", line.strip())

@@ -1,0 +1,394 @@
+"""Which files a sync would send, and one digest that tells whether any of them has changed."""
+
+import errno
+import gc
+import hashlib
+import io
+import itertools
+import json
+import marshal
+import os
+import stat
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from vmtasks.errors import StateError, VmTasksError
+from vmtasks.guest.exclude import excluder
+from vmtasks.guest.gitignore import FILE, Rules, read
+from vmtasks.host import files
+
+SETTLED_NS = 2_000_000_000
+"""A file that has not changed for so long is known by its times."""
+GIT_S = 120.0
+WHOLE, FILES = 0, 1
+"""The lines of the cache."""
+KIND, FOLDER = 0o170000, stat.S_IFDIR
+"""What of a mode says whether it is a folder, a file or something else; and what it says of a folder."""
+
+
+class Hidden(Protocol):
+    """What never goes into a guest; see vmtasks.images.private."""
+
+    @property
+    def places(self) -> Collection[tuple[int, int]]:
+        """Device and inode of what is known."""
+
+    def looks(self, folder: bytes, names: Collection[bytes]) -> bool:
+        """Whether a folder with these `names` in it looks like such a place."""
+
+    def named(self, folder: bytes, names: Collection[bytes]) -> Collection[bytes]:
+        """Which names in a folder are those of such places, whether or not they are there."""
+
+
+class Repository:
+    """A git work tree: what it tracks although a `.gitignore` names it."""
+
+    def __init__(self, base: bytes, folder: bytes) -> None:
+        """`folder` is the walk's root, or the repository's own in it, whose name there is `base` (it ends in `/`)."""
+        self.base = base
+        self.folder = folder
+        self._asking: threading.Thread | None = None
+        self._tracked: frozenset[bytes] | None = None
+
+    def ask(self) -> None:
+        """Begin to ask git, which works while the tree is looked at."""
+        if self._asking is None:
+            self._asking = threading.Thread(target=self._ask, name="git ls-files", daemon=True)
+            self._asking.start()
+
+    def tracks(self, path: bytes) -> bool:
+        """Whether it does so with a path, or a folder (ending in `/`) that leads to one. True where git cannot say."""
+        return self.tracked is None or path in self.tracked
+
+    @cached_property
+    def tracked(self) -> frozenset[bytes] | None:
+        """Those paths and folders; None where git cannot say."""
+        self.ask()
+        if self._asking is not None:
+            self._asking.join()
+        return self._tracked
+
+    def _ask(self) -> None:
+        words = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", "-C", os.fsdecode(self.folder)]
+        from vmtasks.host import process  # noqa: PLC0415 - doit looks at the tree at every run, and seldom asks git
+
+        words += ["ls-files", "-z", "-c", "-i", "--exclude-per-directory=.gitignore"]
+        try:
+            said = os.fsencode(process.run(words, timeout_s=GIT_S).stdout)
+        except VmTasksError:
+            return
+        found: set[bytes] = set()
+        for name in said.split(b"\0")[:-1]:
+            path = self.base + name
+            found.add(path)
+            while b"/" in path.rstrip(b"/"):
+                path = path.rstrip(b"/").rpartition(b"/")[0] + b"/"
+                found.add(path)
+        self._tracked = frozenset(found)
+
+
+_Folder = tuple[bytes, bytes, Rules | None, Repository | None, bool]
+"""Name in the tree (ends in `/`), path, what holds around it, and whether `.gitignore` names it."""
+_Entry = tuple[bytes, os.stat_result]
+"""Name in the tree and lstat."""
+_Doubt = tuple[bytes, _Entry, Rules | None, Repository]
+"""Name (a folder ends in `/`), the entry, and what holds around it."""
+
+
+class Walk:
+    """One look at a tree. Iterating gives what would be sent: name and lstat of each, folders before their own.
+
+    What git tracks although `.gitignore` names it comes last: git is asked while all else is looked at. Then `hidden`
+    has what never goes into a guest, `ignored` what `.gitignore` names and git does not track (relative paths, folders
+    end in `/`), and names() tells what else it would name. What vanishes meanwhile is as if it had not been there.
+    StateError for what cannot be read.
+    """
+
+    def __init__(
+        self, source: Path, exclude: Sequence[str] = (), *, gitignore: bool = False, hidden: Hidden | None = None
+    ) -> None:
+        """`exclude` as rsync takes it."""
+        self.root = os.path.realpath(os.fsencode(source))
+        self.excluder = excluder(exclude)
+        self.gitignore = gitignore
+        self.private = hidden
+        self.lead = b""
+        self.hidden: list[bytes] = []
+        self.ignored: list[bytes] = []
+        self.rules: dict[bytes, Rules | None] = {}
+        self.repositories: list[Repository] = []
+
+    def __iter__(self) -> Iterator[_Entry]:
+        """Walk the tree. Sorted, so that two looks at one tree give the same."""
+        for entries in self.by_folder():
+            yield from entries
+
+    def by_folder(self) -> Iterator[list[_Entry]]:
+        """Walk the tree and give what lies in one folder at a time, which costs a third less."""
+        self.hidden, self.ignored, self.rules, self.repositories, self.lead = [], [], {}, [], b""
+        rules, repository = self._outside() if self.gitignore else (None, None)
+        folders: list[_Folder] = [(b"", self.root, rules, repository, False)]
+        doubtful: list[_Doubt] = []
+        while folders or doubtful:
+            if folders:
+                below: list[_Folder] = []
+                yield self._look(folders.pop(), below, doubtful)
+                folders += reversed(below)
+                continue
+            tracked, doubtful = list(self._tracked(doubtful)), []
+            yield [entry for _, entry, _, _ in tracked]
+            for path, (name, _), rules, repository in reversed(tracked):
+                if path.endswith(b"/"):
+                    folders.append((path, self.root + b"/" + name, rules, repository, True))
+
+    def _look(self, folder: _Folder, below: list[_Folder], doubtful: list[_Doubt]) -> list[_Entry]:
+        """What is in one folder; adds to its folders, and to what `.gitignore` names: git says later what it tracks."""
+        base, place, rules, repository, inside = folder
+        names = _list(place)
+        if base and self.private is not None and self.private.looks(place, names):
+            self.hidden.append(base)
+            return []
+        hidden = self.private.named(place, names) if self.private is not None else ()
+        self.hidden += [base + name + b"/" for name in hidden]
+        if self.gitignore:
+            rules, repository = self._enter(base, place, names, rules, repository)
+        in_repository = self.lead + base
+        suspects = rules.suspects(in_repository, names) if rules is not None else ()
+        infos = _stat(place, names)
+        plain = not self.excluder.runs and self.excluder.whole and not inside
+        # Most are plain files, and there may be many: what is none is looked at more closely.
+        odd = {*suspects, *hidden} if plain else set(infos)
+        odd.update([name for name, info in infos.items() if info.st_mode & KIND == FOLDER or info.st_nlink > 1])
+        found: list[_Entry] = []
+        for name, info in infos.items():
+            path = base + name
+            if name not in odd:
+                found.append((path, info))
+                continue
+            end = b"/" if info.st_mode & KIND == FOLDER else b""
+            if (end or info.st_nlink > 1) and self._is_private(info):
+                self.hidden.append(path + end)
+                continue
+            said = self.excluder.verdict(path + end)
+            if said or name in hidden:
+                continue
+            named = said is None and (
+                inside
+                or (rules is not None and name in suspects and rules.names(in_repository, name, folder=end != b""))
+            )
+            if named and repository is not None:
+                doubtful.append((path + end, (path, info), rules, repository))
+                continue
+            found.append((path, info))
+            if end:
+                below.append((path + end, place + b"/" + name, rules, repository, named))
+        return found
+
+    def _is_private(self, info: os.stat_result) -> bool:
+        return self.private is not None and (info.st_dev, info.st_ino) in self.private.places
+
+    def _tracked(self, doubtful: "list[_Doubt]") -> "Iterator[_Doubt]":
+        """Of what `.gitignore` names, what git tracks all the same."""
+        for doubt in doubtful:
+            path, _, _, repository = doubt
+            if repository.tracks(path):
+                yield doubt
+            else:
+                self.ignored.append(path)
+
+    def names(self, path: bytes) -> bool:
+        """Whether `.gitignore` names what the guest has at `path` (a folder ends in `/`), and git does not track it."""
+        rules, base = None, b""
+        parts = path.removesuffix(b"/").split(b"/")
+        for number, part in enumerate(parts, 1):
+            rules = self.rules.get(base, rules)
+            folder = number < len(parts) or path.endswith(b"/")
+            if rules is not None and rules.names(self.lead + base, part, folder=folder):
+                return not any(path in (repository.tracked or ()) for repository in self.repositories)
+            base += part + b"/"
+        return False
+
+    def _enter(
+        self,
+        base: bytes,
+        folder: bytes,
+        names: Collection[bytes],
+        rules: Rules | None,
+        repository: "Repository | None",
+    ) -> tuple[Rules | None, "Repository | None"]:
+        """What holds in a folder: a repository inside another knows nothing of the outer one's rules."""
+        if b".git" in names and base:
+            rules, repository = None, Repository(base, folder)
+            self.repositories.append(repository)
+        if FILE in names:
+            rules = read(_text(folder + b"/" + FILE), self.lead + base, rules)
+        self.rules[base] = rules
+        if rules is not None and repository is not None:
+            repository.ask()
+        return rules, repository
+
+    def _outside(self) -> tuple[Rules | None, "Repository | None"]:
+        """What holds in the whole tree because of the repository around it. None of it where that ignores the tree."""
+        top = root = self.root
+        while not os.path.lexists(top + b"/.git"):
+            if top == b"/":
+                return None, None
+            top = os.path.dirname(top)  # noqa: PTH120 - bytes
+        rules, base = None, b""
+        for part in os.path.relpath(root, top).split(b"/") if root != top else ():
+            rules = read(_text(top + b"/" + base + FILE), base, rules)
+            if rules is not None and rules.names(base, part, folder=True):
+                return None, None
+            base += part + b"/"
+        self.lead = base
+        repository = Repository(b"", root)
+        self.repositories.append(repository)
+        return rules, repository
+
+
+def tree_digest(walk: Walk, cache: Path | None = None) -> str:
+    """SHA-256 over names, kinds, modes, link targets and contents of the tree that sync() would send.
+
+    `cache` remembers contents by size, times and inode, so that only changed files are read. What was changed just now
+    is not remembered: a second change in the same tick of the clock would not show.
+    """
+    with _uncollected():
+        names, facts = _facts(walk)
+        # No name holds a NUL.
+        stamp = hashlib.sha256(b"%b\0\0%b" % (b"\0".join(names), marshal.dumps(facts, 2))).hexdigest()
+    settled_ns = time.time_ns() - SETTLED_NS
+    whole = _known(cache, WHOLE)
+    if whole.get("stamp") == stamp and isinstance(same := whole.get("digest"), str):
+        return same
+    known, seen, settled = _known(cache, FILES), {}, True
+    digest = hashlib.sha256()
+    for name, (mode, size, mtime_ns, ctime_ns, inode) in zip(names, facts, strict=True):
+        content, path = "", walk.root + b"/" + name
+        if stat.S_ISREG(mode):
+            key = f"{size} {mtime_ns} {ctime_ns} {inode} "
+            text = name.decode(errors="surrogateescape")
+            old = known.get(text)
+            content = old[len(key) :] if isinstance(old, str) and old.startswith(key) else _sha256(path)
+            if ctime_ns < settled_ns:
+                seen[text] = key + content
+        elif stat.S_ISLNK(mode):
+            content = _target(path)
+        settled = settled and (ctime_ns < settled_ns or stat.S_ISDIR(mode))
+        # No target holds one either.
+        digest.update(b"%b\0%o %b\0" % (name, mode, content.encode(errors="surrogateescape")))
+    if cache is not None and (settled or seen != known):
+        whole = {"stamp": stamp, "digest": digest.hexdigest()} if settled else {}
+        with suppress(OSError):  # without it all files are read once more
+            files.write(cache, f"{json.dumps(whole)}\n{json.dumps(seen)}\n")
+    return digest.hexdigest()
+
+
+def _facts(walk: Walk) -> tuple[list[bytes], list[tuple[int, int, int, int, int]]]:
+    """The names, and of each its mode, size in bytes, times of change and inode; of folders only the mode counts."""
+    names, facts = [], []
+    for entries in walk.by_folder():
+        names += [name for name, _ in entries]
+        facts += [
+            (info.st_mode, 0, 0, 0, 0)
+            if info.st_mode & KIND == FOLDER
+            else (info.st_mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
+            for _, info in entries
+        ]
+    return names, facts
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Make many objects that all stay: the garbage collector would look through them again and again."""
+    before = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if before:
+            gc.enable()
+
+
+def _list(folder: bytes) -> list[bytes]:
+    try:
+        return sorted(os.listdir(folder))  # noqa: PTH208 - bytes
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _stat(folder: bytes, names: Sequence[bytes]) -> dict[bytes, os.stat_result]:
+    """Give lstat of each name that is still in the folder; by its descriptor, which is quicker than by whole paths."""
+    if not names:
+        return {}
+    try:
+        place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    try:
+        return {name: os.lstat(name, dir_fd=place) for name in names}
+    except FileNotFoundError:
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError):
+                found[name] = os.lstat(name, dir_fd=place)
+        return found
+    finally:
+        os.close(place)
+
+
+def _sha256(path: bytes) -> str:
+    """Of the file's content; what has just gone has none."""
+    try:
+        with open(path, "rb") as data:  # noqa: PTH123 - bytes
+            return hashlib.file_digest(data, "sha256").hexdigest()
+    except (FileNotFoundError, IsADirectoryError):
+        return ""
+    except OSError as error:
+        raise _unreadable(error) from error
+
+
+def _target(path: bytes) -> str:
+    try:
+        return os.fsdecode(os.readlink(path))  # noqa: PTH115 - bytes
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.EINVAL):  # it has gone, or is no link any more
+            return ""
+        raise _unreadable(error) from error
+
+
+def _text(path: bytes) -> bytes:
+    """What a `.gitignore` says; git does not follow a link there either."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
+            return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
+    except (FileNotFoundError, NotADirectoryError):
+        return b""
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):
+            return b""
+        raise _unreadable(error) from error
+
+
+def _unreadable(error: OSError) -> StateError:
+    where = os.fsdecode(error.filename or b"the tree")
+    return StateError(
+        f"{where}: cannot be read: {error.strerror}", hint="let yourself read it, or name it in sync.exclude"
+    )
+
+
+def _known(cache: Path | None, line: int) -> dict[str, object]:
+    """A line of the cache: a stamp with the tree's digest, or what is known of each file. Empty for what is damaged."""
+    try:
+        with files.opened(cache) if cache is not None else io.BytesIO() as lines:
+            data = json.loads(next(itertools.islice(lines, line, None), "{}"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}

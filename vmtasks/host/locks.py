@@ -1,0 +1,177 @@
+"""One writer at a time, across processes: a lock that dies with its holder, and tells who that is. Owns filelock."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vmtasks.errors import BusyError, StateError
+from vmtasks.host import files, processes, signals
+
+Waiting = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who said that it holds a lock: the number and the start of its process, and the digest of its command line."""
+
+    pid: int
+    started: str
+    command_sha256: str
+
+    @classmethod
+    def of(cls, pid: int) -> "Holder":
+        """What can be known of a process."""
+        return cls(pid, processes.started(pid), hashlib.sha256(processes.command_line(pid).encode()).hexdigest())
+
+    def holds(self, path: Path) -> bool:
+        """Whether this is provably still the process that wrote so; on Linux also whether it has the lock file open."""
+        if not self.started or self != Holder.of(self.pid):
+            return False
+        return sys.platform != "linux" or _has_open(self.pid, path)
+
+    def signal(self, path: Path, number: signal.Signals) -> bool:
+        """Send a signal, if it provably holds the lock `path`. False when it does not, or when we may not."""
+        if self.pid == os.getpid() or not self.holds(path):
+            return False
+        try:
+            os.kill(self.pid, number)
+        except (ProcessLookupError, PermissionError):
+            return False
+        return True
+
+    def __str__(self) -> str:
+        """As a message names it."""
+        return f"process {self.pid} ({processes.command_line(self.pid).strip()[:100] or 'gone'})"
+
+
+@contextlib.contextmanager
+def lock(path: Path, what: str, *, timeout_s: float, waiting: Waiting | None = None) -> Iterator[int]:
+    """Hold the lock file `path` for the length of the block; gives a descriptor that a child may inherit.
+
+    `waiting` is told once who holds it, as `process 123`. BusyError after `timeout_s` seconds, naming `what`;
+    StateError when the file is another user's. The kernel drops the lock when its last holder dies, however that
+    happens. The file stays, unless the holder of the lock removes it while the block runs, with what it guards.
+    """
+    from filelock import FileLock, Timeout  # noqa: PLC0415 - 20 ms
+
+    files.private_folder(path.parent)
+    deadline = time.monotonic() + timeout_s
+    while True:
+        held = FileLock(path)
+        try:
+            held.acquire(timeout=0)
+        except PermissionError as error:
+            raise StateError(
+                f"{what} cannot be locked: {path}, of user {_user_of(path)}: {error.strerror}",
+                hint="do it as that user, or as root (sudo)",
+            ) from None
+        except Timeout:
+            holder = _told(path)
+            if waiting is not None and timeout_s > 0:
+                waiting(holder)
+            try:
+                with signals.cuttable():
+                    held.acquire(timeout=max(0.0, deadline - time.monotonic()), poll_interval=0.1)
+            except Timeout:
+                raise BusyError(
+                    f"{what} is locked by {_told(path)}, and was for {timeout_s:g} s",
+                    hint=f"wait for it, or end that process; the lock is {path}",
+                ) from None
+        if _is_at(held._context.lock_file_fd, path):  # noqa: SLF001 - it has no other door
+            break
+        held.release()  # its holder has removed it: whoever comes now makes and locks another file
+    # A copy of the descriptor, for a QEMU to inherit: filelock closes its own in every forked child.
+    shared = os.dup(int(held._context.lock_file_fd))  # type: ignore[arg-type]  # noqa: SLF001 - it has no other door
+    try:
+        _note(path)
+        yield shared
+    finally:
+        os.close(shared)
+        held.release()
+
+
+def sweep(folder: Path) -> None:
+    """Remove the lock files in a folder that nobody holds: whoever comes next makes one anew."""
+    for path in folder.glob("*.lock"):
+        with contextlib.suppress(StateError), lock(path, path.name, timeout_s=0):
+            drop(path)
+    for owner in folder.glob("*.owner"):
+        if not owner.with_suffix(".lock").exists():
+            owner.unlink(missing_ok=True)
+
+
+def _is_at(descriptor: int | None, path: Path) -> bool:
+    """Whether the open file still is what `path` names."""
+    if descriptor is None:
+        return False
+    try:
+        there, ours = path.stat(), os.fstat(descriptor)
+    except OSError:
+        return False
+    return (there.st_dev, there.st_ino) == (ours.st_dev, ours.st_ino)
+
+
+def holder(path: Path) -> Holder | None:
+    """Who has written that it holds the lock `path`; Holder.holds() tells whether it does. None: nobody did."""
+    try:
+        first, started, digest = files.read_text(owner_file(path)).split("\n")[:3]
+        return Holder(int(first.removeprefix("process ")), started, digest)
+    except (OSError, ValueError):
+        return None
+
+
+def drop(path: Path) -> None:
+    """Remove a lock file with what belongs to it; for who holds it, when what it guards is gone."""
+    for leftover in (owner_file(path), path):
+        leftover.unlink(missing_ok=True)
+
+
+def owner_file(path: Path) -> Path:
+    """Where the holder of the lock `path` writes who it is."""
+    return path.with_suffix(".owner")
+
+
+def _note(path: Path) -> None:
+    """Write who we are, where that can be written: it only advises others, and a full disk must not keep us waiting."""
+    us = Holder.of(os.getpid())
+    with contextlib.suppress(OSError):
+        owner_file(path).unlink(missing_ok=True)
+        owner_file(path).write_text(f"process {us.pid}\n{us.started}\n{us.command_sha256}\n")
+
+
+def _told(path: Path) -> str:
+    """Who holds the lock, as a message has it."""
+    try:
+        return files.read_text(owner_file(path)).partition("\n")[0].strip() or "another process"
+    except (OSError, ValueError):
+        return "another process"
+
+
+def _user_of(path: Path) -> str:
+    """The name of the user who owns a file or the folder that it would be in; its number where it has no name."""
+    there = path if path.exists() else path.parent
+    try:
+        return there.owner()
+    except KeyError:
+        return str(there.stat().st_uid)
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    """Whether a process has the file open; see proc(5)."""
+    try:
+        wanted = path.stat()
+        handles = list(Path(f"/proc/{pid}/fd").iterdir())
+    except OSError:
+        return False
+    for handle in handles:
+        with contextlib.suppress(OSError):
+            there = handle.stat()
+            if (there.st_dev, there.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return True
+    return False

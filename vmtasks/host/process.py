@@ -1,0 +1,345 @@
+"""The one door to other processes: list argv, stdin closed, explicit deadline, always reaped."""
+
+import logging
+import os
+import selectors
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from vmtasks.errors import CommandError, CommandTimeoutError, MissingToolError
+from vmtasks.host import signals
+from vmtasks.host.prctl import before_exec
+
+log = logging.getLogger(__name__)
+
+PACKAGES = {
+    "apt-get": "apt",
+    "qemu-img": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
+    "rsync": "rsync",
+    "scp": "openssh-client",
+    "ssh": "openssh-client",
+    "ssh-keygen": "openssh-client",
+    "ssh-keyscan": "openssh-client",
+}
+"""Program -> Debian package; other distributions name them alike or in docs/."""
+
+Child = subprocess.Popen[bytes]
+"""A process of ours that must be reaped."""
+
+BLOCK = 1 << 18
+GRACE_S = 2.0
+"""How long a process may take to end after SIGTERM."""
+
+UNREAD = 128 + signal.SIGPIPE
+"""The status of a command that was ended because nobody reads its output any more."""
+
+TIMED_OUT = 124
+"""The status that stands for our deadline, as timeout(1) has it. A command may end with it by itself: see Ended."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended. `status` is 128 + N after signal N; `timed_out`: by us at its deadline, with TIMED_OUT."""
+
+    status: int
+    timed_out: bool = False
+
+
+class Head:
+    """A sink that keeps what comes first: whoever speaks may never stop."""
+
+    def __init__(self, limit: int = 4096) -> None:
+        """Keep `limit` bytes."""
+        self._limit = limit
+        self._kept = bytearray()
+
+    def __call__(self, data: bytes) -> None:
+        """Take in more."""
+        self._kept += data[: self._limit - len(self._kept)]
+
+    @property
+    def text(self) -> str:
+        """What was kept."""
+        return self._kept.decode(errors="replace")
+
+
+AT_DEADLINE = Ended(TIMED_OUT, timed_out=True)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished command left: `status` and `timed_out` as of Ended; text is decoded leniently."""
+
+    argv: tuple[str, ...]
+    status: int
+    stdout: str
+    stderr: str
+    timed_out: bool = False
+
+
+def find(program: str) -> str:
+    """The absolute path of `program`; MissingToolError with the install command when there is none."""
+    path = shutil.which(program)
+    if path is None:
+        package = PACKAGES.get(program, program)
+        raise MissingToolError(f"{program} is not installed", hint=f"apt-get install {package} (or ./doit, which asks)")
+    return path
+
+
+def quote(argv: Sequence[str]) -> str:
+    """`argv` as one line that a POSIX shell reads back to the same words."""
+    return shlex.join(argv)
+
+
+def shell_status(returncode: int) -> int:
+    """A subprocess return code as the shell states it: 128 + N for death by signal N."""
+    return 128 - returncode if returncode < 0 else returncode
+
+
+def run(
+    argv: Sequence[str | Path],
+    *,
+    timeout_s: float,
+    check: bool = True,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    stdin: str | bytes | None = None,
+) -> Result:
+    """Run a helper to its end and return its output.
+
+    `env` is added to the environment of this process. Raises MissingToolError, and with `check` CommandError on a
+    status other than 0 or at the deadline (status 124).
+    """
+    words = tuple(str(word) for word in argv)
+    with spawn(words, cwd=cwd, env=env, pipe=True, stdin=stdin is not None) as child:
+        try:
+            out, err = child.communicate(stdin.encode() if isinstance(stdin, str) else stdin, timeout=timeout_s)
+            ended = Ended(shell_status(child.returncode))
+        except subprocess.TimeoutExpired as late:
+            # What it has started holds our pipes as long as it lives, so that all of its group must go.
+            ended = AT_DEADLINE if child.poll() is None else Ended(shell_status(child.returncode))
+            _signal(child, signal.SIGKILL)
+            try:
+                out, err = child.communicate(timeout=1)
+            except subprocess.TimeoutExpired:
+                out, err = late.output or b"", late.stderr or b""
+    texts = (out.decode(errors="replace"), err.decode(errors="replace"))
+    result = Result(words, ended.status, *texts, timed_out=ended.timed_out)
+    if check and ended.status != 0:
+        how = f"did not end within {timeout_s:g} s" if ended.timed_out else f"exited with {ended.status}"
+        said = result.stderr.strip() or result.stdout.strip() or "no output"
+        raise CommandError(
+            f"{quote(words)} {how}: {said[-2000:]}",
+            status=ended.status,
+            stderr=result.stderr,
+            timed_out=ended.timed_out,
+        )
+    return result
+
+
+def attach(argv: Sequence[str | Path], *, stdin: bool = True, timeout_s: float | None = None) -> int:
+    """Run a program on our own terminal and streams, to its end; returns its status.
+
+    Without `stdin` it reads nothing of ours. CommandTimeoutError after `timeout_s`; without that there is no deadline:
+    a person is there. The kernel ends it when we are killed and cannot (Linux only). Where our stdout is a pipe that is
+    read no more, as by `| head`, it is ended, and the status is that of SIGPIPE: ssh would wait for ever for somebody
+    who reads.
+    """
+    words = [str(word) for word in argv]
+    words[0] = find(words[0])
+    log.debug("attach %s", quote(words))
+    pipe = subprocess.PIPE if _stdout_is_pipe() else None
+    source = None if stdin else subprocess.DEVNULL
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    with subprocess.Popen(words, stdin=source, stdout=pipe, preexec_fn=before_exec(die_with_us=True)) as child:  # noqa: PLW1509 - as below
+        try:
+            if child.stdout is not None:
+                _hand_on(child.stdout.fileno(), deadline)
+            return shell_status(child.wait(_left(deadline)))
+        except BrokenPipeError:
+            return UNREAD
+        except subprocess.TimeoutExpired:
+            raise CommandTimeoutError(f"{words[0]} did not end within {timeout_s:g} s", which="overall") from None
+        finally:
+            # SIGTERM first: ssh then gives a terminal back as it was.
+            child.terminate()
+            if not wait(child, GRACE_S):
+                child.kill()
+
+
+def _left(deadline: float | None) -> float | None:
+    return None if deadline is None else max(0.0, deadline - time.monotonic())
+
+
+def _stdout_is_pipe() -> bool:
+    try:
+        return stat.S_ISFIFO(os.fstat(1).st_mode)
+    except OSError:
+        return False  # it is closed
+
+
+def _hand_on(source: int, deadline: float | None) -> None:
+    """Copy to our stdout until the end, or the deadline. BrokenPipeError when nobody reads it any more."""
+    with selectors.DefaultSelector() as ready:
+        ready.register(source, selectors.EVENT_READ)
+        while ready.select(_left(deadline)):
+            data = os.read(source, BLOCK)
+            if not data:
+                return
+            view = memoryview(data)
+            while view:
+                view = view[os.write(1, view) :]
+
+
+def stream(
+    argv: Sequence[str | Path],
+    sink: Callable[[bytes], object],
+    *,
+    timeout_s: float,
+    env: Mapping[str, str] | None = None,
+    errors: Callable[[bytes], object] | None = None,
+    stdin: IO[bytes] | None = None,
+) -> Ended:
+    """Run a helper and hand what it writes to `sink` as it comes, both streams in one unless `errors` takes stderr.
+
+    Returns how it ended; after `timeout_s` it is ended.
+    """
+    deadline = time.monotonic() + timeout_s
+    with (
+        spawn(argv, env=env, pipe=True, merge=errors is None, stdin=stdin or False) as child,
+        selectors.DefaultSelector() as ready,
+    ):
+        for pipe, take in ((child.stdout, sink), (child.stderr, errors)):
+            if pipe is not None:
+                ready.register(pipe, selectors.EVENT_READ, take)
+        while ready.get_map() and (left := deadline - time.monotonic()) > 0:
+            for key, _ in ready.select(left):
+                if data := os.read(key.fd, BLOCK):
+                    key.data(data)
+                else:
+                    ready.unregister(key.fileobj)
+        try:
+            return Ended(shell_status(child.wait(max(0.0, deadline - time.monotonic()))))
+        except subprocess.TimeoutExpired:
+            return AT_DEADLINE
+
+
+@contextmanager
+def spawn(
+    argv: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    die_with_us: bool = False,
+    env: Mapping[str, str] | None = None,
+    merge: bool = False,
+    output: IO[bytes] | None = None,
+    pass_fds: Sequence[int] = (),
+    pipe: bool = False,
+    stdin: bool | IO[bytes] = False,
+    unprivileged: bool = False,
+) -> Iterator[Child]:
+    """Start a helper and see to it that it is gone when the block ends.
+
+    Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`), and
+    otherwise nowhere. Input comes from a file, through a pipe with `stdin=True`, and otherwise from nowhere. The child
+    leads its own process group, so Ctrl-C reaches it only through us. On the way out: SIGTERM, 2 s, SIGKILL, reaped.
+    With `die_with_us` the kernel ends it when we are killed and cannot; `unprivileged` leaves it no capability, also
+    when we are root (both Linux only).
+    """
+    words = [str(word) for word in argv]
+    words[0] = find(words[0])
+    log.debug("run %s", quote(words))
+    sink = subprocess.PIPE if pipe else (output or subprocess.DEVNULL)
+    child: Child | None = None
+    try:
+        with signals.whole():
+            child = subprocess.Popen(
+                words,
+                cwd=cwd,
+                env={**os.environ, **(env or {})},
+                stdin=(subprocess.PIPE if stdin else subprocess.DEVNULL) if isinstance(stdin, bool) else stdin,
+                stdout=sink,
+                stderr=subprocess.STDOUT if output is not None or merge else sink,
+                pass_fds=tuple(pass_fds),
+                process_group=0,
+                preexec_fn=before_exec(die_with_us=die_with_us, unprivileged=unprivileged),  # noqa: PLW1509 - system calls only
+            )
+        yield child
+    finally:
+        if child is not None:
+            end(child)
+            for stream in (child.stdin, child.stdout, child.stderr):
+                if stream is not None:
+                    stream.close()
+
+
+def detach(
+    argv: Sequence[str | Path], output: IO[bytes], *, die_with_us: bool = False, unprivileged: bool = False
+) -> Child:
+    """Start a process in a session of its own, which outlives us; what it says goes to `output`.
+
+    With `die_with_us` the kernel ends it when the calling thread ends, however that happens; `unprivileged` as for
+    spawn() (both Linux only).
+    """
+    words = [str(word) for word in argv]
+    words[0] = find(words[0])
+    log.debug("detach %s", quote(words))
+    child: Child | None = None
+    try:
+        with signals.whole():
+            child = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=before_exec(die_with_us=die_with_us, unprivileged=unprivileged),  # noqa: PLW1509 - system calls only
+            )
+    except BaseException:
+        if child is not None:
+            end(child)
+        raise
+    return child
+
+
+def reap_when_over(child: Child) -> None:
+    """Reap a child that outlives what started it as soon as it ends, if we are there still: it is never a zombie."""
+    threading.Thread(target=child.wait, name=f"reap {child.pid}", daemon=True).start()
+
+
+def wait(child: Child, timeout_s: float) -> bool:
+    """Whether the child ended within `timeout_s`."""
+    try:
+        child.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
+
+
+def end(child: Child, grace_s: float = GRACE_S) -> int:
+    """Make sure that a child and its process group are gone: SIGTERM, `grace_s`, SIGKILL. Returns its status."""
+    if child.poll() is None:
+        _signal(child, signal.SIGTERM)
+        try:
+            child.wait(grace_s)
+        except subprocess.TimeoutExpired:
+            _signal(child, signal.SIGKILL)
+    return shell_status(child.wait())
+
+
+def _signal(child: Child, number: signal.Signals) -> None:
+    """Signal the process group that `child` leads. Not after it was reaped: its number may be somebody else's then."""
+    if child.returncode is None:
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, number)

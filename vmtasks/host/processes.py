@@ -1,0 +1,71 @@
+"""Facts about the processes that there are. proc.py starts processes, and is not needed for these where /proc is."""
+
+import os
+import sys
+from pathlib import Path
+
+PS_S = 10.0
+
+
+def started(pid: int) -> str:
+    """When a process started, in a form that only serves to compare; empty when there is no such process.
+
+    A pid names a process only together with this: pids are used again. Source: proc(5), field 22 of stat; ps elsewhere.
+    """
+    if sys.platform == "linux":
+        try:
+            stat = Path(f"/proc/{pid}/stat").read_text()
+        except OSError:
+            return ""
+        fields = stat.rpartition(")")[2].split()
+        # A first thread may be a zombie while the others still hold the process's files.
+        return "" if fields[0] in "ZX" and fields[17] in "01" else fields[19]
+    return _ps("-o", "lstart=", "-p", str(pid)).strip()
+
+
+def numbers() -> list[int]:
+    """The numbers of all processes that can be seen."""
+    if sys.platform == "linux":
+        return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    listed = _ps("-axo", "pid=")
+    return [int(word) for word in listed.split() if word.isdigit()]
+
+
+def user(pid: int) -> int | None:
+    """The number of the user that a process runs as; None when it is gone."""
+    if sys.platform == "linux":
+        try:
+            status = Path(f"/proc/{pid}/status").read_text()
+        except OSError:
+            return None
+        found = next((line.split() for line in status.splitlines() if line.startswith("Uid:")), [])
+        return int(found[2]) if len(found) > 2 else None
+    said = _ps("-o", "uid=", "-p", str(pid)).strip()
+    return int(said) if said.isdigit() else None
+
+
+def words(pid: int) -> list[str]:
+    """The argv of a process; empty when it is gone. Elsewhere than on Linux a word is what stands between spaces."""
+    if sys.platform == "linux":
+        try:
+            return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
+        except OSError:
+            return []
+    return command_line(pid).split()
+
+
+def command_line(pid: int) -> str:
+    """The argv of a process, joined by spaces; empty when it is gone or not ours to read."""
+    if sys.platform == "linux":
+        try:
+            return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            return ""
+    return _ps("-o", "args=", "-p", str(pid)).strip()
+
+
+def _ps(*words: str) -> str:
+    """What ps(1) says, on systems that have no /proc."""
+    from vmtasks.host import process  # noqa: PLC0415 - no Linux needs it, and doit asks for these facts' lock at every run
+
+    return process.run(["ps", *words], timeout_s=PS_S, check=False).stdout

@@ -1,0 +1,240 @@
+"""What a person sees while work goes on: a live line on a terminal, plain lines elsewhere, times of the last run."""
+
+import codecs
+import io
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from vmtasks import printable
+from vmtasks.host import files
+
+Say = Callable[[str], None]
+"""Something that tells the person who watches."""
+
+
+class Step:
+    """Work under way. `now()` names the milestone it has reached."""
+
+    def __init__(self, title: str, expected_s: float | None) -> None:
+        """`expected_s` is how long this took last time, if that is known."""
+        self.title = printable.line(title)
+        self.expected_s = expected_s
+        self.note = ""
+        self.started = time.monotonic()
+        self.milestones: list[tuple[str, float]] = []
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the step began."""
+        return time.monotonic() - self.started
+
+    def now(self, note: str) -> None:
+        """Say what is being done at this moment."""
+        self.note = printable.line(note)
+        self.milestones.append((self.note, self.elapsed_s))
+
+    def line(self) -> str:
+        """`phase 1-install: Format the disk, 12 s of about 30 s`."""
+        about = f" of about {seconds(self.expected_s)}" if self.expected_s else ""
+        note = f": {self.note}" if self.note else ""
+        return f"{self.title}{note}, {seconds(self.elapsed_s)}{about}"
+
+
+class PlainStep(Step):
+    """A step whose milestones are lines: for pipes and log files."""
+
+    def now(self, note: str) -> None:
+        """Print the milestone."""
+        super().now(note)
+        say(f"{self.title}: {self.note}")
+
+
+@contextmanager
+def step(title: str, *, expected_s: float | None = None) -> Iterator[Step]:
+    """Show `title` while the block runs, then how long it took, or that it failed and after how long."""
+    shown = Step(title, expected_s) if is_terminal() else PlainStep(title, expected_s)
+    try:
+        if isinstance(shown, PlainStep):
+            yield shown
+        else:
+            with _live(shown):
+                yield shown
+    except BaseException:
+        say(f"{title}: failed after {seconds(shown.elapsed_s)}")
+        raise
+    say(f"{title}: done in {seconds(shown.elapsed_s)}")
+
+
+@contextmanager
+def _live(shown: Step) -> Iterator[None]:
+    """Keep one line of the terminal up to date with `shown`, and clear it at the end."""
+    from rich.console import Console  # noqa: PLC0415
+    from rich.live import Live  # noqa: PLC0415
+    from rich.spinner import Spinner  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    stream = _stream()
+    out = cast("TextIO", _Deaf(stream)) if stream else None
+    console = Console(file=out, no_color=no_color(), highlight=False)
+    spinner = Spinner("dots", style="" if no_color() else "cyan")
+
+    def render() -> Any:
+        spinner.update(text=Text(shown.line(), overflow="ellipsis", no_wrap=True))
+        return spinner
+
+    with Live(get_renderable=render, console=console, refresh_per_second=8, transient=True, redirect_stdout=False):
+        yield
+
+
+class _Deaf(io.TextIOBase):
+    """A terminal that may be closed at any moment: what can no longer be shown must not end the work, or its undoing.
+
+    The kernel refuses to write (EIO) before SIGHUP arrives, which is what ends us then.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+
+def say(text: str) -> None:
+    """One line to the person who watches. On a terminal it scrolls above a live line; the terminal obeys none of it."""
+    if _talk["stderr"]:
+        to_stderr(text + "\n")
+        return
+    sys.stdout.write(printable.text(text) + "\n")
+    sys.stdout.flush()
+
+
+def accept_any_text() -> None:
+    r"""Have standard output and error take any text, whatever their encoding: a path's odd bytes come out as they are.
+
+    A character that the encoding lacks is shown by its number, as in `\u2713`.
+    """
+    codecs.register_error("vmtasks", _encoded)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="vmtasks")
+
+
+def _encoded(error: UnicodeError) -> tuple[bytes, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    odd = error.object[error.start : error.end]
+    shown = [
+        bytes([ord(char) - 0xDC00])
+        if 0xDC80 <= ord(char) <= 0xDCFF
+        else char.encode("ascii", errors="backslashreplace")
+        for char in odd
+    ]
+    return b"".join(shown), error.end
+
+
+def to_stderr(text: str) -> None:
+    """Write there what no terminal obeys; one that was closed must not keep clean-up from ending."""
+    with suppress(OSError):
+        sys.stderr.write(printable.text(text))
+        sys.stderr.flush()
+
+
+def open_streams() -> None:
+    """Have descriptors 0, 1 and 2 open, on /dev/null where they were closed: no file of ours may become one of them."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # noqa: FBT003 - the lowest that is free: `number`
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("r" if number == 0 else "w", encoding="utf-8"))  # noqa: SIM115
+
+
+def tell_notes(error: BaseException | None) -> None:
+    """Say what clean-up could not do after an interrupt: `error`, or one that it came of, has that in its notes."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            for note in getattr(error, "__notes__", ()):
+                to_stderr(f"also: {note}\n")
+        error = error.__cause__ or error.__context__
+
+
+def talk_on_stderr() -> None:
+    """From now on standard output is for data alone."""
+    _talk["stderr"] = True
+
+
+_talk = {"stderr": False}
+
+
+def seconds(value: float) -> str:
+    """4 -> '4 s', 75 -> '1 min 15 s'."""
+    whole = round(value)
+    if value < 10:
+        return f"{value:.1f} s"
+    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+
+
+def is_terminal() -> bool:
+    """Whether live lines make sense: where we talk is a terminal that can move its cursor."""
+    out = _stream()
+    return (
+        out is not None
+        and out.isatty()
+        and os.environ.get("TERM", "dumb") != "dumb"
+        and threading.current_thread() is threading.main_thread()
+    )
+
+
+def _stream() -> TextIO | None:
+    return sys.__stderr__ if _talk["stderr"] else sys.__stdout__
+
+
+def no_color() -> bool:
+    """See https://no-color.org: any value but the empty one."""
+    return bool(os.environ.get("NO_COLOR"))
+
+
+class History:
+    """How long each piece of work took the last time it succeeded; a lost or broken file costs only the estimate."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is a JSON object: title -> seconds."""
+        self.path = path
+
+    def expected_s(self, key: str) -> float | None:
+        """Seconds that `key` took last time, or None."""
+        value = self._read().get(key)
+        return float(value) if isinstance(value, int | float) else None
+
+    def record(self, key: str, took_s: float) -> None:
+        """Remember that `key` took `took_s` seconds."""
+        with suppress(OSError):  # a full disk must not cost what has just succeeded
+            files.write(self.path, json.dumps({**self._read(), key: round(took_s, 1)}, indent=1, sort_keys=True))
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            data = json.loads(files.read(self.path))
+        except (OSError, ValueError):
+            return {}
+        return data if isinstance(data, dict) else {}

@@ -1,0 +1,281 @@
+"""Boot a guest for one phase and judge how it went: the host's half of the phase contract.
+
+A phase is believed only if the guest's verdict is 0 and the guest powered itself off. Everything else has a cause.
+"""
+
+import re
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmtasks.config.tables import Exchange, FailureText, PhaseTable
+from vmtasks.errors import MachineError, PhaseError
+from vmtasks.host import files
+from vmtasks.host.progress import seconds
+from vmtasks.qemu.console import Sentinel, Transcript
+from vmtasks.qemu.vm import Booted
+
+CAUSES = (
+    "verdict",  # the script exited with a status other than 0
+    "no-verdict",  # powered off without a word
+    "no-poweroff",  # said its verdict and stayed on
+    "reset",  # rebooted
+    "panic",
+    "loader",  # no boot loader, or back at its prompt
+    "single-user",
+    "debugger",
+    "mountroot",
+    "login",  # booted past the phase: PFI did not run the script
+    "dialogue",  # the boot loader's prompt did not come
+    "silence",
+    "timeout",
+    "qemu-died",
+    "host-disk",  # QEMU could not write the guest's disk: the host's is full, or broken
+    "image",  # qemu-img check found damage
+)
+
+POLL_S = 0.1
+ECHO_S = 1.0
+"""How long an echo may take on fast hardware."""
+
+PANIC_LINES_S = 1.0
+WHILE_BOOTING = {"loader", "login", "mountroot", "single-user"}
+"""What cannot happen any more once the script runs; its output may hold such words."""
+
+NO_BOOT_DEVICE = ("No bootable device", "Boot failed: could not read the boot disk")
+"""What SeaBIOS writes to its debug port before it gives up; source: src/boot.c."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Deadlines in seconds, already scaled for this host by `factor`. `poweroff_s`: from the verdict to the end."""
+
+    total_s: float
+    silence_s: float
+    poweroff_s: float
+    factor: float = 1.0
+
+    @classmethod
+    def of(cls, phase: PhaseTable, factor: float) -> "Limits":
+        """The limits of a phase on a host that takes `factor` times as long as fast hardware."""
+        total_s, silence_s, poweroff_s = phase.timeout_s, phase.silence_timeout_s, phase.poweroff_timeout_s
+        return cls(total_s * factor, silence_s * factor, poweroff_s * factor, factor)
+
+    def __str__(self) -> str:
+        """What is in force, for people."""
+        slower = f", {self.factor:.1f} times those of fast hardware" if self.factor > 1 else ""
+        return (
+            f"limits {seconds(self.total_s)}, {seconds(self.silence_s)} without output, "
+            f"{seconds(self.poweroff_s)} to power off{slower}"
+        )
+
+    def scaled(self, value_s: float) -> float:
+        """Seconds of fast hardware as seconds here."""
+        return value_s * self.factor
+
+
+@dataclass
+class Phase:
+    """One phase under way: feed it what happens, it raises PhaseError when there is nothing more to hope for."""
+
+    title: str
+    token: str
+    booted: Booted
+    limits: Limits
+    dialogue: Sequence[Exchange]
+    failures: Sequence[FailureText]
+    firmware_log: Path
+    on_step: Callable[[str], None]
+    transcript: Transcript = field(default_factory=Transcript)
+    host_keys: list[str] = field(default_factory=list)
+    step: str = ""
+    status: int | None = None
+    begun: bool = False
+    shutdown_reason: str = ""
+    _done: int = 0
+    _typed: bool = False
+
+    def run(self) -> list[str]:
+        """Follow the guest until QEMU has ended. Returns the host keys that it reported; PhaseError with the cause."""
+        now = time.monotonic()
+        self._started = self._last_output = self._last_exchange = now
+        self._verdict_at = 0.0
+        while self.booted.process.poll() is None:
+            self._take(self.booted.serial.read(POLL_S))
+            self._events()
+            self._talk()
+            self._watch_texts()
+            self._watch_clock()
+        self._drain()
+        self._judge()
+        return self.host_keys
+
+    # -- what comes in
+
+    def _take(self, data: bytes) -> None:
+        if not data:
+            return
+        self._last_output = time.monotonic()
+        for sentinel in self.transcript.feed(data):
+            if sentinel.token == self.token:
+                self._heed(sentinel)
+
+    def _heed(self, sentinel: Sentinel) -> None:
+        match sentinel.kind:
+            case "begin":
+                self.begun = True
+                self.on_step("the script runs")
+            case "step":
+                self.step = sentinel.text
+                self.on_step(sentinel.text)
+            case "hostkey" if sentinel.text not in self.host_keys:
+                self.host_keys.append(sentinel.text)
+            case "exit" if self.status is None:
+                status, _, step = sentinel.text.partition(" ")
+                if status.isdecimal():
+                    self.status = int(status)
+                    self.step = step or self.step
+                    self._verdict_at = time.monotonic()
+
+    def _events(self) -> None:
+        for event in self.booted.control.events():
+            if event["event"] == "SHUTDOWN":
+                self.shutdown_reason = event.get("data", {}).get("reason", "")
+            elif event["event"] == "GUEST_PANICKED":
+                self._fail("panic", "the guest's kernel panicked", linger_s=PANIC_LINES_S)
+            elif event["event"] == "BLOCK_IO_ERROR" and event["data"].get("action") == "stop":
+                self._fail("host-disk", f"QEMU could not {_told(event['data'])}")
+
+    def _talk(self) -> None:
+        """Carry on with the boot dialogue: type only what was asked for."""
+        if self._done >= len(self.dialogue):
+            return
+        exchange = self.dialogue[self._done]
+        before = self.dialogue[self._done - 1] if self._done else None
+        if self.transcript.match(exchange.expect):
+            self._done += 1
+            self._type(exchange)
+            self._last_exchange = time.monotonic()
+        elif before is not None and before.again and self.transcript.match(before.expect):
+            self._type(before)
+        elif time.monotonic() - self._last_exchange > self.limits.scaled(exchange.timeout_s):
+            waited = seconds(time.monotonic() - self._last_exchange)
+            self._fail("dialogue", f"the boot dialogue waited {waited} for {exchange.expect!r}, which did not come")
+
+    def _type(self, exchange: Exchange) -> None:
+        """Type one answer; where it must come back, nothing goes wrong unseen."""
+        self._typed = True
+        serial, line = self.booted.serial, exchange.send.removesuffix("\r")
+        patience_s, timeout_s = self.limits.scaled(ECHO_S), self.limits.scaled(exchange.timeout_s)
+        clean = not self.transcript.unmatched
+        typing = (
+            serial.type_line(line, clean=clean, patience_s=patience_s, timeout_s=timeout_s)
+            if exchange.echo
+            else serial.type(exchange.send)
+        )
+        try:
+            for data in typing:
+                self._take(data)
+                if not data and self.booted.process.poll() is not None:
+                    return
+        except MachineError as error:
+            self._fail("dialogue", f"the boot dialogue failed at the prompt {exchange.expect!r}: {error.message}")
+
+    def _watch_texts(self) -> None:
+        if self.status is not None:
+            return
+        if not self.transcript.lines and _holds(self.firmware_log, NO_BOOT_DEVICE):
+            self._fail("loader", "the firmware found nothing to boot from")
+        talking = self._done < len(self.dialogue) or self._echoing()
+        for failure in self.failures:
+            if (self.begun and failure.cause in WHILE_BOOTING) or (talking and failure.cause != "panic"):
+                continue
+            if self.transcript.match(failure.expect):
+                self._fail(failure.cause, f"the guest {failure.says}", linger_s=PANIC_LINES_S)
+
+    def _echoing(self) -> bool:
+        """Whether the line on which the last answer was typed goes on: it may hold any word."""
+        self._typed = self._typed and not self.transcript.match(r"\n")
+        return self._typed
+
+    def _watch_clock(self) -> None:
+        now = time.monotonic()
+        if self.status is not None:
+            if now - self._verdict_at > self.limits.poweroff_s:
+                if self.status != 0:
+                    self._judge_verdict()
+                waited = seconds(self.limits.poweroff_s)
+                told = f"the guest said that all went well but did not power itself off within {waited}"
+                self._fail("no-poweroff", told)
+        elif now - self._started > self.limits.total_s:
+            self._fail("timeout", f"the guest did not finish within {seconds(self.limits.total_s)}")
+        elif now - self._last_output > self.limits.silence_s:
+            self._fail("silence", f"the console was silent for {seconds(self.limits.silence_s)}")
+
+    def _drain(self) -> None:
+        """Read what the console still holds after QEMU has ended, and the events from its last moment."""
+        while data := self.booted.serial.read(0):
+            self._take(data)
+        self._events()
+
+    # -- what it means
+
+    def _judge(self) -> None:
+        if self.shutdown_reason not in {"guest-shutdown", "guest-reset", "guest-panic"}:
+            code = self.booted.process.returncode
+            how = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"status {code}"
+            reason = f" ({self.shutdown_reason})" if self.shutdown_reason else ""
+            self._fail("qemu-died", f"QEMU ended with {how}{reason} while the guest was running")
+        if self.shutdown_reason == "guest-panic":
+            self._fail("panic", "the guest's kernel panicked")
+        if self.status is None:
+            if self.shutdown_reason == "guest-reset":
+                self._fail("reset", "the guest rebooted without a verdict")
+            if self._done < len(self.dialogue) and not self.begun:
+                expect = self.dialogue[self._done].expect
+                self._fail("dialogue", f"the guest powered off while the boot dialogue waited for {expect!r}")
+            told = "after it began" if self.begun else "before its script began"
+            self._fail("no-verdict", f"the guest powered off {told}, without a verdict")
+        self._judge_verdict()
+        if self.shutdown_reason == "guest-reset":
+            self._fail("reset", "the guest rebooted instead of powering off")
+
+    def _judge_verdict(self) -> None:
+        if self.status:
+            what = f" ({self.transcript.last_command})" if self.transcript.last_command else ""
+            self._fail("verdict", f"its script exited with {self.status}{what}")
+
+    def _reason(self) -> str:
+        """The kernel's own word for why it panicked, which the trace that follows may have scrolled away."""
+        texts = [failure.expect for failure in self.failures if failure.cause == "panic"]
+        said = next((line for line in self.transcript.lines if any(re.search(text, line) for text in texts)), "")
+        plain = re.sub(r"^\[ *[0-9.]+\] ", "", said).strip()
+        return f" ({plain})" if plain else ""
+
+    def _fail(self, cause: str, sentence: str, *, linger_s: float = 0.0) -> None:
+        """Raise PhaseError; first listen a little longer where more is likely to come."""
+        until = time.monotonic() + linger_s
+        while linger_s and (left := until - time.monotonic()) > 0 and self.booted.process.poll() is None:
+            self._take(self.booted.serial.read(left))
+        if cause == "panic":
+            sentence += self._reason()
+        where = f" at step '{self.step}'" if self.step else ""
+        raise PhaseError(f"{self.title}: {sentence}{where}", cause=cause, console=self.transcript.tail())
+
+
+def _told(error: dict[str, Any]) -> str:
+    """QEMU's BLOCK_IO_ERROR in words."""
+    why = "no space left on this host" if error.get("nospace") else error.get("reason", "I/O error")
+    return f"{error.get('operation', 'use')} the guest's disk: {why}"
+
+
+def _holds(path: Path, texts: Sequence[str]) -> bool:
+    try:
+        with files.opened(path) as file:
+            content = file.read().decode(errors="replace")
+    except OSError:
+        return False
+    return any(text in content for text in texts)

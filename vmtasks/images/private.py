@@ -1,0 +1,78 @@
+"""What never goes into a guest: state folders, stores, machines' folders, and with them the keys in them.
+
+They are known by their identity, whatever links and mounts lead there, and by what they look like: those of other
+projects and users too, and copies.
+"""
+
+import os
+from collections.abc import Collection, Iterator
+from functools import cached_property
+from pathlib import Path
+
+from vmtasks.config.load import CONFIG_PATH, Config, default_state, default_store
+from vmtasks.images import prune
+from vmtasks.store.store import Store
+
+CONFIG_FOLDER = os.fsencode(CONFIG_PATH.parent)
+STATE = b".vm"
+"""A project's state folder, unless VM_DIR names another."""
+
+
+class Private:
+    """The private places of this host, as far as a project knows them."""
+
+    def __init__(self, config: Config) -> None:
+        """Nothing is looked at yet."""
+        self.config = config
+
+    @cached_property
+    def places(self) -> frozenset[tuple[int, int]]:
+        """Device and inode of the folders and keys that are known."""
+        found = set()
+        for path in self._paths():
+            try:
+                info = path.stat()
+            except OSError:
+                continue
+            found.add((info.st_dev, info.st_ino))
+        return frozenset(found)
+
+    def around(self, folder: Path) -> Path | None:
+        """The private place that `folder` is, or is in."""
+        real = folder.resolve()
+        for place in (real, *real.parents):
+            try:
+                info, names = place.stat(), {os.fsencode(path.name) for path in place.iterdir()}
+            except OSError:
+                continue
+            if (info.st_dev, info.st_ino) in self.places or self.looks(os.fsencode(place), names):
+                return place
+        return None
+
+    def named(self, folder: bytes, names: Collection[bytes]) -> Collection[bytes]:
+        """Which name in a folder is that of a project's state; also if it is not there yet."""
+        is_project = CONFIG_FOLDER in names and Path(os.fsdecode(folder), CONFIG_PATH).is_file()
+        return (STATE,) if is_project else ()
+
+    def looks(self, folder: bytes, names: Collection[bytes]) -> bool:
+        """Whether a folder with these `names` in it looks like a private place."""
+        if os.path.basename(folder) == STATE and b"run" in names:  # noqa: PTH119 - bytes
+            return any(Path(os.fsdecode(folder), "run").glob("*/id_ed25519"))
+        if b"machine.toml" in names:
+            return b"disk.qcow2" in names or b"id_ed25519" in names
+        if b"keys" in names and (b"images" in names or b"locks" in names):
+            return Path(os.fsdecode(folder), "keys", "id_ed25519").is_file()
+        if b"run" in names and (b"doit.sqlite3" in names or b"access.log" in names):
+            return any(Path(os.fsdecode(folder), "run").glob("*/machine.toml"))
+        return False
+
+    def _paths(self) -> Iterator[Path]:
+        """The state folders that are known, the stores, and the keys in our own."""
+        own, stores = self.config.vm_dir, {self.config.store_dir, default_store(os.environ)}
+        yield own
+        yield from own.glob("run/*/id_ed25519")
+        yield default_state(os.environ)
+        for store in stores:
+            yield store
+            yield from (path for path in store.glob("keys/**/*") if path.suffix != ".pub")
+            yield from prune.state_folders(Store(store))

@@ -1,0 +1,47 @@
+"""Save a machine's disk as an image of its own, and give it a name."""
+
+import hashlib
+import time
+from pathlib import Path
+
+from vmtasks.host import files
+from vmtasks.images import prune
+from vmtasks.images.workspace import MachineRecord, PhaseRecord, State
+from vmtasks.media import disk
+from vmtasks.store.store import ImageRecord, write_record
+
+
+def save(state: State, overlay: Path, record: MachineRecord, name: str, key: Path | None = None) -> ImageRecord:
+    """Flatten the disk of a machine at rest into the store, and name it `name`.
+
+    The image needs no other, so that restoring, changing and saving again keeps both. Its digest is made up: nothing
+    that is known of the machine says what was done in it. `key` is the private key that the disk lets in, if that is
+    not the store's: it is kept with the image, to let in once to machines that are made from it.
+    """
+    store, config = state.store, state.config
+    digest = hashlib.sha256(f"{record.name} {name} {time.time_ns()}".encode()).hexdigest()
+    with store.lock(f"image-{digest}", timeout_s=0):
+        if key is not None:
+            store.snapshot_key(digest).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            files.write(store.snapshot_key(digest), key.read_bytes(), 0o600)
+        disk.flatten(overlay, store.partial(digest))
+        virtual = int(disk.info(store.partial(digest))["virtual-size"])
+        saved = store.publish(
+            digest,
+            lambda stat, sha256: ImageRecord(
+                digest=digest,
+                guest=config.guest.name,
+                version=config.version,
+                name=name,
+                size=stat.st_size,
+                mtime_ns=stat.st_mtime_ns,
+                sha256=sha256,
+                virtual_size=virtual,
+                ssh_user=record.ssh_user,
+                host_keys=record.host_keys,
+                created=round(time.time(), 3),
+            ),
+        )
+        with prune.naming(store, config.vm_dir):
+            write_record(state.snapshot_record(name), PhaseRecord(digest=digest, sha256=saved.sha256))
+    return saved

@@ -1,0 +1,275 @@
+"""What is known of a guest's images without making any: places, records, and why one cannot be believed.
+
+Cheap to import: doit asks these questions at every run, also when nothing is to be done.
+"""
+
+import re
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from vmtasks.config.arguments import Forward
+from vmtasks.config.load import Config
+from vmtasks.config.tables import PhaseTable
+from vmtasks.errors import ConfigError, StateError, VmTasksError
+from vmtasks.host import files
+from vmtasks.store.store import MediaRecord, Store, file_fault, load_record, read_record
+
+SNAPSHOT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
+CLEAN, MANUAL = "clean", "manual"
+"""The snapshot that the phases end in, and what a machine says that was installed by hand."""
+
+if TYPE_CHECKING:
+    from vmtasks.qemu.accel import Accel
+
+
+class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a build step leaves for the next one: which image, and which bytes of it."""
+
+    digest: str
+    sha256: str
+
+
+class BindRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A folder of this host that a machine has. `how` is `9p` or `rsync`; empty before the guest was asked.
+
+    `exclude`: rsync patterns of what is not copied either way. `copied`: why it must be, whatever the guest has.
+    """
+
+    host: str
+    guest: str
+    read_only: bool = False
+    how: str = ""
+    exclude: list[str] = []
+    copied: str = ""
+
+
+class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a machine. `pid` 0: it was stopped in good order. `memory` and `disk_size` in bytes.
+
+    `image` is empty for one that was installed by hand. `changed` is another text each time that its system was
+    changed in a way that its image does not tell: installed by hand, provisioned. `own`: made by `vmtasks run`, so that
+    it keeps to its own settings and not to those of the project. `key` says who is let in: `build` the key of the
+    store, `own` the machine's, `changing` either. `identity` says whose SSH host keys it shows: those of its `image`,
+    its `own`, `changing` either; `shared`: those of its image for good. `mac` is empty for one that was made before
+    machines had addresses of their own. `want_port` and `want_forwards` are what was asked for, `ssh_port` and
+    `forwards` what was given at the last start. `owner`: the process with which it goes. `throwaway`: nothing of it is
+    kept when it stops.
+    """
+
+    name: str
+    guest: str
+    snapshot: str
+    image: str
+    image_sha256: str
+    ssh_user: str
+    host_keys: list[str]
+    pid: int = 0
+    pid_started: str = ""
+    ssh_port: int = 0
+    memory: int = 0
+    cpus: int = 0
+    accel: str = ""
+    network: str = ""
+    started: float = 0.0
+    changed: str = ""
+    family: str = ""
+    version: str = ""
+    own: bool = False
+    throwaway: bool = False
+    owner: int = 0
+    owner_started: str = ""
+    key: Literal["build", "changing", "own"] = "build"
+    identity: Literal["image", "changing", "own", "shared"] = "image"
+    mac: str = ""
+    authorized: list[str] = []
+    login: str = ""
+    disk_size: int = 0
+    want_port: int = 0
+    forwards: list[str] = []
+    want_forwards: list[str] = []
+    binds: list[BindRecord] = []
+    created: float = 0.0
+    ready: bool = False
+
+    def __post_init__(self) -> None:
+        """ValueError for numbers that are none: a record that says so was damaged."""
+        try:
+            forwards = [Forward.parse(text) for text in self.forwards]
+        except ConfigError as error:
+            raise ValueError(error.message) from None
+        if min(self.pid, self.owner) < 0 or not all(0 <= n <= 65535 for n in (self.ssh_port, self.want_port)):
+            raise ValueError(f"pid, owner or port out of range; forwards {forwards}")
+
+
+class State:
+    """One guest's folder of records, and the store that they speak of."""
+
+    def __init__(self, config: Config) -> None:
+        """`home` is the guest's folder of records and phase ISOs."""
+        self.config = config
+        self.home = config.guest_state
+        self.store = Store(config.store_dir)
+
+    # -- places
+
+    @property
+    def installer_record(self) -> Path:
+        """Target of `fetch`."""
+        return self.home / "installer.toml"
+
+    @property
+    def clean_record(self) -> Path:
+        """Target of `snapshot`: the image that machines start from."""
+        return self.home / "clean.toml"
+
+    @property
+    def key(self) -> Path:
+        """The user's private key; its public half is beside it with `.pub`."""
+        return self.store.root / "keys" / "id_ed25519"
+
+    @property
+    def public_key(self) -> Path:
+        """That half."""
+        return self.key.with_suffix(".pub")
+
+    def snapshot_key(self, digest: str) -> Path:
+        """The private key that the image `digest` lets in, if it was saved from a machine with a key of its own."""
+        return self.store.snapshot_key(digest)
+
+    def folder(self, number: int) -> Path:
+        """Rendered files of phase `number` (from 1)."""
+        return self.home / f"phase-{number}"
+
+    def rendered(self, number: int) -> list[Path]:
+        """Those files, and no others."""
+        return [self.folder(number) / name for name in ("lib.sh", "pfi.conf", "phase.sh", "poweroff", "run.sh")]
+
+    def iso(self, number: int) -> Path:
+        """ISO of phase `number`."""
+        return self.home / f"phase-{number}.iso"
+
+    def look_disk(self, number: int) -> Path:
+        """The throw-away copy of a disk that `look:N` boots; there only while it does, unless it was killed."""
+        return self.home / f"look-{number}.qcow2"
+
+    def record(self, number: int) -> Path:
+        """Record of phase `number`; that of number 0 is the installer's."""
+        return self.home / f"phase-{number}.toml" if number else self.installer_record
+
+    def log(self, number: int) -> Path:
+        """Console of the last boot of phase `number`."""
+        return self.home / "logs" / f"{self.phase(number).name}.console.log"
+
+    def snapshot_record(self, name: str) -> Path:
+        """The record that says which image the snapshot `name` is. ConfigError for what is no name."""
+        if not re.fullmatch(SNAPSHOT, name):
+            raise ConfigError(f"{name!r} is no name for a snapshot; use letters, digits, '.', '_' and '-'")
+        return self.home / ("clean.toml" if name == CLEAN else f"snapshots/{name}.toml")
+
+    def machine_folder(self, name: str) -> Path:
+        """The folder of the machine `name`."""
+        return self.config.vm_dir / "run" / name
+
+    def phase(self, number: int) -> PhaseTable:
+        """Phase `number` as guest.toml has it."""
+        return self.config.guest.phases[number - 1]
+
+    @cached_property
+    def accel(self) -> "Accel":
+        """The accelerator that works here; probed once for each boot of the host."""
+        from vmtasks.qemu.accel import probe  # noqa: PLC0415 - 5 ms that most runs have no use for
+
+        files.private_folder(self.store.root)
+        return probe(self.store.root / "accel.json", want=self.config.accel)
+
+    # -- records
+
+    def installer(self) -> Path:
+        """The installer's ISO in the store. StateError before `fetch`."""
+        return self.store.download(self.media().sha256)
+
+    def why_stale(self, number: int) -> str:
+        """Why the record of phase `number` (0: the installer) is invalid, or ''. Reads no image whose time is right."""
+        if number:
+            return self.image_fault(self.record(number))
+        media = read_record(self.installer_record, MediaRecord)
+        if media is None:
+            return "there is no record of the installer"
+        try:
+            same = media.recipe == self.recipe()
+        except (OSError, VmTasksError) as error:
+            return str(error)  # `fetch` meets it again, and fails for it
+        return self.media_fault(media) if same else "what the installer is made of has changed"
+
+    def recipe(self) -> str:
+        """Digest of what the installer is made of, which its record holds. OSError, ImageError for an odd overlay."""
+        from vmtasks.installer.installer import recipe_digest  # noqa: PLC0415 - it stands above most of what is cheap
+
+        return recipe_digest(self.config)
+
+    def media_fault(self, media: MediaRecord) -> str:
+        """Why the store does not hold what this record names, the packages of phases included; empty when it does."""
+        for items in media.local_packages.values():
+            for sha256, _, name in (item.partition(" ") for item in items):
+                if not self.store.download(sha256).is_file():
+                    return f"the package {name} is gone"
+        return file_fault(self.store.download(media.sha256), media.size, media.mtime_ns, media.sha256)
+
+    def image_fault(self, record: Path) -> str:
+        """Why the image that `record` names is invalid, or ''."""
+        named = read_record(record, PhaseRecord)
+        if named is None:
+            return f"there is no record {record.name}"
+        return self.store.find(named.digest, named.sha256)[1]
+
+    def machine(self, name: str) -> MachineRecord | None:
+        """The record of the machine `name`; None when there is no machine."""
+        return read_record(self.machine_folder(name) / "machine.toml", MachineRecord)
+
+    def machine_fault(self, name: str) -> str:
+        """Why the record of a machine that is there cannot be read; empty when it can, or when there is no machine."""
+        folder = self.machine_folder(name)
+        try:
+            load_record(folder / "machine.toml", MachineRecord)
+        except (FileNotFoundError, NotADirectoryError):
+            return "it is gone" if any(not other.startswith(".") for other in _names(folder)) else ""
+        except OSError as error:
+            return error.strerror or str(error)
+        except ValueError as error:
+            return str(error).partition("\n")[0]
+        return ""
+
+    def machine_names(self) -> list[str]:
+        """The names of all machines, sorted; also of those whose record cannot be read."""
+        names = [name for name in _names(self.config.vm_dir / "run") if not name.startswith(".")]
+        return [name for name in names if self.machine(name) is not None or self.machine_fault(name)]
+
+    def on_clean(self, name: str) -> bool:
+        """Whether the machine `name` stands, or would, on what the phases make; not on a snapshot of its own, say."""
+        record = self.machine(name)
+        return record is None or record.guest != self.config.label or record.snapshot == CLEAN
+
+    def media(self) -> MediaRecord:
+        """The installer's record. StateError before `fetch`."""
+        record = read_record(self.installer_record, MediaRecord)
+        if record is None:
+            raise StateError(f"there is no usable record {self.installer_record}", hint="doit fetch")
+        return record
+
+    def phase_record(self, number: int) -> PhaseRecord:
+        """The record that phase `number` left. StateError before it was built."""
+        record = read_record(self.record(number), PhaseRecord)
+        if record is None:
+            raise StateError(f"there is no usable record {self.record(number)}", hint=f"doit phase:{number}")
+        return record
+
+
+def _names(folder: Path) -> list[str]:
+    """What is in the folder, sorted; nothing where it cannot be read."""
+    try:
+        return sorted(path.name for path in folder.iterdir())
+    except OSError:
+        return []

@@ -1,0 +1,1 @@
+"""The installer CD: downloaded, or composed from packages."""

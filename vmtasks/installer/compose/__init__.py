@@ -1,0 +1,1 @@
+"""An installer CD made of Debian packages."""

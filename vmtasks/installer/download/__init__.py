@@ -1,0 +1,1 @@
+"""Files over HTTP: resumed, held against their digest, decompressed on the way."""

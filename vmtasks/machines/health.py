@@ -1,0 +1,180 @@
+"""Where a machine, or this host, stands: one layer after the other, each passed or failed with the reason.
+
+A layer is looked at only if those below it passed: what fails first is why the rest cannot work.
+"""
+
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from vmtasks.config.load import FALLBACK_PORTS, Config
+from vmtasks.errors import MissingToolError, VmTasksError
+from vmtasks.guest import alive
+from vmtasks.guest.alive import Alive, Layer, Verdict
+from vmtasks.host import files, process, processes, progress
+from vmtasks.host.progress import Say
+from vmtasks.images.workspace import MachineRecord, State
+from vmtasks.machines import start
+from vmtasks.machines.machine import Machine
+from vmtasks.qemu import qmp
+from vmtasks.qemu.console import read_log
+from vmtasks.qemu.ports import port_free, port_holder
+from vmtasks.store.store import Store
+
+LAYER_S = 15.0
+STANDS_EVERY_S = 0.5
+PROGRAMS = ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "scp", "ssh-keygen", "ssh-keyscan")
+LEAST_FREE = 2 << 30
+
+
+def is_alive(machine: Machine) -> Alive:
+    """The verdict on a machine, from its layers."""
+    return alive.judged(machine_layers(machine))
+
+
+@contextmanager
+def telling(machine: Machine, note: Say) -> Iterator[None]:
+    """Say once, while the block waits for the guest, that its CPU stands still, why, and what to do."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(STANDS_EVERY_S):
+            if state := machine.stuck():
+                note(f"machine {machine.name}: {qmp.STUCK[state]}; {machine.onward(state)}")
+                return
+
+    threading.Thread(target=watch, name="vmtasks stands", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def machine_layers(machine: Machine) -> Iterator[Layer]:
+    """The layers of a machine, from its record to a command in the guest. Takes at most a minute."""
+    record = machine.state.machine(machine.name)
+    if record is None and (fault := machine.fault()):
+        runs = "its QEMU runs" if machine.runs() else "no QEMU of it was found"
+        says = f"it cannot be read: {fault}; {runs}; vmtasks stop {machine.name}, vmtasks rm {machine.name}"
+        yield Layer("record", passed=False, says=says, verdict="silent" if machine.runs() else "gone")
+        return
+    if record is None:
+        yield Layer("record", passed=False, says=f"there is no machine {machine.name}", verdict="gone")
+        return
+    yield Layer("record", passed=True, says=f"{record.guest}:{record.snapshot}, in {machine.folder}")
+    target = machine.target(record)
+    looks = {
+        "process": lambda: _process(machine, record),
+        "QMP": lambda: _cpu(machine),
+        "console": lambda: _console(machine),
+        **alive.network(target, LAYER_S),
+    }
+    for layer in alive.climb(looks):
+        if layer.name == "banner" and layer.passed is False and _booting(machine, record):
+            up = progress.seconds(time.time() - record.started)
+            yield replace(layer, says=f"{layer.says}: the guest has been booting for {up}")
+        else:
+            yield layer
+
+
+def _cpu(machine: Machine) -> tuple[Verdict, str]:
+    verdict, says = alive.cpu(machine.qmp)
+    state = says.partition(":")[0]
+    return verdict, f"{says}; {machine.onward(state)}" if state in qmp.STUCK else says
+
+
+def _process(machine: Machine, record: MachineRecord) -> tuple[Verdict, str]:
+    if machine.pid(record) is not None:
+        return "", f"QEMU is process {record.pid}, up {progress.seconds(time.time() - record.started)}"
+    if not record.pid:
+        return "gone", f"it is stopped; {machine.command('start')}"
+    said = files.read_text(machine.qemu_log, "replace").strip() if machine.qemu_log.is_file() else ""
+    other = " (that number is another process's now)" if processes.started(record.pid) else ""
+    last = said.splitlines()[-1] if said else "nothing"
+    return "gone", f"QEMU, process {record.pid}, is gone: killed, or crashed{other}; it last said: {last}"
+
+
+def _console(machine: Machine) -> tuple[Verdict, str]:
+    transcript = read_log(machine.console_log, last_boot(machine.console_log))
+    for failure in machine.config.guest.failures:
+        if failure.cause != "login" and transcript.match(failure.expect):
+            return "silent", f"the guest {failure.says}"
+    last = transcript.tail(1)
+    return "", f"nothing there says that the boot has failed; its last line: {last[0].strip() if last else 'none'}"
+
+
+def last_boot(log: Path) -> int:
+    """Where in the console's record the last boot begins, as well as that can be told: at the last firmware's line."""
+    try:
+        with files.opened(log) as file:
+            data = file.read()
+    except OSError:
+        return 0
+    return max(data.rfind(b"SeaBIOS"), data.rfind(b"Linux version"), 0)
+
+
+def _booting(machine: Machine, record: MachineRecord) -> bool:
+    """Whether it has not let us in yet, and may still."""
+    wait_s = machine.config.guest.ssh.ready_timeout_s * machine.state.accel.factor
+    return not record.ready and time.time() - record.started < wait_s
+
+
+# -- this host
+
+
+def host_layers(config: Config) -> Iterator[Layer]:
+    """Programs, accelerator, space and ports. These do not build on each other: all are looked at."""
+    for program in PROGRAMS:
+        try:
+            yield Layer(program, passed=True, says=process.find(program))
+        except MissingToolError as error:
+            yield Layer(program, passed=False, says=f"{error.message}; {error.hint}")
+    try:
+        accel = State(config).accel
+        yield Layer("accelerator", passed=True, says=f"{accel.name} ({accel.reason})")
+    except VmTasksError as error:
+        yield Layer("accelerator", passed=False, says=error.message)
+    for what, folder in (("store", config.store_dir), ("state", config.vm_dir)):
+        yield _space(what, folder)
+    ports = (start.FIRST_PORT, *FALLBACK_PORTS)
+    free = [port for port in ports if port_free(port)]
+    taken = [f"{port} {port_holder(port) or 'held'}".rstrip() for port in ports if port not in free]
+    says = f"{len(free)} of {len(ports)} are free" + (f"; taken: {', '.join(taken)}" if taken else "")
+    yield Layer("ports", passed=True, says=says if free else f"{says}; the next machine gets any other")
+
+
+def _space(what: str, folder: Path) -> Layer:
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    return Layer(what, free >= LEAST_FREE, f"{folder}: {free >> 20} MiB free")
+
+
+# -- the store
+
+
+def store_layers(store: Store) -> Iterator[Layer]:
+    """Every image and download, to the last byte. These do not build on each other: all are looked at.
+
+    A damaged image loses its record, so that it is built again; one that is whole again gets its record back.
+    """
+    for name in store.mend():
+        yield Layer(name, passed=True, says="its bytes are right again, so that it is used again")
+    for record in store.records():
+        fault = store.own_fault(record, "bytes")
+        if not fault and record.backing and store.below(record) is None:
+            fault = f"the image below it, {record.backing[:12]}, is gone"
+        what = f"image {record.digest[:12]}, {record.guest} {record.name}"
+        remedy = "doit auto_install, in the project that needs it, builds it again"
+        yield Layer(what, not fault, f"{fault}; {remedy}" if fault else f"{record.size >> 20} MiB, as its record says")
+    for path in store.downloads():
+        whole = files.sha256(path) == path.name
+        says = f"{path.stat().st_size >> 20} MiB, as its name says"
+        yield Layer(
+            f"download {path.name[:12]}", whole, says if whole else f"other bytes; remove {path}, then doit fetch"
+        )

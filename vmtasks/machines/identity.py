@@ -1,0 +1,235 @@
+"""What tells a machine from all others of its image: MAC address, host name, SSH host keys.
+
+The image's host keys let the first contact be strict. The machine's own are made here and put in place over that
+connection; from then on no other machine is taken for this one, whoever listens on its port.
+"""
+
+import hashlib
+import os
+import re
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from vmtasks.errors import SshError
+from vmtasks.guest import keypair, ssh
+from vmtasks.host import files, process, progress
+from vmtasks.images.workspace import MachineRecord
+from vmtasks.machines import keys
+from vmtasks.machines.folder import Place
+
+INSTALL_S = 60.0
+RELOAD_S = 20.0
+TRY_S = 15.0
+NOT_THERE = 66
+KINDS = {
+    "ssh-ed25519": ("ed25519",),
+    "ecdsa-sha2-nistp256": ("ecdsa", "-b", "256"),
+    "ecdsa-sha2-nistp384": ("ecdsa", "-b", "384"),
+    "ecdsa-sha2-nistp521": ("ecdsa", "-b", "521"),
+    "ssh-rsa": ("rsa",),
+}
+"""How ssh-keygen makes a host key of a type; its file in the guest is `ssh_host_KIND_key`."""
+
+HOSTNAME = r"""
+hostname "$name" || exit
+swap() {
+    cp -p "$1" "$1.vmtasks" && cat >"$1.vmtasks" && mv "$1.vmtasks" "$1"
+}
+if [ -f "$etc/hostname" ]; then
+    printf '%s\n' "$name" | swap "$etc/hostname" || exit
+fi
+if [ -f "$etc/rc.conf" ]; then
+    { grep -v '^hostname=' "$etc/rc.conf"; printf 'hostname="%s"\n' "$name"; } | swap "$etc/rc.conf" || exit
+fi
+if grep -q '^127\.0\.1\.1[[:space:]]' "$etc/hosts" 2>/dev/null; then
+    sed "s/^127\.0\.1\.1[[:space:]].*/127.0.1.1 $name/" "$etc/hosts" | swap "$etc/hosts" || exit
+fi
+"""
+"""Gives the host name $name, now and in the files from which Linux (Debian and others) and the BSDs take it."""
+
+INSTALL = r"""
+umask 077
+while read -r kind && [ "$kind" != end ]; do
+    file=$folder/ssh_host_${kind}_key
+    if [ ! -f "$file" ]; then
+        echo "there is no $file" >&2
+        for file do rm -f "$file.vmtasks" "$file.pub.vmtasks"; done
+        exit 66
+    fi
+    while IFS= read -r line && [ -n "$line" ]; do
+        printf '%s\n' "$line"
+    done >"$file.vmtasks" || exit
+    read -r public && printf '%s\n' "$public" >"$file.pub.vmtasks" && chmod 644 "$file.pub.vmtasks" || exit
+    set -- "$@" "$file"
+done
+[ "$kind" = end ] || exit
+for file do
+    mv "$file.pub.vmtasks" "$file.pub" && mv "$file.vmtasks" "$file" || exit
+done
+sync
+"""
+"""Puts the host keys that come on stdin in place of those of the same kinds. Touches nothing where one is missing."""
+
+RELOAD = r"""
+for file in /run/sshd.pid /var/run/sshd.pid; do
+    if [ -s "$file" ]; then
+        kill -HUP "$(cat "$file")"
+        exit
+    fi
+done
+"""
+"""OpenSSH starts itself again; its sessions go on. Without such a file there is a server for each connection."""
+
+
+def mac(folder: Path) -> str:
+    """The MAC address of the machine with this folder, which has its name: locally administered, of one card."""
+    digest = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()
+    return ":".join(["02", *(digest[at : at + 2] for at in range(0, 10, 2))])
+
+
+def hostname(name: str) -> str:
+    """The host name of a machine of this name: what RFC 1123 has no place for becomes a hyphen."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:63].rstrip("-")
+
+
+def lacks(record: MachineRecord) -> bool:
+    """Whether a machine that has just come up shows its image's host keys. One installed by hand has its own anyway."""
+    return bool(record.image) and not record.ready and record.identity in ("image", "changing")
+
+
+def settle(place: Place, record: MachineRecord) -> MachineRecord:
+    """Give a machine that has let us in what it lacks of its own: login key, host name, host keys. The new record.
+
+    May be repeated after a kill at any moment: until what is its own is known to work, the old keys are on record too,
+    so that the next command gets in, and is as strict. A guest that cannot have host keys of its own keeps those of its
+    image, and that is said. SshError when nobody is let in any more.
+    """
+    login, host = record.own and record.key != "own", lacks(record)
+    if host and record.identity == "changing":
+        record, host = _resume(place, record)
+    if not login and not host:
+        return record
+    if login and not place.own_key.is_file():
+        keypair.make_pair(place.own_key, f"vmtasks {place.name}")
+    old = record.host_keys
+    fresh = make_host_keys(place, old) if host and place.config.guest.ssh.host_keys else []
+    changing = {"key": "changing"} if login else {}
+    changing |= {"identity": "changing"} if host else {}
+    record = place.write(msgspec.structs.replace(record, **changing, host_keys=[*(key.public for key in fresh), *old]))
+    ssh.write_config(place.target(record))
+    own = record
+    if login:
+        keys.admit(place, record)
+        own = msgspec.structs.replace(own, key="own", ssh_user=record.login or record.ssh_user)
+    if host:
+        own = _personalize(place, record, own, fresh, old)
+    ssh.detach(place.target(record))
+    return _proven(place, own, fallback=record.host_keys)
+
+
+def _resume(place: Place, record: MachineRecord) -> tuple[MachineRecord, bool]:
+    """After a kill: whether host keys are lacking still, or the guest already shows those that were put there last."""
+    newest = record.host_keys[: len(kinds(record.host_keys))]
+    done = msgspec.structs.replace(record, host_keys=newest)
+    ssh.detach(place.target(record))
+    if _lets_us_in(place, done, 0):
+        return place.write(msgspec.structs.replace(done, identity="own")), False
+    _lets_us_in(place, record, RELOAD_S)  # its server may be starting again at this moment
+    return record, True
+
+
+@dataclass(frozen=True)
+class HostKey:
+    """A new host key: `kind` as in its file's name, `public` as `type key`."""
+
+    kind: str
+    private: str
+    public: str
+
+    def __str__(self) -> str:
+        """As INSTALL reads it."""
+        return f"{self.kind}\n{self.private}\n{self.public}\n"
+
+
+def kinds(host_keys: Sequence[str]) -> list[tuple[str, ...]]:
+    """How keys of the same types are made, each once."""
+    return sorted({KINDS[key.split()[0]] for key in host_keys if key.split()[0] in KINDS})
+
+
+def make_host_keys(place: Place, old: list[str]) -> list[HostKey]:
+    """New host keys of the same types. They stand in a private folder for the moment in which ssh-keygen makes them."""
+    made = []
+    with tempfile.TemporaryDirectory(dir=place.sockets) as folder:
+        for kind, *how in kinds(old):
+            path = Path(folder, kind)
+            keypair.make_pair(path, place.name, (kind, *how))
+            public = files.read_text(keypair.public_half(path)).split()
+            made.append(HostKey(kind, files.read_text(path), " ".join(public[:2])))
+    return made
+
+
+def stream(fresh: Sequence[HostKey]) -> str:
+    """What INSTALL reads; without the last line it does nothing."""
+    return "".join([*map(str, fresh), "end\n"])
+
+
+def _personalize(
+    place: Place, record: MachineRecord, own: MachineRecord, fresh: list[HostKey], old: list[str]
+) -> MachineRecord:
+    """Give the guest its host name and keys; returns `own` with what came of it."""
+    guest = place.config.guest
+    where = guest.ssh.host_keys if fresh else ""
+    env = {"name": hostname(place.name), "etc": "/etc", "folder": where}
+    parts = [f"(\n{guest.hostname or HOSTNAME}\n) </dev/null || exit"]
+    parts += [INSTALL, guest.ssh.reload or RELOAD] if where else []
+    text = ssh.remote_line(ssh.script("\n".join(parts), cwd="/", env=env, user="root"))
+    done = process.run(
+        place.target(record).argv(text),
+        timeout_s=INSTALL_S,
+        stdin=stream(fresh) if where else "",
+        check=False,
+    )
+    if done.status == 0 and where:
+        return msgspec.structs.replace(own, identity="own", host_keys=[key.public for key in fresh])
+    why = done.stderr.strip() or (f"status {done.status}" if done.status else "guest.toml names no place for others")
+    if done.status in (0, NOT_THERE, keys.CANNOT_BECOME):  # nothing was touched
+        progress.say(f"machine {place.name} keeps the SSH host keys of its image: {why}")
+        return msgspec.structs.replace(own, identity="shared", host_keys=old)
+    progress.say(f"machine {place.name} could not be given SSH host keys of its own; it is tried again: {why}")
+    return own
+
+
+def _proven(place: Place, own: MachineRecord, fallback: list[str]) -> MachineRecord:
+    """Write down what a new connection has proved: that the machine shows its own keys and takes its own, and no other.
+
+    A server that goes on with its old host keys reads the new ones when the guest boots; until then both are taken.
+    """
+    if _lets_us_in(place, own, RELOAD_S):
+        return place.write(own)
+    both = msgspec.structs.replace(own, identity="changing", host_keys=fallback)
+    if own.identity != "own" or not _lets_us_in(place, both, 0):
+        raise SshError(
+            f"machine {place.name} does not let us in with its new keys", hint=f"vmtasks doctor {place.name}"
+        )
+    progress.say(
+        f"machine {place.name} shows SSH host keys of its own from its next boot on: its server reads none before"
+    )
+    return place.write(both)
+
+
+def _lets_us_in(place: Place, record: MachineRecord, within_s: float) -> bool:
+    """Whether a new connection by this record, which others then share, comes to be. It is tried at least once."""
+    target = place.target(record)
+    ssh.write_config(target)
+    ssh.detach(target)
+    until = time.monotonic() + within_s
+    while (
+        status := process.run(target.argv("true"), timeout_s=TRY_S, check=False).status
+    ) and time.monotonic() < until:
+        time.sleep(0.1)
+    return status == 0

@@ -1,0 +1,198 @@
+"""Who may log in to a machine: its own key, put in place over the key of its image, and public keys of people.
+
+The guest's `authorized_keys` are rewritten beside and renamed, so that a kill at any moment locks nobody out. Sessions
+that are open stay open: a server looks at these files only when somebody logs in.
+"""
+
+import os
+import shlex
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmtasks.config import arguments
+from vmtasks.config.arguments import PublicKey
+from vmtasks.errors import ConfigError, SshError, StateError
+from vmtasks.guest import ssh
+from vmtasks.guest.keypair import make_pair, public_half, read_public
+from vmtasks.host import files, process
+from vmtasks.images.workspace import MachineRecord
+from vmtasks.machines.folder import Place
+
+NO_SUCH_USER = 67
+CANNOT_BECOME = 126
+CHANGE_S = 60.0
+LINE = "\n"
+
+CHANGE = r"""
+change() {
+    new=$1.vmtasks
+    cp -p "$1" "$new" || return
+    { grep -v -F -e "$drop" "$1" || :; [ -z "$put" ] || printf '%s\n' "$put"; } >"$new" && mv "$new" "$1"
+}
+all=$drop
+[ -z "$put" ] || drop="$drop
+$put"
+found=
+while IFS=: read -r name _ _ _ _ home _; do
+    file=$home/.ssh/authorized_keys
+    if [ "$name" = "$who" ]; then
+        found=1
+        if [ ! -f "$file" ]; then
+            mkdir -p "$home/.ssh" && chmod 700 "$home/.ssh" && : >"$file" && chmod 600 "$file" || exit
+            [ "$(id -u)" != 0 ] || chown -R "$who" "$home/.ssh" || exit
+        fi
+        change "$file" || exit
+    elif [ -n "$everywhere" ] && grep -q -F -e "$all" "$file" 2>/dev/null; then
+        change "$file" || exit
+    fi
+done </etc/passwd
+[ -n "$found" ] || exit 67
+sync
+"""
+"""Takes the lines with any of $drop out of $who's file and puts the lines of $put in; `everywhere`: also where others
+have a line of $drop."""
+
+
+READ = r"""
+while IFS=: read -r name _ _ _ _ home _; do
+    [ "$name" != "$who" ] || cat "$home/.ssh/authorized_keys"
+done </etc/passwd
+"""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A key that lets in. `ours`: the machine's own, without which vmtasks cannot log in."""
+
+    key: PublicKey
+    ours: bool
+
+
+def require_usable(private: Path, public: Path | None = None, remedy: str = "put it back from a copy") -> None:
+    """StateError, with the reason and the remedy, when ssh can log in nobody with this private key.
+
+    `public`: the half of it that guests have, where another one must be found out too.
+    """
+    what = f"the private key {private}"
+    if not private.is_file():
+        how = "is no file" if private.exists() or private.is_symlink() else "is not there"
+        raise StateError(f"{what} {how}", hint=remedy)
+    stat = private.stat()
+    if stat.st_uid == os.getuid() and stat.st_mode & 0o077:
+        raise StateError(
+            f"{what} may be read by others (its mode is {stat.st_mode & 0o777:o}): ssh refuses such a key",
+            hint=f"chmod 600 {shlex.quote(str(private))}",
+        )
+    shown = process.run(["ssh-keygen", "-y", "-P", "", "-f", private], timeout_s=30, check=False)
+    theirs = arguments.public_key(files.read_text(public, "replace").strip()) if public and public.is_file() else None
+    ours = arguments.public_key(shown.stdout.strip())
+    if shown.status != 0 and "incorrect passphrase" in shown.stderr:
+        half = public_half(private)
+        agent = process.run(["ssh-add", "-L"], timeout_s=30, check=False).stdout
+        blob = files.read_text(half, "replace").split()[1:2] if half.is_file() else []
+        if not blob or blob[0] not in agent.split():
+            add = f"ssh-add {shlex.quote(str(private))}"
+            raise StateError(f"{what} is encrypted, and no agent holds it", hint=add)
+    elif ours is None:
+        said = (shown.stderr.strip().splitlines() or ["it is empty"])[-1]
+        raise StateError(f"{what} is not one: {said}", hint=remedy)
+    elif theirs is not None and theirs.blob != ours.blob:
+        raise StateError(f"{what} is not the one of {public}, which guests let in", hint=remedy)
+
+
+def admit(place: Place, record: MachineRecord) -> None:
+    """Let a machine's own key in, in place of the one of its image, which is then refused."""
+    own, door = read_public(place.own_key), read_public(place.door_key(record))
+    user = record.login or record.ssh_user
+    change(place.target(record), user, put=[str(own), *record.authorized], drop=[door.blob], everywhere=True)
+
+
+def rotate(place: Place, record: MachineRecord) -> PublicKey:
+    """Give a running machine a new key; the old one is refused from then on. Sessions that are open stay open."""
+    fresh = place.own_key.with_name("id_ed25519.next")
+    target = place.target(record)
+    old = read_public(place.own_key)
+    stale = [read_public(fresh).blob] if fresh.is_file() else []
+    key = make_pair(fresh, f"vmtasks {place.name}")
+    change(target, record.ssh_user, put=[str(key)], drop=stale or [key.blob])
+    prove(replace(target, key=fresh))
+    # From here on the new key is the machine's. A kill before the last step leaves the old one in the guest; the next
+    # rotation takes out all that the machine ever had, which `retired` lists.
+    retired = place.own_key.with_name("retired")
+    with retired.open("a") as file:
+        file.write(f"{old.blob}\n")
+    fresh.rename(place.own_key)
+    public_half(fresh).rename(public_half(place.own_key))
+    ssh.detach(target)
+    change(target, record.ssh_user, put=[], drop=files.read_text(retired).split(), everywhere=True)
+    retired.unlink()
+    return key
+
+
+def listed(place: Place, record: MachineRecord, user: str) -> list[Listed]:
+    """The keys in the guest's authorized_keys of `user`. Lines with options or of other kinds are left out."""
+    own = read_public(key_in_use(place, record)).blob
+    become = "" if user == record.ssh_user else "root"
+    done = _in_guest(place.target(record), ssh.script(READ, cwd="/", env={"who": user}, user=become))
+    if done.status == ssh.FAILED:
+        raise SshError(f"the keys of {user} in {place.name} could not be read: {ssh.explain(done.stderr)}")
+    found = [key for line in done.stdout.splitlines() if (key := arguments.public_key(line)) is not None]
+    return [Listed(key, key.blob == own) for key in found]
+
+
+def key_in_use(place: Place, record: MachineRecord) -> Path:
+    """The private key with which vmtasks logs in."""
+    return place.target(record).key
+
+
+def add(place: Place, record: MachineRecord, added: list[PublicKey], user: str) -> None:
+    """Let the holders of these keys in as `user`."""
+    change(place.target(record), user, put=[str(key) for key in added], drop=[key.blob for key in added])
+
+
+def remove(place: Place, record: MachineRecord, which: str, user: str) -> list[PublicKey]:
+    """Let nobody in any more with the key of this fingerprint, comment or public key file; returns what was removed."""
+    path = Path(which)
+    blobs: set[str] = set()
+    if path.is_file():
+        blobs = {key.blob for key in arguments.public_keys(path.read_text(errors="replace"), which)}
+    there = listed(place, record, user)
+    doomed = [item for item in there if item.key.blob in blobs or which in (item.key.fingerprint, item.key.comment)]
+    if any(item.ours for item in doomed):
+        raise StateError(f"that is machine {place.name}'s own key", hint=f"vmtasks keys rotate {place.name}")
+    if not doomed:
+        raise StateError(f"no key of {user} in {place.name} is {which!r}", hint=f"vmtasks keys list {place.name}")
+    change(place.target(record), user, put=[], drop=[item.key.blob for item in doomed])
+    return [item.key for item in doomed]
+
+
+def change(target: ssh.Target, user: str, *, put: list[str], drop: list[str], everywhere: bool = False) -> None:
+    """Rewrite authorized_keys in the guest. ConfigError for a user that it does not have, SshError otherwise."""
+    env = {"drop": LINE.join(drop), "put": LINE.join(put), "who": user, "everywhere": "1" if everywhere else ""}
+    done = _in_guest(target, ssh.script(CHANGE, cwd="/", env=env, user="root"))
+    if done.status == CANNOT_BECOME and user == target.user:  # without root, our own file is all that can be changed
+        done = _in_guest(target, ssh.script(CHANGE, cwd="/", env=env))
+    if done.status == NO_SUCH_USER:
+        raise ConfigError(f"machine {target.name} has no user {user!r}; name one that its image has")
+    if done.status != 0:
+        said = done.stderr.strip() or f"status {done.status}"
+        raise SshError(f"the keys of {user} in {target.name} could not be changed: {said}", hint="vmtasks doctor")
+
+
+def prove(target: ssh.Target) -> None:
+    """SshError unless a new connection with the target's key, and no other, is let in."""
+    folder = target.folder / "proof"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    alone = replace(target, folder=folder, also=())
+    ssh.write_config(alone)
+    try:
+        done = process.run(alone.argv("true", options=["-o", "ControlPath=none"]), timeout_s=CHANGE_S, check=False)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if done.status != 0:
+        raise SshError(f"machine {target.name} does not take its new key: {ssh.explain(done.stderr)}")
+
+
+def _in_guest(target: ssh.Target, text: str) -> process.Result:
+    return process.run(target.argv(ssh.remote_line(text)), timeout_s=CHANGE_S, check=False)

@@ -1,0 +1,80 @@
+"""A person's, or a script's, session in a machine, on our own streams."""
+
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from vmtasks.errors import CommandTimeoutError
+from vmtasks.guest import ssh
+from vmtasks.host import process, progress, signals
+from vmtasks.machines import health
+from vmtasks.machines.machine import Machine
+from vmtasks.machines.sessions import using
+
+END_S = 20.0
+
+
+def log_in(
+    machine: Machine,
+    verb: str,
+    command: str = "",
+    *,
+    cwd: str = "",
+    env: Mapping[str, str] | None = None,
+    failed: int = ssh.FAILED,
+    options: Sequence[str] = (),
+    shown: str = "",
+    stdin: bool = True,
+    timeout_s: float | None = None,
+    tty: bool = False,
+    user: str = "",
+) -> int:
+    """Log in to a machine, or run a shell command there; returns its status, `failed` where ssh failed.
+
+    The command runs in `cwd` (relative to the home of who logs in) with `env`, as `user`. It reads our stdin, or
+    nothing, and has a terminal with `tty`. CommandTimeoutError after `timeout_s`. What it has started is ended in the
+    guest when it is late, when we are interrupted, and when nobody reads its output any more. `options` are ssh's.
+    `verb` and `shown` are for the list of sessions and the log of those that have ended. Where ssh failed, and
+    meanwhile when the guest stands still, stderr says why.
+    """
+    target = machine.wait()
+    mark = f"vmtasks-{secrets.token_hex(8)}"
+    with health.telling(machine, progress.say), using(machine, verb, shown, user) as outcome:
+        argv = target.argv(options=[*options, *(["-tt"] if tty else [])])
+        if command:
+            argv = ssh.session_argv(target, mark, command, cwd=cwd, env=env, user=user, options=options, tty=tty)
+        # Options may ask for another user, or for a connection of its own.
+        run = partial(process.attach, argv) if options else partial(ssh.attach, target, argv)
+        try:
+            outcome.status = run(stdin=stdin, timeout_s=timeout_s)
+        except CommandTimeoutError:
+            outcome.status = process.TIMED_OUT
+            ended = "it was ended" if _end(machine, target, mark, user) else "it may still run in the guest"
+            raise CommandTimeoutError(
+                f"the command did not end within {timeout_s:g} s; {ended}", which="overall"
+            ) from None
+        except KeyboardInterrupt:
+            if command:
+                _end(machine, target, mark, user)
+            raise
+        if outcome.status == process.UNREAD:
+            _end(machine, target, mark, user)
+    if outcome.status == ssh.FAILED and (why := health.is_alive(machine).reason):
+        progress.say(f"error: {why}\nhint: vmtasks doctor {machine.name}")
+        return failed
+    return outcome.status
+
+
+def _end(machine: Machine, target: ssh.Target, mark: str, user: str) -> bool:
+    """End in the guest what a command has started there; whether that worked, which is said if not."""
+    record = machine.record()
+    if record is None or record.owner == os.getpid():  # it goes with the machine
+        return True
+    with signals.cuttable():
+        line = ssh.remote_line(ssh.end_marked_script(mark, user))
+        done = process.run(target.argv(line), timeout_s=END_S, check=False)
+    if done.status != 0:
+        why = ssh.explain(done.stderr)
+        progress.say(f"warning: machine {machine.name}: the command may still run in the guest: {why}")
+    return done.status == 0

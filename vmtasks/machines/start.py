@@ -1,0 +1,268 @@
+"""Start a machine's QEMU on a port that is free, and wait until it lets us in or cannot come up any more."""
+
+import re
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import msgspec
+
+from vmtasks.config.arguments import Forward
+from vmtasks.config.load import FALLBACK_PORTS, show_size
+from vmtasks.errors import BindError, MachineError, SshError, VmTasksError, note_failure
+from vmtasks.guest import ssh
+from vmtasks.host import files, process, progress
+from vmtasks.images.workspace import MachineRecord
+from vmtasks.machines import binds, identity, keys, stop
+from vmtasks.machines.folder import Place
+from vmtasks.qemu import argv, hardware, qmp, vm
+from vmtasks.qemu.argv import Share, Spec
+from vmtasks.qemu.console import read_log
+from vmtasks.qemu.ports import port_free, port_holder
+
+FIRST_PORT = 2222
+ANY_PORT = 0
+"""The kernel finds a free one for QEMU, which then says which."""
+CPU_EVERY_S = 3.0
+LOGIN_S = 10.0
+AGAIN_S = 30.0
+"""How long a machine may take that has let us in before."""
+
+
+def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> ssh.Target:
+    """Start QEMU and wait until SSH answers; afterwards the record says so. On failure nothing is left running."""
+    require_keys(place, record)
+    config, accel = place.config, place.state.accel
+    record = binds.choose(place, record)
+    place.make_folder()
+    place.open_sockets()
+    stop.end_stray(place)
+    for old in (*place.sockets.glob("ssh-*"), place.qmp, place.serial):
+        old.unlink(missing_ok=True)
+    history, key = place.state.store.history, f"start {config.label}"
+    with progress.step(f"start {place.name}", expected_s=history.expected_s(key)) as step:
+        step.now(f"boot ({accel.name}, {config.cpus} CPU, {show_size(config.memory)})")
+        start = place.console_log.stat().st_size if place.console_log.exists() else 0
+        pid, port, forwards = launch(place, record, die_with_us=die_with_us)
+        try:
+            record = place.write(
+                msgspec.structs.replace(
+                    record,
+                    pid=pid.number,
+                    pid_started=pid.started,
+                    ssh_port=port,
+                    forwards=[*map(str, forwards)],
+                    want_forwards=[*map(str, asked(record))],
+                    memory=config.memory,
+                    cpus=config.cpus,
+                    accel=accel.name,
+                    network=config.network,
+                    started=round(time.time(), 1),
+                    ready=False,
+                )
+            )
+            target = wait(place, record, start)
+        except BaseException as error:
+            stuck = place.stuck()
+            end = partial(stop.stop, place, record, lambda _: None, gentle=False)
+            note_failure(error, end, f"machine {place.name} could not be stopped")
+            if not isinstance(error, VmTasksError) or isinstance(error, BindError):  # which is none of the boot's
+                raise
+            hint = error.hint if record.image else "doit install --disk: log in there and run key.sh from the CD"
+            if stuck == qmp.FULL:
+                hint = f"its disk could not be written: free some space in {place.folder}"
+            said = tuple(read_log(place.console_log, start).tail())
+            raise error.but(console=said, log=place.console_log, hint=hint) from error
+    history.record(key, step.elapsed_s)
+    return target
+
+
+def require_keys(place: Place, record: MachineRecord) -> None:
+    """StateError when a private key with which the machine is to be entered is none: nobody need wait for that."""
+    target = place.target(record)
+    for key in (target.key, *target.also):
+        store = key == place.state.key
+        other = f"put it back from a copy; without one: vmtasks rm {place.name}"
+        again = "put it back from a copy, or remove both halves: then all that lets them in is built anew"
+        keys.require_usable(key, place.state.public_key if store else None, again if store else other)
+
+
+def wait(place: Place, record: MachineRecord, console_from: int = 0) -> ssh.Target:
+    """Wait until SSH answers, the keys are as they must be, and the binds are there. SshError or BindError: why not.
+
+    The host keys of a machine that was installed by hand are learned here, once: nobody is between us and a port
+    that our own QEMU forwards.
+    """
+    require_keys(place, record)
+    deadline_s = place.config.guest.ssh.ready_timeout_s * place.state.accel.factor
+    if record.ready:
+        deadline_s = min(deadline_s, AGAIN_S)
+    watch = Watch(place, record, console_from)
+    if not record.host_keys:
+        learned = ssh.learn_host_keys(record.ssh_port, timeout_s=deadline_s, alive=watch)
+        record = place.write(msgspec.structs.replace(record, host_keys=learned))
+        deadline_s = LOGIN_S  # its server answers, so that a login must succeed soon
+    target = place.target(record)
+    place.open_sockets()
+    ssh.write_config(target)
+    links(place, record)
+    ssh.wait_ready(target, timeout_s=deadline_s, alive=watch)
+    record = identity.settle(place, record)
+    target = place.target(record)
+    record = binds.attach(place, target, record)
+    place.write(msgspec.structs.replace(record, ready=True))
+    return target
+
+
+@dataclass
+class Watch:
+    """Whether a machine can still come up; to be asked between two tries of SSH. Calling it raises SshError if not."""
+
+    place: Place
+    record: MachineRecord
+    console_from: int = 0
+    patient: bool = False
+    """Of a machine that was up: who paused it may let it go on."""
+    cpu_asked: float = 0.0
+
+    def __call__(self) -> bool:
+        """False when its process has ended."""
+        self.heed_console()
+        if time.monotonic() - self.cpu_asked > CPU_EVERY_S:
+            self.cpu_asked = time.monotonic()
+            state = qmp.status(self.place.qmp)
+            stuck = qmp.STUCK.get(state)
+            if stuck is not None and not (self.patient and state == "paused"):
+                raise SshError(f"machine {self.place.name}: {stuck}", hint=self.place.onward(state))
+        return self.place.pid(self.record) is not None
+
+    def heed_console(self) -> None:
+        """SshError when the console says that the boot has failed: no need to wait for the deadline."""
+        transcript = read_log(self.place.console_log, self.console_from)
+        for failure in self.place.config.guest.failures:
+            if failure.cause != "login" and transcript.match(failure.expect):
+                raise SshError(f"machine {self.place.name}: the guest {failure.says}")
+
+
+# -- ports
+
+
+def launch(place: Place, record: MachineRecord, *, die_with_us: bool) -> tuple[vm.Pid, int, list[Forward]]:
+    """Start QEMU; returns its process, the port of its SSH and its forwards, with the ports that QEMU has chosen.
+
+    SSH is on the wanted port, or with none wanted on the first free one of 2222 and the fallback range, or else on any.
+    """
+    want = record.want_port if record.own else place.config.ssh_port
+    for port in [want] if want else [*filter(port_free, (FIRST_PORT, *FALLBACK_PORTS)), ANY_PORT]:
+        try:
+            key = (place.key_cd,) if place.key_cd.is_file() else ()
+            pid = vm.launch(spec(place, record, port, cds=key), place.qemu_log, die_with_us=die_with_us)
+        except MachineError as error:
+            taken = vm.port_taken(error)
+            if taken is None:
+                raise
+            if taken != port:
+                raise forward_taken(taken) from None
+        else:
+            try:
+                ssh_forward, *forwards = resolve(place, [Forward(port, argv.GUEST_SSH_PORT), *asked(record)])
+            except BaseException:
+                vm.end_stray(place.qmp)
+                raise
+            return pid, ssh_forward.host, forwards
+    raise ssh_port_taken(want or ANY_PORT, own=record.own)
+
+
+def asked(record: MachineRecord) -> list[Forward]:
+    """The forwards as they were asked for. Earlier versions kept only what was given."""
+    return [Forward.parse(text) for text in record.want_forwards or record.forwards]
+
+
+def ssh_port_taken(port: int, *, own: bool) -> MachineError:
+    """Who holds the port, and how to have another."""
+    free = next((p for p in FALLBACK_PORTS if p != port and port_free(p)), "auto")
+    offer = f"vmtasks run --ssh-port {free}" if own else f"doit port={free} start"
+    hint = offer if free == "auto" or own else f"{offer}, or port=auto"
+    return MachineError(f"port {port} is taken{by(port)}", hint=hint)
+
+
+def forward_taken(port: int) -> MachineError:
+    """A port of `-p` that somebody else has."""
+    free = next((p for p in range(port + 1, port + 100) if p <= 65535 and port_free(p)), None)
+    hint = f"-p {free}:GUEST" if free else "choose another port for this host's side"
+    return MachineError(f"port {port}, the host's side of a forward, is taken{by(port)}", hint=hint)
+
+
+def by(port: int) -> str:
+    """` by name (pid N)`, where that can be known."""
+    holder = port_holder(port)
+    return f" by {holder}" if holder else ""
+
+
+def resolve(place: Place, forwards: list[Forward]) -> list[Forward]:
+    """The forwards with the ports that QEMU has chosen where any free one was asked for."""
+    if all(forward.host for forward in forwards):
+        return forwards
+    with qmp.connect(place.qmp, timeout_s=5) as control:
+        table = str(control.cmd("human-monitor-command", **{"command-line": "info usernet"}))
+    chosen = re.findall(r"HOST_FORWARD\]\s+\d+\s+127\.0\.0\.1\s+(\d+)\s+\S+\s+(\d+)", table)
+    found: list[Forward] = []
+    for forward in forwards:
+        known = {known.host for known in [*forwards, *found]}
+        ports = [int(host) for host, guest in chosen if int(guest) == forward.guest and int(host) not in known]
+        if not forward.host and not ports:
+            raise MachineError(f"QEMU does not say which port leads to the guest's {forward.guest}", log=place.qemu_log)
+        found.append(forward if forward.host else Forward(ports[0], forward.guest))
+    return found
+
+
+# -- what is started
+
+
+def spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
+    """The machine's QEMU."""
+    return hardware.spec(
+        place.config,
+        place.state.accel,
+        name=place.name,
+        disk=place.disk.absolute(),
+        network=place.config.network,
+        ssh_port=port,
+        forwards=tuple((forward.host, forward.guest) for forward in asked(record)),
+        shares=tuple(
+            Share(f"bind{number}", bind.host, read_only=bind.read_only)
+            for number, bind in enumerate(record.binds)
+            if not bind.copied
+        ),
+        mac=record.mac,
+        console_socket=place.serial,
+        console_log=place.console_log.absolute(),
+        qmp_socket=place.qmp,
+        events=place.events.absolute(),
+        pidfile=(place.folder / f"{place.name}.pid").absolute(),
+        **more,
+    )
+
+
+def links(place: Place, record: MachineRecord) -> None:
+    """State files by the names that scripts expect: ports, and links to the sockets in their short folder."""
+    forwards = map(Forward.parse, record.forwards)
+    rows = [("ssh", record.ssh_port), *((str(forward.guest), forward.host) for forward in forwards)]
+    files.write(place.folder / f"{place.name}.ports", "".join(f"{what},{port}\n" for what, port in rows))
+    places = {
+        f"{place.name}-monitor.socket": "qmp",
+        f"{place.name}-serial.socket": "serial",
+        "ssh_config": "ssh_config",
+    }
+    for name, socket_name in places.items():
+        link = place.folder / name
+        link.unlink(missing_ok=True)
+        link.symlink_to(place.sockets / socket_name)
+
+
+def on_terminal(place: Place, record: MachineRecord, display: str, **more: Any) -> int:
+    """Run the machine in the foreground with its console here; returns QEMU's status."""
+    place.open_sockets()
+    port = place.config.ssh_port or next(filter(port_free, (FIRST_PORT, *FALLBACK_PORTS)), ANY_PORT)
+    return process.attach(argv.on_terminal(spec(place, record, port, **more), display))

@@ -1,0 +1,112 @@
+"""The stop ladder: power off in the guest, ACPI button, QMP quit, SIGTERM, SIGKILL; each with a deadline."""
+
+from contextlib import suppress
+
+import msgspec
+
+from vmtasks.errors import MachineError, VmTasksError
+from vmtasks.guest import ssh
+from vmtasks.host import process
+from vmtasks.host.progress import Say
+from vmtasks.images.workspace import MachineRecord
+from vmtasks.machines.folder import Place
+from vmtasks.qemu import argv, qmp, vm
+
+POWEROFF_S = 15.0
+GENTLE = ("power off in the guest", "ACPI power button")
+"""Rungs after which the guest's file systems are whole. Any other end is a power cut for them."""
+AT_REST = "already stopped"
+
+
+def stop(
+    place: Place, record: MachineRecord | None, note: Say, *, gentle: bool = True, timeout_s: float | None = None
+) -> str:
+    """Down the ladder; afterwards the record says that the machine is at rest. Returns the rung that was needed.
+
+    Each gentle rung has `timeout_s`, by default what the guest needs on this host. Without a record that can be read,
+    what can be found is stopped: by QEMU's command line, or behind its socket. MachineError for what is not ours to
+    end, or does not end.
+    """
+    pid, rung = place.process(), AT_REST
+    if pid is not None:
+        first = rungs(place, record, note, timeout_s) if gentle and roused(place, note) else []
+        rung = vm.stop(pid, argv.PROGRAM, first, place.qmp)
+        late = gentle and rung not in (*GENTLE, AT_REST)
+        why = ": the guest did not power off, as if its power was cut" if late else ""
+        note(f"machine {place.name} stopped ({rung}){why}")
+    elif vm.end_stray(place.qmp):
+        rung = "QMP quit"
+        note(f"machine {place.name} stopped ({rung}), though no process of it was found")
+    if (record is None or record.pid) and rung not in GENTLE:
+        place.crashed.touch()
+    _tidy(place, record)
+    return rung
+
+
+def end_stray(place: Place) -> None:
+    """End a QEMU that no record names: whoever started it was killed before it was recorded.
+
+    MachineError for one that is not ours to end.
+    """
+    pid = place.process()
+    if pid is not None:
+        vm.stop(pid, argv.PROGRAM, [], place.qmp)
+    vm.end_stray(place.qmp)
+
+
+def _tidy(place: Place, record: MachineRecord | None) -> None:
+    """Remove what only a machine that runs has, and write that it is at rest."""
+    if record is not None:
+        ssh.close(place.target(record))
+    elif place.qmp.exists() and vm.served(place.qmp):
+        raise MachineError(
+            f"machine {place.name}: somebody serves {place.qmp} and does not end; nothing was removed",
+            hint="see who has it open (fuser), and end that",
+        )
+    for leftover in (place.pidfile, place.folder / f"{place.name}.ports"):
+        leftover.unlink(missing_ok=True)
+    for socket in (*place.sockets.glob("ssh-*"), place.qmp, place.serial):
+        socket.unlink(missing_ok=True)
+    if record is not None:
+        now = place.record() or record
+        place.write(msgspec.structs.replace(now, pid=0, pid_started="", ready=False))
+
+
+def roused(place: Place, note: Say) -> bool:
+    """Whether the guest can power off: not one that panicked or whose disk is full. One that was paused goes on."""
+    state = place.stuck()
+    if state == qmp.FULL:
+        with suppress(MachineError):
+            place.go_on(note)
+            state = ""
+    if state == "paused":
+        with suppress(MachineError):
+            vm.control(place.qmp, "cont")()
+    elif state:
+        note(f"machine {place.name} cannot power off: {qmp.STUCK[state]}")
+        return False
+    return True
+
+
+def rungs(place: Place, record: MachineRecord | None, note: Say, timeout_s: float | None) -> list[vm.Rung]:
+    """The rungs that let the guest put its file systems in order. What keeps one from being tried is said."""
+    try:
+        factor = place.state.accel.factor
+    except VmTasksError as error:  # it is to stop all the same
+        note(f"machine {place.name}: {error.message}")
+        factor = 1.0
+    wait_s = POWEROFF_S * factor if timeout_s is None else timeout_s
+    button_s = wait_s / 2 if timeout_s is None else wait_s
+    button = (GENTLE[1], vm.control(place.qmp, "system_powerdown"), button_s)
+    if record is None:
+        return [button]
+    target = place.target(record)
+    inside = ssh.script(place.config.guest.poweroff, cwd="/", env={}, user="root")
+
+    def power_off() -> bool:
+        reached = ssh.is_ready(target)
+        if reached:
+            process.run(target.argv(ssh.remote_line(inside)), timeout_s=min(20, wait_s), check=False)
+        return reached
+
+    return [(GENTLE[0], power_off, wait_s), button]

@@ -1,0 +1,299 @@
+"""One QEMU: boot it in the foreground or as a daemon, know whether it is still ours, and stop it step by step."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from vmtasks.errors import CommandError, MachineError
+from vmtasks.host import files, process, processes
+from vmtasks.qemu import argv, console, events, qmp
+
+LAUNCH_S = 30.0
+STRAY_S = 10.0
+IDLE_S = 86400.0
+SOCKET_PATH_BYTES = 107
+"""A UNIX socket's address holds no longer path; see unix(7)."""
+
+
+@dataclass
+class Booted:
+    """A QEMU that is our child, with its console and its control socket open."""
+
+    process: process.Child
+    serial: console.Serial
+    control: qmp.Qmp
+
+
+@dataclass(frozen=True)
+class Pid:
+    """A process that can be told from a later one with the same number."""
+
+    number: int
+    started: str
+
+    def alive(self, mark: str) -> bool:
+        """Whether it is there and is what we started: same start, and `mark` in its command line.
+
+        The kernel takes the memory of a process that ends, and with it the command line, before it closes its files: it
+        is there until its locks and ports are free.
+        """
+        if not self.started or processes.started(self.number) != self.started:
+            return False
+        line = processes.command_line(self.number)
+        return not line or mark in line
+
+
+Rung = tuple[str, Callable[[], object], float]
+"""A step of the ladder by which a machine is stopped: name, action, seconds to wait unless the action gave False."""
+
+
+@contextlib.contextmanager
+def boot(spec: argv.Spec, output: Path, *, pass_fds: Sequence[int] = ()) -> Iterator[Booted]:
+    """Run QEMU as our child for the length of the block; it never outlives us. What it says itself goes to `output`.
+
+    MachineError with QEMU's own words when it does not come up.
+    """
+    words = argv.command(spec)
+    with (
+        output.open("wb") as sink,
+        process.spawn(words, output=sink, pass_fds=pass_fds, die_with_us=True, unprivileged=True) as child,
+        contextlib.ExitStack() as stack,
+    ):
+        try:
+            serial = stack.enter_context(console.connect(spec.console_socket, timeout_s=LAUNCH_S, ended=_ended(child)))
+            control = stack.enter_context(qmp.connect(spec.qmp_socket, timeout_s=LAUNCH_S, ended=_ended(child)))
+        except MachineError as error:
+            process.end(child)
+            said = files.read_text(output, "replace").strip()
+            raise MachineError(f"QEMU did not start: {said or error.message}", log=output) from None
+        yield Booted(child, serial, control)
+
+
+def _ended(child: process.Child) -> Callable[[], bool]:
+    return lambda: child.poll() is not None
+
+
+def launch(spec: argv.Spec, output: Path, *, die_with_us: bool = False) -> Pid:
+    """Start a QEMU that outlives us, unless `die_with_us`, and return its process. What it says goes to `output`.
+
+    MachineError with its own words when it ends at once or opens no control socket; port_taken() tells whether a port
+    was why. QEMU's -daemonize is not used: it forks, which its sandbox then forbids.
+    """
+    if spec.events is not None:
+        events.prepare(spec.events)
+    with output.open("wb") as sink:
+        child = process.detach(argv.command(spec), sink, die_with_us=die_with_us, unprivileged=True)
+    try:
+        with qmp.connect(spec.qmp_socket, timeout_s=LAUNCH_S, ended=_ended(child)) as control:
+            control.cmd("query-status")
+    except BaseException as error:
+        process.end(child)
+        said = files.read_text(output, "replace").strip()
+        if isinstance(error, MachineError):
+            raise MachineError(f"QEMU did not start: {said or error.message}", log=output) from None
+        raise
+    pid = Pid(child.pid, processes.started(child.pid))
+    process.reap_when_over(child)
+    return pid
+
+
+def find(pidfile: Path) -> Pid | None:
+    """The QEMU of ours that was started with this pid file, whatever is recorded of it, and whatever the file says.
+
+    MachineError for one that runs as somebody who neither we are nor the owner of the file's folder: it is not ours.
+    """
+    for number in processes.numbers():
+        began, words = processes.started(number), processes.words(number)
+        if not words or Path(words[0]).name != argv.PROGRAM or not began or not _has_pidfile(words, pidfile):
+            continue
+        runs_as = processes.user(number)
+        if runs_as not in (os.geteuid(), pidfile.parent.stat().st_uid):
+            raise MachineError(
+                f"process {number} was started with {pidfile}, by user {runs_as}: it is not ours to end",
+                hint="ask that user, or root, to stop it",
+            )
+        if processes.started(number) == began:
+            return Pid(number, began)
+    return None
+
+
+def _has_pidfile(words: Sequence[str], pidfile: Path) -> bool:
+    wanted = pidfile.resolve()
+    return any(word == "-pidfile" and Path(value).resolve() == wanted for word, value in pairwise(words))
+
+
+def end_stray(qmp_socket: Path) -> bool:
+    """End a QEMU that serves this socket and stands in no record. True if there was one.
+
+    Whoever started it was killed before it could write the record. A QEMU behind a socket in our private folder is
+    ours, whatever its process id.
+    """
+    if not qmp_socket.exists():
+        return False
+    try:
+        with qmp.connect(qmp_socket, timeout_s=0, ended=lambda: True) as control:
+            control.cmd("quit")
+    except MachineError:
+        return False
+    return wait_until(lambda: not qmp_socket.exists(), STRAY_S)
+
+
+def port_taken(error: MachineError) -> int | None:
+    """The loopback port that QEMU was to forward and could not bind; None when that was not why it ended."""
+    found = re.search(r"Could not set up host forwarding rule 'tcp:127\.0\.0\.1:(\d+)-", error.message)
+    return int(found[1]) if found else None
+
+
+def stop(pid: Pid, mark: str, rungs: Sequence[Rung], qmp_socket: Path) -> str:
+    """Climb the ladder until the machine is gone; returns the rung that was needed.
+
+    `rungs` come first; then QMP quit, SIGTERM and SIGKILL. Nothing is sent to a process that is not provably ours.
+    """
+
+    def send_signal(number: int) -> Callable[[], object]:
+        return lambda: os.kill(pid.number, number) if pid.alive(mark) else None
+
+    ladder = [
+        *rungs,
+        ("QMP quit", control(qmp_socket, "quit"), 10.0),
+        ("SIGTERM", send_signal(signal.SIGTERM), 5.0),
+        ("SIGKILL", send_signal(signal.SIGKILL), 5.0),
+    ]
+    for name, action, wait_s in ladder:
+        if not pid.alive(mark):
+            return "already stopped"
+        done: object = False
+        with contextlib.suppress(MachineError, ProcessLookupError, CommandError):
+            done = action()
+        if done is False:
+            continue
+        if wait_until(lambda: not pid.alive(mark), wait_s, every_s=0.05):
+            return name
+    raise MachineError(f"process {pid.number} did not end even after SIGKILL", hint="is it stuck in the kernel? see ps")
+
+
+def control(qmp_socket: Path, command: str) -> Callable[[], None]:
+    """An action for a rung: run one QMP command."""
+
+    def send() -> None:
+        with qmp.connect(qmp_socket, timeout_s=5) as connection:
+            connection.cmd(command)
+
+    return send
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float, *, every_s: float = 0.1) -> bool:
+    """Poll `condition`; True as soon as it holds, False after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(every_s)
+    return True
+
+
+def socket_base(*, make: bool = True) -> Path:
+    """A short folder of ours, mode 0700, for UNIX sockets. MachineError when somebody else owns it.
+
+    With `make` False it may not be there.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime.startswith("/") and os.access(runtime, os.W_OK) and len(os.fsencode(runtime)) <= 40:
+        base = Path(runtime) / "vmtasks"
+    else:
+        base = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) <= 40 else "/tmp") / f"vmtasks-{os.getuid()}"  # noqa: S108
+    if make:
+        base.mkdir(mode=0o700, exist_ok=True)
+    try:
+        stat = base.lstat()
+    except FileNotFoundError:
+        return base
+    if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or base.is_symlink():
+        raise MachineError(f"{base} is not a private folder of ours", hint=f"look who made it, then: rm -r {base}")
+    return base
+
+
+def socket_place(machine: Path) -> Path:
+    """Where socket_folder() is or would be; nothing is made."""
+    return socket_base(make=False) / hashlib.sha256(os.fsencode(machine.absolute())).hexdigest()[:12]
+
+
+def socket_folder(machine: Path) -> Path:
+    """The folder for the sockets of the machine whose state is in `machine`; made if needed, and now in use."""
+    folder = socket_place(machine)
+    with _alone(socket_base()):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        os.utime(folder)
+    return folder
+
+
+def reap_sockets(idle_s: float = IDLE_S) -> list[Path]:
+    """Remove socket folders that nobody has used for `idle_s` and behind whose sockets is nobody; returns them.
+
+    They are left when a machine's folder is removed by hand. A machine that still is there gets its own anew.
+    """
+    base, gone = socket_base(make=False), []
+    for folder in base.iterdir() if base.is_dir() else ():
+        if not re.fullmatch(r"[0-9a-f]{12}", folder.name) or not _idle(folder, idle_s) or _served(folder):
+            continue
+        with _alone(base):
+            if _idle(folder, idle_s):  # still: socket_folder() may have handed it out meanwhile
+                shutil.rmtree(folder, ignore_errors=True)
+                gone.append(folder)
+    return gone
+
+
+@contextlib.contextmanager
+def _alone(base: Path) -> Iterator[None]:
+    """Be the only one that hands out or removes a socket folder."""
+    handle = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _idle(folder: Path, idle_s: float) -> bool:
+    with contextlib.suppress(OSError):
+        return time.time() - folder.lstat().st_mtime > idle_s
+    return False
+
+
+def _served(folder: Path) -> bool:
+    """Whether anybody listens on a socket in the folder. One that cannot be asked counts as served."""
+    return any(path.is_socket() and served(path) for path in sorted(folder.iterdir()))
+
+
+def served(path: Path) -> bool:
+    """Whether anybody listens on a socket. One that cannot be asked counts as served."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.settimeout(0)
+        return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
+
+
+@contextlib.contextmanager
+def temporary_sockets() -> Iterator[Path]:
+    """A socket folder for the length of the block. Also removes those of processes that were killed."""
+    base = socket_base()
+    for old in base.glob("p*"):
+        pid = re.fullmatch(r"p(\d+)-.*", old.name)
+        if pid is not None and not processes.started(int(pid[1])):
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=f"p{os.getpid()}-", dir=base))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

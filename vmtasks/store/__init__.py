@@ -1,0 +1,1 @@
+"""What is kept by digest, shared by all projects of a user."""

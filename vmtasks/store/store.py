@@ -1,0 +1,401 @@
+"""The store: downloads and images by digest, published whole or not at all, one writer for each.
+
+downloads/<sha256>           what was fetched; its name is its digest
+downloads/<sha256>.json      where it came from, if it was downloaded
+media/<recipe>.toml          which download an installer recipe led to
+images/<digest>.<bytes>.qcow2  read-only, backed by the image before it (named relatively: the store can be moved);
+                             `bytes` begins the SHA-256 of the file, so that no other bytes ever get this name
+images/<digest>.<bytes>.toml its record, written last: no record, no image
+images/<digest>.<bytes>.damaged  the record of an image whose bytes were found to be others
+images/<digest>.partial      an image being made; whoever holds its lock may remove it
+failed/<digest>.qcow2        the disk of a phase that failed, kept to look inside
+locks/, accel.json, history.json
+"""
+
+import contextlib
+import glob
+import hashlib
+import os
+import tomllib
+from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from vmtasks.errors import ImageError, StateError
+from vmtasks.host import files
+from vmtasks.host.locks import Waiting, lock
+from vmtasks.host.progress import History
+from vmtasks.store import qcow2
+
+R = TypeVar("R", bound=msgspec.Struct)
+Look = Literal["time", "sample", "bytes"]
+"""How well an image is looked at: size and time only; also its header and samples of its bytes; every byte."""
+
+BYTES = 16
+"""How many digits of the SHA-256 are in the name of an image file."""
+
+
+class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What is known of a published image. Sizes in bytes, times in seconds since 1970 or of duration.
+
+    Images of older versions have neither `file` nor `sample`.
+    """
+
+    digest: str
+    guest: str
+    version: str
+    name: str
+    size: int
+    mtime_ns: int
+    sha256: str
+    virtual_size: int
+    backing: str = ""
+    backing_sha256: str = ""
+    ssh_user: str = ""
+    host_keys: list[str] = []
+    created: float = 0.0
+    duration_s: float = 0.0
+    accel: str = ""
+    qemu: str = ""
+    file: str = ""
+    sample: str = ""
+
+    @property
+    def stem(self) -> str:
+        """The name of the image's file, without `.qcow2`."""
+        return self.file or self.digest
+
+    @property
+    def chain(self) -> str:
+        """Digest of this image's bytes and of all that it stands on; a child's record holds it as `backing_sha256`."""
+        own_and_below = f"{self.sha256} {self.backing_sha256}"
+        return hashlib.sha256(own_and_below.encode()).hexdigest() if self.backing else self.sha256
+
+
+class MediaRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """An installer: the ISO's digest and size, where it came from, and the packages that it was composed of.
+
+    `verified` says what it was held against; empty: nothing was known, and the user allowed that.
+    """
+
+    sha256: str
+    size: int
+    mtime_ns: int
+    origin: str
+    recipe: str
+    packages: list[str] = []
+    local_packages: dict[str, list[str]] = {}
+    verified: str = ""
+
+
+class Store:
+    """One store. Methods raise OSError for a full or read-only file system; nothing half-written is published."""
+
+    def __init__(self, root: Path) -> None:
+        """`root` is made when first written to."""
+        self.root = root
+
+    # -- paths
+
+    def download(self, sha256: str) -> Path:
+        """Where the file with this digest is, if it is."""
+        return self.root / "downloads" / sha256
+
+    def failed(self, digest: str) -> Path:
+        """Where the disk of a failed phase is kept."""
+        return self.root / "failed" / f"{digest}.qcow2"
+
+    def downloads(self) -> list[Path]:
+        """All whole downloads."""
+        return sorted(path for path in (self.root / "downloads").glob("*") if len(path.name) == 64 and path.is_file())
+
+    @property
+    def history(self) -> History:
+        """How long each piece of work took the last time."""
+        return History(self.root / "history.json")
+
+    def image(self, record: ImageRecord) -> Path:
+        """Where the image of this record is, if it is."""
+        return self.root / "images" / f"{record.stem}.qcow2"
+
+    def partial(self, digest: str) -> Path:
+        """Where the image with this digest is being made. Beside the others, so that its backing name stays right."""
+        return self.root / "images" / f"{digest}.partial"
+
+    def snapshot_key(self, digest: str) -> Path:
+        """Where the private key is that lets in to an image of a machine with a key of its own, if it is one."""
+        return self.root / "keys" / "snapshots" / digest
+
+    # -- images
+
+    def made(self, digest: str) -> list[ImageRecord]:
+        """The readable records of all images that were made for this digest, newest first."""
+        folder, name = self.root / "images", glob.escape(digest)
+        paths = (*folder.glob(f"{name}.toml"), *folder.glob(f"{name}.*.toml"))
+        found = (read_record(path, ImageRecord) for path in paths)
+        return sorted((r for r in found if r is not None and r.digest == digest), key=lambda r: -r.created)
+
+    def record(self, digest: str, sha256: str) -> ImageRecord | None:
+        """The record of the image with these bytes; None when there is none that can be read."""
+        for stem in (_stem(digest, sha256), digest):
+            record = read_record(self.root / "images" / f"{stem}.toml", ImageRecord)
+            if record is not None and (record.digest, record.sha256) == (digest, sha256):
+                return record
+        return None
+
+    def find(
+        self, digest: str, sha256: str = "", *, chain: str | None = None, look: Look = "time"
+    ) -> tuple[ImageRecord | None, str]:
+        """The record of an intact image of this digest, the newest; or None and why there is none.
+
+        With `sha256` only the image with these bytes, and with `chain` only one that stands on that chain of bytes;
+        an empty one is that of an image that stands on none.
+        """
+        exact = self.record(digest, sha256) if sha256 else None
+        made = [exact] if exact else self.made(digest)
+        if not made:
+            aside = any((self.root / "images").glob(f"{glob.escape(digest)}*.damaged"))
+            return None, "the image was damaged" if aside else "the image is gone" if sha256 else "not built yet"
+        asked = [r for r in made if sha256 in ("", r.sha256) and chain in (None, r.backing_sha256)]
+        why = "" if asked else "the image was built anew" if sha256 else "the image below it was built anew"
+        for record in asked:
+            fault = self.fault(record, look)
+            if not fault:
+                return record, ""
+            why = why or fault
+        return None, why
+
+    def fault(self, record: ImageRecord, look: Look = "time") -> str:
+        """Why an image is invalid, or ''. Looks at the whole chain of images below it.
+
+        One whose bytes are not what its record says loses its record, so that nobody believes it again.
+        """
+        fault = self.own_fault(record, look)
+        if fault or not record.backing:
+            return fault
+        below = self.below(record)
+        if below is None:
+            gone = "was built anew" if self.made(record.backing) else "is gone"
+            return f"the image below it, {record.backing[:12]}, {gone}"
+        return self.fault(below, look)
+
+    def own_fault(self, record: ImageRecord, look: Look) -> str:
+        """As fault(), without the images below."""
+        path = self.image(record)
+        fault = file_fault(path, record.size, record.mtime_ns, record.sha256, full=look == "bytes")
+        if not fault and look == "sample":
+            fault = self._header_fault(record) or self._sample_fault(record)
+        if fault.endswith(OTHER_BYTES):
+            with contextlib.suppress(OSError):
+                path.with_suffix(".toml").rename(path.with_suffix(".damaged"))
+        return fault
+
+    def below(self, record: ImageRecord) -> ImageRecord | None:
+        """The image whose bytes this one stands on; None when there is no record of it."""
+        return next((r for r in self.made(record.backing) if r.chain == record.backing_sha256), None)
+
+    def _sample_fault(self, record: ImageRecord) -> str:
+        """What samples tell of an image that has the size and time that it should have."""
+        path = self.image(record)
+        try:
+            other = bool(record.sample) and qcow2.sample(path) != record.sample
+        except OSError as error:
+            return f"{path.name} cannot be read: {error.strerror}"
+        return f"{path.name} {OTHER_BYTES}" if other else ""
+
+    def _header_fault(self, record: ImageRecord) -> str:
+        """What the header of an image tells, also of which image it stands on."""
+        path, told = self.image(record), qcow2.header(self.image(record))
+        if told is None or told.virtual_size != record.virtual_size:
+            return f"{path.name} {OTHER_BYTES}"
+        below = self.below(record) if record.backing else None
+        backing = self.image(below).name if below else ""
+        return f"{path.name} stands on {told.backing}, not on {backing}" if below and told.backing != backing else ""
+
+    @contextlib.contextmanager
+    def explaining(self, image: ImageRecord | None, hint: str) -> Iterator[None]:
+        """Where a program fails on a disk in the block, read every byte of `image` that it stands on.
+
+        ImageError that names the damaged image and gives `hint`, or else the program's own.
+        """
+        try:
+            yield
+        except ImageError as error:
+            fault = self.fault(image, "bytes") if image is not None else ""
+            if not fault:
+                raise
+            raise ImageError(fault, hint=hint, log=error.log) from error
+
+    def publish(self, digest: str, record: Callable[[os.stat_result, str], ImageRecord]) -> ImageRecord:
+        """Turn the partial image of `digest` into a published one. What was published before stays as it is.
+
+        The data is made durable, then named, then the record is written: a kill at any moment leaves either no image
+        or a whole one. `record` is given the file's stat and SHA-256.
+        """
+        partial = self.partial(digest)
+        partial.chmod(0o444)
+        with partial.open("rb") as data:
+            os.fsync(data.fileno())
+        sha256 = files.sha256(partial)
+        made = record(partial.stat(), sha256)
+        made = msgspec.structs.replace(made, file=_stem(digest, sha256), sample=qcow2.sample(partial))
+        image = self.image(made)
+        partial.rename(image)
+        files.sync_folder(image.parent)
+        write_record(image.with_suffix(".toml"), made)
+        return made
+
+    def keep_failed(self, digest: str) -> Path:
+        """Move the partial image of a failed phase to where it can be looked at."""
+        kept = self.failed(digest)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        self.partial(digest).rename(kept)
+        return kept
+
+    def mend(self) -> list[str]:
+        """Give images back their records that were set aside, where the right bytes are there again; their names."""
+        again = []
+        for path in sorted((self.root / "images").glob("*.damaged")):
+            record = read_record(path, ImageRecord)
+            if record is not None and not file_fault(
+                self.image(record), record.size, record.mtime_ns, record.sha256, full=True
+            ):
+                path.rename(path.with_suffix(".toml"))
+                again.append(path.stem)
+        return again
+
+    def records(self) -> list[ImageRecord]:
+        """All readable records, oldest first."""
+        found = (read_record(path, ImageRecord) for path in sorted((self.root / "images").glob("*.toml")))
+        return sorted((r for r in found if r is not None), key=lambda r: r.created)
+
+    # -- pruned
+
+    def drop(self, record: ImageRecord) -> None:
+        """Remove an image, its record first. For who holds its lock."""
+        image = self.image(record)
+        image.with_suffix(".toml").unlink(missing_ok=True)
+        image.unlink(missing_ok=True)
+
+    def reachable(self, named: Iterable[tuple[str, str]], stems: Iterable[str]) -> set[str]:
+        """The names of all image files that are needed: by digest and SHA-256, by name, and below one that is.
+
+        What stands on what, both records and the files' own headers tell.
+        """
+        folder, named = self.root / "images", set(named)
+        there = {path.stem for path in folder.glob("*.qcow2") if not path.name.startswith(".")}
+        todo = {*stems, *(stem for stem in (_stem(*name) for name in named))}
+        todo |= {digest for digest, sha256 in named if not self._is_other(digest, sha256)}
+        todo |= {Path(h.backing).stem for path in folder.glob("*.partial") if (h := qcow2.header(path)) and h.backing}
+        found: set[str] = set()
+        while todo:
+            stem = todo.pop()
+            if stem in found or stem not in there:
+                continue
+            found.add(stem)
+            told = qcow2.header(folder / f"{stem}.qcow2")
+            if told is not None and told.backing:
+                todo.add(Path(told.backing).stem)
+            record = read_record(folder / f"{stem}.toml", ImageRecord)
+            if record is not None and record.backing and (below := self.below(record)):
+                todo.add(below.stem)
+        return found
+
+    def _is_other(self, digest: str, sha256: str) -> bool:
+        """Whether the image that an older version named by `digest` alone is known to have other bytes."""
+        record = read_record(self.root / "images" / f"{digest}.toml", ImageRecord)
+        return record is not None and record.sha256 != sha256
+
+    def prune(self, needed: set[str] | None, *, dry_run: bool = False) -> list[Path]:
+        """Remove the images that are not in `needed`, kept disks and leftovers; returns them. None: all are needed.
+
+        With `dry_run` nothing is removed. What somebody holds the lock of is left alone.
+        """
+        gone = []
+        paths = (*(self.root / "images").glob("*"), *(self.root / "failed").glob("*"))
+        for path in sorted(paths, key=lambda path: (path.suffix == ".qcow2", path)):  # records first
+            if files.is_temporary(path.name):  # vmtasks.store.leftovers sees to these
+                continue
+            if path.is_dir() and not path.is_symlink():
+                continue  # nothing of ours
+            published = path.parent.name == "images" and path.suffix in (".damaged", ".qcow2", ".toml")
+            if published and (needed is None or path.stem in needed):
+                continue
+            digest = path.name.partition(".")[0]
+            with contextlib.suppress(StateError), self.lock(f"image-{digest}", timeout_s=0):
+                if not dry_run:
+                    path.unlink(missing_ok=True)
+                gone.append(path)
+        return gone
+
+    # -- locks
+
+    def lock(
+        self, name: str, *, timeout_s: float, waiting: Waiting | None = None
+    ) -> contextlib.AbstractContextManager[int]:
+        """Be the only writer of `name`; see vmtasks.host.locks."""
+        files.private_folder(self.root)
+        return lock(self.root / "locks" / f"{name}.lock", name, timeout_s=timeout_s, waiting=waiting)
+
+
+OTHER_BYTES = "does not have the bytes that its record says"
+SECOND_NS = 10**9
+
+
+def file_fault(path: Path, size: int, mtime_ns: int, sha256: str, *, full: bool = False) -> str:
+    """Why `path` is not the file that was recorded, or ''. Reads it only where its time is another, or if `full`.
+
+    One that has the right bytes gets the time that its record says, so that it is not read again: a store that was
+    copied, or restored from a cache of CI, is as good as it was.
+    """
+    try:
+        stat = path.stat()
+        if stat.st_size != size:
+            return f"{path.name} has {stat.st_size} bytes, its record says {size}"
+        same_time = stat.st_mtime_ns in (mtime_ns, mtime_ns // SECOND_NS * SECOND_NS)  # archives keep whole seconds
+        if same_time and not full:
+            return ""
+        if files.sha256(path) != sha256:
+            return f"{path.name} {OTHER_BYTES}"
+    except FileNotFoundError:
+        return f"{path.name} is gone"
+    except OSError as error:
+        return f"{path.name} cannot be read: {error.strerror}"
+    if not same_time:
+        with contextlib.suppress(OSError):  # a store that may not be written to
+            os.utime(path, ns=(stat.st_atime_ns, mtime_ns))
+    return ""
+
+
+def read_record(path: Path, kind: type[R]) -> R | None:
+    """A record as it was written; None when it is absent, damaged or of another format."""
+    try:
+        return load_record(path, kind)
+    except (OSError, ValueError):
+        return None
+
+
+def load_record(path: Path, kind: type[R]) -> R:
+    """A record as it was written. OSError when it cannot be read, ValueError when it is damaged."""
+    return msgspec.convert(_parsed(files.read_text(path)), kind)
+
+
+@lru_cache(maxsize=64)
+def _parsed(text: str) -> dict[str, Any]:
+    """A record's text as TOML; a run with nothing to do reads most of them twice or more."""
+    return tomllib.loads(text)
+
+
+def write_record(path: Path, record: msgspec.Struct) -> None:
+    """Publish a record: whole or not at all."""
+    import tomli_w  # noqa: PLC0415
+
+    files.write(path, tomli_w.dumps(msgspec.to_builtins(record)))
+
+
+def _stem(digest: str, sha256: str) -> str:
+    """The name of an image file, which no other bytes ever get."""
+    return f"{digest}.{sha256[:BYTES]}"

@@ -1,0 +1,1 @@
+"""Suites: sync, build, run, collect, and their last results."""

@@ -1,0 +1,190 @@
+"""What a suite left behind -> JUnit XML: its own JUnit file, TAP, `go test -json`, or the plain exit status. PURE."""
+
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from vmtasks.host.process import Ended
+from vmtasks.suites.junit import gotest, own, tap
+from vmtasks.suites.junit.case import LOG_LIMIT, TEXT_LIMIT, Case, Outcome, clean, one_line, seconds, shorten
+
+Format = Literal["auto", "tap", "go-json", "junit", "plain"]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How a suite's test cases ended."""
+
+    passed: int = 0
+    failed: int = 0
+    skipped: int = 0
+    errors: int = 0
+
+    @property
+    def total(self) -> int:
+        """All test cases."""
+        return self.passed + self.failed + self.skipped + self.errors
+
+    @property
+    def green(self) -> bool:
+        """Nothing failed."""
+        return not (self.failed or self.errors)
+
+    def __str__(self) -> str:
+        """As people say it: `7 passed, 1 failed, 2 skipped`."""
+        errors = "error" if self.errors == 1 else "errors"
+        shown = [(self.passed, "passed"), (self.failed, "failed"), (self.errors, errors), (self.skipped, "skipped")]
+        return ", ".join(f"{number} {what}" for number, what in shown if number) or "no tests"
+
+
+@dataclass(frozen=True)
+class Report:
+    """JUnit XML, its counts, and in one sentence the first trouble that is not a failed test of the suite's own."""
+
+    xml: bytes
+    counts: Counts
+    trouble: str
+
+
+def report(
+    name: str,
+    output: str,
+    *,
+    ended: Ended | None,
+    duration_s: float,
+    fmt: Format,
+    own_xml: bytes | None,
+    problem: str = "",
+) -> Report:
+    """Say as JUnit XML how the suite `name` went, and count its cases.
+
+    `own_xml` is the JUnit file that the suite wrote, if any: it is believed before `output`. `problem`: why it is not
+    there although there should be one, or, with `ended` None, why nobody knows how the suite ended. The counts are
+    never green when the suite has not ended with 0, nor when what it left behind says that something is missing. The
+    same arguments give the same bytes.
+    """
+    log, status = clean(output), ended.status if ended else None
+    kind = "junit" if own_xml is not None else detect(log) if fmt == "auto" else fmt
+    report_of_its_own, counts, cases = b"", Counter[Outcome](), list[Case]()
+    if problem and ended:
+        cases = [Case("JUnit file", "error", problem, _tail(log))]
+    elif kind == "junit" and (ended or own_xml is not None):
+        report_of_its_own, counts, cases = _own(own_xml, log)
+    elif kind == "tap":
+        cases = [_or_plain(case) if fmt == "auto" and status == 0 else case for case in tap.cases(log)]
+    elif kind == "go-json":
+        cases, log = gotest.cases(log)
+    elif ended and not ended.timed_out:
+        cases = [_plain(ended.status, log)]
+    bad = counts["failed"] + counts["error"] + sum(case.outcome in ("failed", "error") for case in cases)
+    if ended is None:
+        cases.append(Case("run", "error", problem, _tail(log)))
+    elif ended.timed_out or (status != 0 and (problem or not bad)):
+        cases.append(Case("exit status", "error", _meaning(ended, duration_s), _tail(log)))
+    counts += Counter(case.outcome for case in cases)
+    suite = _suite(one_line(name), cases, log, duration_s)
+    totals = Counts(counts["passed"], counts["failed"], counts["skipped"], counts["error"])
+    trouble = next((one_line(case.message) for case in cases if case.outcome == "error"), "")
+    return Report(_document(report_of_its_own, suite, totals), totals, trouble)
+
+
+def detect(log: str) -> Format:
+    """Tell what the output of a suite looks like; the first line that only one format has decides.
+
+    Or, of TAP, a plan and a test point.
+    """
+    if log.lstrip().startswith(("<?xml", "<testsuite")):
+        return "junit"
+    seen = set[tap.Kind]()
+    for line in log.split("\n"):
+        seen |= {kind} if (kind := tap.kind(line)) else set()
+        if "sure" in seen or seen >= {"plan", "point"}:
+            return "tap"
+        if gotest.event(line) is not None:
+            return "go-json"
+    return "plain"
+
+
+def _or_plain(case: Case) -> Case:
+    """Say of a case that TAP makes of output that may not be meant as TAP what to do then."""
+    if case.outcome != "error":
+        return case
+    return replace(case, message=f'{case.message} (if this is no TAP: format = "plain")')
+
+
+def _own(data: bytes | None, log: str) -> tuple[bytes, Counter[Outcome], list[Case]]:
+    """Read the suite's own XML, or an error case in its place."""
+    if data is None and detect(log) == "junit":
+        data = log.encode()
+    try:
+        return own.normalised(data or b"")
+    except ValueError as problem:
+        return b"", Counter(), [Case("JUnit file", "error", f"the suite's JUnit XML cannot be used: {problem}")]
+
+
+def _plain(status: int, log: str) -> Case:
+    """Make the one test case of a suite that says nothing but its exit status."""
+    if status == 0:
+        return Case("exit status", "passed")
+    return Case("exit status", "failed", f"exited with status {status}", _tail(log))
+
+
+def _meaning(ended: Ended, duration_s: float) -> str:
+    """Say why a suite that did not end with 0 is an error although no test failed."""
+    status = ended.status
+    if ended.timed_out:
+        return f"timed out after {seconds(duration_s):g} s"
+    names = {128 + number: number.name for number in signal.Signals}
+    how = f"{status}, which is death by {names[status]}" if status in names else str(status)
+    return f"exited with status {how}, although no test failed"
+
+
+def _tail(log: str, lines: int = 30) -> str:
+    """Take the end of the output, where the reason of a failure most often stands."""
+    return "\n".join(log.rstrip("\n").split("\n")[-lines:])
+
+
+def _document(report_of_its_own: bytes, suite: Any, totals: Counts) -> bytes:
+    """Put the suite's own test suites, if any, and `suite` into one report."""
+    from xml.etree import ElementTree as ET  # noqa: PLC0415 - start-up time
+
+    from junitparser import JUnitXml  # noqa: PLC0415 - start-up time
+
+    xml: Any = JUnitXml.fromstring(report_of_its_own) if report_of_its_own else JUnitXml()
+    xml.append(suite)
+    xml.name, xml.time = suite.name, suite.time
+    xml.tests, xml.failures, xml.errors, xml.skipped = totals.total, totals.failed, totals.errors, totals.skipped
+    root = ET.fromstring(xml.tostring())  # noqa: S314 - our own
+    ET.indent(root)
+    data: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
+    return data + b"\n"
+
+
+def _suite(name: str, cases: Sequence[Case], log: str, duration_s: float) -> Any:
+    """Make the <testsuite> of the cases that were found, with the output."""
+    from junitparser import SystemOut, TestSuite  # noqa: PLC0415 - start-up time
+
+    counts = Counter(case.outcome for case in cases)
+    suite: Any = TestSuite(name)
+    suite.tests, suite.failures = len(cases), counts["failed"]
+    suite.errors, suite.skipped, suite.time = counts["error"], counts["skipped"], seconds(duration_s)
+    for case in cases:
+        suite.append(_element(name, case))
+    suite.append(SystemOut(shorten(log, LOG_LIMIT)))
+    return suite
+
+
+def _element(suite_name: str, case: Case) -> Any:
+    """Make a <testcase>."""
+    from junitparser import Error, Failure, Skipped, TestCase  # noqa: PLC0415 - start-up time
+
+    time_s = None if case.time_s is None else seconds(case.time_s)
+    element: Any = TestCase(one_line(case.name) or "unnamed", one_line(case.group) or suite_name, time_s)
+    kinds = {"failed": Failure, "error": Error, "skipped": Skipped}
+    if case.outcome in kinds:
+        result = kinds[case.outcome](one_line(case.message))
+        result.text = shorten(clean(case.text), TEXT_LIMIT)
+        element.append(result)
+    return element

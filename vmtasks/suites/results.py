@@ -1,0 +1,194 @@
+"""The suites' last results, each with the digests of all that decided it; and why one does not stand any more."""
+
+import shutil
+import time
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+
+from vmtasks.config.load import Config
+from vmtasks.errors import ConfigError
+from vmtasks.guest.tree import Walk, tree_digest
+from vmtasks.host import files
+from vmtasks.host.progress import seconds
+from vmtasks.images import plan
+from vmtasks.images.private import Private
+from vmtasks.images.workspace import CLEAN, PhaseRecord, State
+from vmtasks.store.store import read_record, write_record
+
+BUILD = "_build"
+"""The result of a build that has failed or not ended. No suite has this name."""
+LOG = "output.log"
+NOT_OVER = "the run has not ended: it goes on, or it was killed, or this host went down"
+
+
+class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """How a suite's last run ended. `status` is its exit status; `counts` and `trouble` are for people.
+
+    `timed_out`: it was ended at its deadline. `left`: why artifacts did not come.
+    """
+
+    key: str
+    status: int
+    counts: str
+    duration_s: float
+    finished: float
+    parts: dict[str, str] = {}
+    timed_out: bool = False
+    trouble: str = ""
+    left: list[str] = []
+
+
+class Results:
+    """The results of one project."""
+
+    def __init__(self, config: Config) -> None:
+        """Nothing is read yet."""
+        self.config = config
+        self.state = State(config)
+        self.folder = config.vm_dir / "results"
+        self.stale: set[str] = set()
+        """Suites that were found stale when they were asked for."""
+
+    def xml(self, name: str) -> Path:
+        """JUnit result of a suite."""
+        return self.folder / f"{name}.xml"
+
+    def record(self, name: str) -> Path:
+        """Where the suite's last result is recorded."""
+        return self.folder / f"{name}.toml"
+
+    # -- the last result
+
+    def last(self, name: str) -> ResultRecord | None:
+        """The suite's last result, passed or failed."""
+        return read_record(self.record(name), ResultRecord)
+
+    def why_stale(self, name: str) -> str:
+        """Why the suite must run; empty when its last result still stands."""
+        reason = self._why_stale(name)
+        if reason:
+            self.stale.add(name)
+        return reason
+
+    def _why_stale(self, name: str) -> str:
+        last = self.last(name)
+        if last is None or not self.xml(name).is_file():
+            return "it has not run yet"
+        if last.status != 0:
+            return f"it failed the last time ({last.trouble or last.counts})"
+        parts = self.parts(name)
+        changed = [what for what, value in parts.items() if last.parts.get(what) != value]
+        return f"changed: {', '.join(changed)}" if changed else ""
+
+    # -- the next one
+
+    def begin(self, name: str) -> Path:
+        """Take the suite's last result away, and give the empty folder for what the next run leaves.
+
+        In its place stands that the run has not ended, which is true until it has; also when it is killed.
+        """
+        self.forget(name)
+        folder = self.folder / name
+        folder.mkdir(parents=True)
+        self.broken(name, NOT_OVER)
+        return folder
+
+    def forget(self, name: str) -> None:
+        """Take the suite's last result away. The record goes first: without it no result stands."""
+        self.record(name).unlink(missing_ok=True)
+        self.xml(name).unlink(missing_ok=True)
+        folder = self.folder / name
+        if folder.is_dir() and not folder.is_symlink():
+            shutil.rmtree(folder)
+        else:
+            folder.unlink(missing_ok=True)
+
+    def publish(self, name: str, xml: bytes, record: ResultRecord) -> None:
+        """Put down how the suite has ended: the record last."""
+        self.record(name).unlink(missing_ok=True)
+        files.write(self.xml(name), xml)
+        write_record(self.record(name), record)
+
+    def broken(self, name: str, why: str, output: str = "") -> None:
+        """Put down that nobody knows how the suite has ended, or would have, and why."""
+        from vmtasks.suites import junit  # noqa: PLC0415 - start-up time
+
+        fmt = self.config.suites[name].format if name in self.config.suites else "plain"
+        made = junit.report(name, output, ended=None, duration_s=0, fmt=fmt, own_xml=None, problem=why)
+        record = ResultRecord(
+            key="",
+            status=255,
+            counts=str(made.counts),
+            duration_s=0,
+            finished=round(time.time(), 1),
+            trouble=why,
+        )
+        self.publish(name, made.xml, record)
+
+    # -- what decides
+
+    def source(self) -> Path:
+        """The tree to sync."""
+        return self.config.root / self.config.sync.source
+
+    def walk(self) -> Walk:
+        """A look at the tree to sync. ConfigError when it is in a place that never goes into a guest."""
+        private, source, table = Private(self.config), self.source(), self.config.sync
+        place = private.around(source)
+        if place is not None:
+            raise ConfigError(
+                f"sync.source = {table.source!r}: it is in {place}, where vmtasks keeps disks and keys, and never goes "
+                "into a guest; name another folder, or put that elsewhere with VM_DIR or VMTASKS_STORE"
+            )
+        return Walk(source, table.exclude, gitignore=table.gitignore, hidden=private)
+
+    def parts(self, name: str) -> dict[str, str]:
+        """What decides the suite's result, each as a short text that changes when it does."""
+        suite = msgspec.structs.asdict(self.config.suites[name])
+        decides = {key: value for key, value in suite.items() if not key.startswith("artifacts") and key != "timeout_s"}
+        return {
+            "tree": self.tree,
+            "image": self._system(),
+            "suite": plan.suite_digest(decides),
+            "build": self.built,
+        }
+
+    @cached_property
+    def tree(self) -> str:
+        """Digest of the tree to sync, as it was when first asked for: what is edited later is tested next time."""
+        return tree_digest(self.walk(), self.config.vm_dir / "tree.json")
+
+    @property
+    def built(self) -> str:
+        """Digest of how the tree is built, and where."""
+        table = self.config.build
+        return plan.suite_digest({"command": table.command, "env": table.env, "dest": self.config.sync.dest})
+
+    @property
+    def where(self) -> str:
+        """Digest of where the tree is from and where it lies in the machine."""
+        table = self.config.sync
+        return plan.suite_digest(
+            {
+                "source": str(self.source().resolve()),
+                "exclude": table.exclude,
+                "gitignore": table.gitignore,
+                "dest": table.dest,
+            }
+        )
+
+    def _system(self) -> str:
+        """Which system the machine runs: its image, and what was done to it since."""
+        record = self.state.machine(self.config.name)
+        ours = record if record and record.guest == self.config.label else None
+        if ours and not ours.image:
+            return ours.changed
+        named = read_record(self.state.snapshot_record(ours.snapshot if ours else CLEAN), PhaseRecord)
+        return (named.sha256 if named else "") + (ours.changed if ours else "")
+
+
+def describe(record: ResultRecord) -> str:
+    """`9 passed in 4.1 s`."""
+    return f"{record.counts} in {seconds(record.duration_s)}"

@@ -1,0 +1,1 @@
+"""A guest on real media, from download to removal, with a report."""
