@@ -30,6 +30,7 @@ OURS = re.compile(r"VM_.*|VMTASKS_.*|SSH_PORT|DFLY_VERSION|XDG_RUNTIME_DIR")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Switches of the VM tests; they are known where the command names tests/vm or a file in it."""
     parser.addoption("--exhaustive", action="store_true", help="run also what takes many minutes")
+    parser.addoption("--seed", type=int, help="which commands of the rehearsal fail; the day's number by default")
     parser.addoption("--remake-golden", action="store_true", help="write expected records anew; look at the difference")
 
 
@@ -54,14 +55,22 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """All that is here boots guests."""
-    here = Path(__file__).parent
+LONGEST = ("rehearsal", "machines_use", "pipeline", "remote", "remote_jobs", "machines", "failures", "machines_ill")
+"""The files that take longest begin first, so that they do not run alone at the end."""
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """All that is here boots guests. What takes long is left out, unless it is asked for."""
+    here, left = Path(__file__).parent, []
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.vm)
-            if item.get_closest_marker("exhaustive") and not item.config.getoption("--exhaustive", default=False):
-                item.add_marker(pytest.mark.skip(reason="only with --exhaustive"))
+            if item.get_closest_marker("exhaustive") and not exhaustive(config):
+                left.append(item)
+    if left:
+        config.hook.pytest_deselected(items=left)
+    order = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
+    items[:] = sorted((i for i in items if i not in set(left)), key=lambda item: order.get(item.path.name, len(order)))
 
 
 @dataclass(frozen=True)

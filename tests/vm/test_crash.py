@@ -54,6 +54,7 @@ def intact(project: Project) -> None:
         assert record is not None, why
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("half", [1, pytest.param(2, marks=pytest.mark.exhaustive)])
 def test_killed_at_random_moments(crashing: Project, half: int) -> None:
     project = crashing
@@ -103,6 +104,7 @@ def test_killed_between_the_image_and_its_record(tmp_path: Path, full_store: Pat
     project.clean_up()
 
 
+@pytest.mark.exhaustive
 def test_a_qemu_that_no_record_knows_is_ended(project: Project) -> None:
     """As doit leaves it that is killed after it has started a machine and before it has said so."""
     project.doit("start").good()

@@ -99,6 +99,7 @@ def test_a_script_that_exits_7_at_its_second_step(project: Project) -> None:
     assert "before the end" in seen.log.read_text(errors="replace")
 
 
+@pytest.mark.exhaustive
 def test_a_script_that_hangs(project: Project) -> None:
     limits(project, silence_s=1)
     script(project, INSTALL, 'step "hang"\nsleep 1000000\n')
@@ -107,6 +108,7 @@ def test_a_script_that_hangs(project: Project) -> None:
     assert "sleep 1000000" in seen.console
 
 
+@pytest.mark.exhaustive
 def test_a_script_that_talks_for_ever(project: Project) -> None:
     limits(project, total_s=1)
     script(project, INSTALL, 'step "talk"\nset +x\nwhile :; do echo talking; sleep 0.2; done\n')
@@ -134,6 +136,7 @@ def test_a_kernel_that_panics(project: Project) -> None:
     assert "</TASK>" in seen.console, "the trace that followed"
 
 
+@pytest.mark.exhaustive
 def test_a_disk_without_a_loader(project: Project) -> None:
     """The first phase passes and leaves an empty disk; the second finds nothing to boot. Then the disk is looked at."""
     script(project, INSTALL, 'step "nothing"\ntrue\n')
@@ -146,6 +149,7 @@ def test_a_disk_without_a_loader(project: Project) -> None:
         path.unlink()
 
 
+@pytest.mark.exhaustive
 def test_a_phase_cd_whose_script_may_not_be_executed(project: Project) -> None:
     project.doit("phase_iso").good()
     (project.tiny / "phase-1/run.sh").chmod(0o444)
@@ -178,6 +182,7 @@ def test_a_qemu_that_is_killed_from_outside(project: Project) -> None:
     assert "QEMU ended with signal 9 (Killed) while the guest was running at step 'wait'" in seen.sentence
 
 
+@pytest.mark.exhaustive
 def test_the_kept_disk_can_be_looked_at(project: Project) -> None:
     script(project, PACKAGES, 'step "stop here"\nexit 1\n')
     seen = fail(project, 2)

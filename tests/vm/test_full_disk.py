@@ -44,6 +44,7 @@ def resize(root: Path, size: int) -> None:
     subprocess.run(["mount", "-o", f"remount,size={size >> 10}k", root], check=True)
 
 
+@pytest.mark.exhaustive
 def test_a_store_that_fills_up(tmp_path: Path, small: Path) -> None:
     project = Project(tmp_path / "project", small)
     output = project.doit("auto_install").bad()
@@ -79,6 +80,7 @@ def cli(tmp_path: Path, store: Path) -> Iterator[Cli]:
         subprocess.run(["umount", "-l", made.run_folder], check=True)
 
 
+@pytest.mark.exhaustive
 def test_a_machine_whose_disk_finds_no_space_goes_on_when_there_is_some(cli: Cli) -> None:
     cli.make("box")
     fill = ["dd", "if=/dev/urandom", "of=big", "bs=64k", "count=200", "conv=fsync"]

@@ -49,6 +49,7 @@ def power_off(terminal: Terminal) -> str:
     return terminal.end().good()
 
 
+@pytest.mark.exhaustive
 def test_the_manual_way(hand: Project) -> None:
     """Installer, key from its CD, start, provision, snapshot; then the cycle of an updated provisioning."""
     with on_terminal(hand, "name=hand", "install") as terminal:
@@ -124,6 +125,7 @@ def failures(hand: Project) -> None:
     assert "has phases 1 to 3" in hand.doit("name=hand", "provision", "--phase", "9").bad(2)
 
 
+@pytest.mark.exhaustive
 def test_a_look_at_what_a_phase_starts_from(project: Project) -> None:
     """The disk as it would start, and from the installer's live system; nothing is changed and nothing is left."""
     project.doit("phase:2").good()

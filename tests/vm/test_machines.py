@@ -78,6 +78,7 @@ def forge(project: Project, **values: object) -> None:
     path.write_text(text)
 
 
+@pytest.mark.exhaustive
 def test_status_has_five_answers(project: Project) -> None:
     assert "absent" in status(project, ABSENT)
     run = project.start("start")
@@ -137,6 +138,7 @@ def test_the_port_of_another(tmp_path: Path, store: Path) -> None:
     project.clean_up()
 
 
+@pytest.mark.exhaustive
 def test_port_auto_takes_a_free_one(tmp_path: Path, store: Path) -> None:
     """2222, or one of the ten that are kept for this; whoever else uses this host may hold some of them."""
     project = Project(tmp_path / "project", store)
@@ -161,6 +163,7 @@ def test_another_host_key_is_refused(stopped: Project) -> None:
     assert stopped.qemus() == []
 
 
+@pytest.mark.exhaustive
 def test_a_machine_of_before_machines_had_an_identity_starts_as_it_did(stopped: Project) -> None:
     """Its card keeps the address that its guest may have written down; its host keys are replaced."""
     path = stopped.state / "run/tiny/machine.toml"
@@ -238,6 +241,7 @@ def test_only_our_key_lets_in(running: Project, tmp_path: Path) -> None:
         assert "Permission denied (publickey" in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_guest_that_powers_itself_off_is_started_again(running: Project) -> None:
     (pid,) = running.qemus()
     running.ssh("doas poweroff")
@@ -273,6 +277,7 @@ def test_destroy_asks_first(running: Project) -> None:
     assert "nothing was removed" in running.doit("destroy", "--yes").good()
 
 
+@pytest.mark.exhaustive
 def test_a_project_and_a_store_with_names_that_need_quoting(tmp_path: Path, store: Path) -> None:
     """A phase, a machine, rsync and a suite: each passes the names on in a way of its own."""
     other = copy_store(store, tmp_path / 'the "store", it\'s 100%', images=True)

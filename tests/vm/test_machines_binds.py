@@ -42,6 +42,7 @@ def warnings(done: Done) -> list[str]:
     return [line for line in done.stderr.decode().splitlines() if line.startswith("warning: ")]
 
 
+@pytest.mark.exhaustive
 def test_b16_binds(cli: Cli, tmp_path: Path) -> None:
     """The guest's kernel has no 9p, so that these are copies, brought up to date around each command."""
     root = tmp_path
@@ -98,6 +99,7 @@ def test_b16_binds(cli: Cli, tmp_path: Path) -> None:
     assert cli.json("ps") == []
 
 
+@pytest.mark.exhaustive
 def test_b16_what_cannot_come_back_costs_no_status_and_no_end(cli: Cli, folder: Path) -> None:
     port = str(free_port())
     done = cli("run", "--ssh-port", port, "--bind", f"{folder}:/work", "--", f"{HIDE} /work; exit 7")
@@ -112,6 +114,7 @@ def test_b16_what_cannot_come_back_costs_no_status_and_no_end(cli: Cli, folder: 
     cli.nothing_left()
 
 
+@pytest.mark.exhaustive
 def test_a_second_signal_cuts_copying_back_short(cli: Cli, folder: Path) -> None:
     fill = "head -c 150000000 /dev/urandom >/work/big; echo full; sleep 300"
     run = cli.start("run", "--ssh-port", str(free_port()), "--bind", f"{folder}:/work", "--", fill)
@@ -160,6 +163,7 @@ def test_b16_a_machine_whose_folder_cannot_be_copied(cli: Cli, folder: Path) -> 
     assert b"stopped (ACPI power button)" in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_b16_a_path_where_the_user_cannot_write(cli: Cli, folder: Path) -> None:
     said = cli.bad("run", "--ssh-port", str(free_port()), "--bind", f"{folder}:/usr", "--", "true")
     error = said[said.index("error: ") :].splitlines()

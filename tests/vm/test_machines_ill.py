@@ -71,6 +71,7 @@ def test_b34_the_host(box: Cli) -> None:
         assert f" {what}: " in done.stdout.decode()
 
 
+@pytest.mark.exhaustive
 def test_b31_the_cpu_is_paused(box: Cli) -> None:
     which = box.good("exec", "-d", "box", "sh", "-c", "sleep 20; echo went on too").strip()
     config = str(box.machine("box")["ssh_config"])
@@ -115,6 +116,7 @@ def test_b38_a_session_outlives_a_pause(box: Cli) -> None:
     assert session.returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_k4_b31_no_ssh_server_answers(box: Cli) -> None:
     def gone() -> bool:
         box("ssh", "box", SSHD_OFF)
@@ -150,6 +152,7 @@ def test_b31_output_that_nobody_reads_ends_the_command(box: Cli) -> None:
     assert endless.wait(30) == 128 + signal.SIGPIPE
 
 
+@pytest.mark.exhaustive
 def test_b31_the_kernel_panicked_and_qemu_was_killed(box: Cli) -> None:
     session = box.start("ssh", "box", "echo in; sleep 300")
     assert session.stdout is not None

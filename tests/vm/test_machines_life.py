@@ -84,6 +84,7 @@ def test_b8_c_signals(cli: Cli, number: signal.Signals) -> None:
     cli.nothing_left()
 
 
+@pytest.mark.exhaustive
 def test_b8_c_a_signal_in_the_session(cli: Cli) -> None:
     run = cli.start("run", "--name", "a", "--ssh-port", str(free_port()), "--", "echo in; sleep 300")
     assert run.stdout is not None
@@ -160,6 +161,7 @@ def blank_image(cli: Cli) -> str:
 # -- named
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(7200)
 def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequest) -> None:
     cycles = 50 if request.config.getoption("--exhaustive", default=False) else 2
@@ -181,6 +183,7 @@ def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequ
     assert set((cli.project.store / "keys").glob("*")) == keys
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_b4_several_at_once_share_nothing(cli: Cli, request: pytest.FixtureRequest) -> None:
     many = 8 if request.config.getoption("--exhaustive", default=False) else 2
@@ -202,6 +205,7 @@ def test_b4_several_at_once_share_nothing(cli: Cli, request: pytest.FixtureReque
     cli.nothing_left()
 
 
+@pytest.mark.exhaustive
 def test_k29_b3_snapshots_of_a_machine_with_its_own_key(cli: Cli) -> None:
     saved(cli)
     fsck(cli, "a")
@@ -261,6 +265,7 @@ def test_names_are_taken_once(cli: Cli) -> None:
     assert "--disk 1M: less than the image's 1G" in cli.bad("run", "--disk", "1M", status=2)
 
 
+@pytest.mark.exhaustive
 def test_k13_folder_name_and_port_from_the_environment(cli: Cli) -> None:
     port = free_port()
     env = {**cli.env(), "VM_DIR": "vms", "VM_NAME": "server", "SSH_PORT": str(port)}
@@ -285,6 +290,7 @@ def record(cli: Cli, name: str) -> dict[str, object]:
     return tomllib.loads((cli.run_folder / name / "machine.toml").read_text())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_each_machine_has_a_name_an_address_and_host_keys_of_its_own(cli: Cli) -> None:
     with ThreadPoolExecutor(2) as threads:
@@ -306,6 +312,7 @@ def test_each_machine_has_a_name_an_address_and_host_keys_of_its_own(cli: Cli) -
     assert cli.good("ssh", "a", WHO).splitlines() == seen["a"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
 def test_killed_while_a_machine_gets_its_own_keys(cli: Cli, request: pytest.FixtureRequest) -> None:
     """Whatever stands in the guest by then, the next command gets in, and still by a host key that is on record.
@@ -331,6 +338,7 @@ def test_killed_while_a_machine_gets_its_own_keys(cli: Cli, request: pytest.Fixt
         path.write_text(text.replace("ready = true", "ready = false"))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.timeout(900)
 def test_guests_that_cannot_have_host_keys_of_their_own(cli: Cli) -> None:
     """One has none where it says; the other's server shows the old ones until it boots next."""
@@ -370,6 +378,7 @@ def test_k5_the_port_of_another(cli: Cli) -> None:
     cli.nothing_left()
 
 
+@pytest.mark.exhaustive
 def test_k5_k11_all_ports_are_taken(cli: Cli) -> None:
     with range_alone(), held(2222, *RANGE):
         cli.good("run", "-d", "--rm", "--name", "a", "-p", "0:80")

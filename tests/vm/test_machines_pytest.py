@@ -144,6 +144,7 @@ def run(project: Project, text: str, *words: str, timeout_s: float = 400) -> sub
     )
 
 
+@pytest.mark.exhaustive
 def test_machines_all_that_a_test_can_do(here: Project) -> None:
     done = run(here, PASSING)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -167,6 +168,7 @@ def test_machines_of_a_guest_that_is_not_there(here: Project) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
+@pytest.mark.exhaustive
 def test_machines_can_be_kept(here: Project) -> None:
     done = run(here, "def test_it(vm):\n    vm.succeed('true')\n", "--vm-keep")
     assert done.returncode == 0, done.stdout

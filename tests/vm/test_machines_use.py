@@ -243,6 +243,7 @@ def test_output_that_nobody_reads_ends_the_command_in_the_guest(cli: Cli) -> Non
 # -- jobs
 
 
+@pytest.mark.exhaustive
 def test_jobs_outlive_their_command(cli: Cli) -> None:
     job = cli.good("exec", "--detach", "box", "sh", "-c", "for n in 1 2 3 4; do echo $n; sleep 1; done; exit 7").strip()
     first = cli("attach", "box", job[:6])
@@ -420,6 +421,7 @@ def test_b2_b4_the_key_is_the_machines_own(cli: Cli) -> None:
         assert login(cli, "box", key, "true", user=user).returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_b19_b20_b22_k32_several_people(cli: Cli, root: Path) -> None:
     carol = make_key(root / "carol")
     assert login(cli, "box", root / "alice", "true").returncode == 0
@@ -443,6 +445,7 @@ def test_b19_b20_b22_k32_several_people(cli: Cli, root: Path) -> None:
     assert login(cli, "box", root / "carol", "true").returncode == 255
 
 
+@pytest.mark.exhaustive
 def test_b21_rotation_cuts_no_session(cli: Cli, tmp_path: Path) -> None:
     key = Path(str(cli.machine("box")["key"]))
     old = tmp_path / "old"
@@ -464,6 +467,7 @@ def test_b21_rotation_cuts_no_session(cli: Cli, tmp_path: Path) -> None:
     assert key.read_bytes() != old.read_bytes()
 
 
+@pytest.mark.exhaustive
 def test_restart(cli: Cli) -> None:
     before = cli.machine("box")["pid"]
     cli.good("exec", "box", "sh", "-c", "echo kept >kept; sync")

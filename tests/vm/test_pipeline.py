@@ -131,6 +131,7 @@ def suite(project: Project, text: str) -> None:
     path.write_text(path.read_text().partition("# here\n")[0] + "# here\n" + text)
 
 
+@pytest.mark.exhaustive
 def test_a_failing_suite_runs_again_and_a_passing_one_does_not(project: Project) -> None:
     suite(
         project,
@@ -165,6 +166,7 @@ artifacts = ["made.txt", "out/*"]
     assert len(bad.findall(".//failure")) + len(bad.findall(".//error")) == 1
 
 
+@pytest.mark.exhaustive
 def test_a_suite_says_itself_how_it_went(project: Project) -> None:
     report = (
         '<testsuite name=\\"own\\"><testcase name=\\"one\\"/><testcase name=\\"two\\"><failure/></testcase></testsuite>'
@@ -227,6 +229,7 @@ def test_state_that_was_removed_costs_no_boot(project: Project) -> None:
     assert (project.tiny / "clean.toml").exists()
 
 
+@pytest.mark.exhaustive
 def test_an_image_that_lost_a_byte_is_noticed_and_built_again(project: Project) -> None:
     project.doit(*INSTALL).good()
     before, image = len(project.boots()), project.image(2)
@@ -241,6 +244,7 @@ def test_an_image_that_lost_a_byte_is_noticed_and_built_again(project: Project) 
     assert project.ssh("true").returncode == 0
 
 
+@pytest.mark.exhaustive
 def test_another_store_has_another_key_and_still_logs_in(tmp_path: Path, project: Project) -> None:
     other = copy_store(project.store, tmp_path / "store", images=True)
     shutil.rmtree(other / "keys")

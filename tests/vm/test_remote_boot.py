@@ -49,6 +49,7 @@ def like_a_bsd(link: Link) -> Ask:
     return ask
 
 
+@pytest.mark.exhaustive
 def test_c5_no_alarm_from_clock_or_pause(guest: Guest) -> None:
     with guest.link() as link:
         ways = [plain(link), without_proc(link), like_a_bsd(link)]
@@ -69,6 +70,7 @@ def test_c5_no_alarm_from_clock_or_pause(guest: Guest) -> None:
         assert verdicts() == ["same"] * 3
 
 
+@pytest.mark.exhaustive
 def test_c4_c8_c12_a_reboot_is_told_from_a_loss(guest: Guest) -> None:
     calls = []
 

@@ -72,6 +72,7 @@ def test_c11_another_user_cannot_write_its_own_status(link: Link) -> None:
     assert end.stdout.endswith(b"nobody\n")
 
 
+@pytest.mark.exhaustive
 def test_c9_what_a_job_is_given_and_what_it_writes(link: Link) -> None:
     words = "".join(f"<{word}>" for word in ODD).encode()
     end = job.run(link, ["printf", "<%s>", *ODD], timeout_s=LIMIT_S)
@@ -91,6 +92,7 @@ def test_c9_what_a_job_is_given_and_what_it_writes(link: Link) -> None:
     assert job.run(link, script, timeout_s=LIMIT_S).stdout == b"long\n"
 
 
+@pytest.mark.exhaustive
 def test_jobs_are_listed_and_removed(link: Link) -> None:
     first = job.start(link, "echo one; sleep 300", title="it's a\ntitle")
     second = job.start(link, ["echo", "two"])
@@ -119,6 +121,7 @@ def test_jobs_are_listed_and_removed(link: Link) -> None:
             job.show(link, wrong)
 
 
+@pytest.mark.exhaustive
 def test_c10_a_deadline_ends_the_job_and_all_that_it_started(link: Link) -> None:
     text = "trap '' TERM; echo it\\'s begun; sleep 4721 & sleep 4721 | sleep 4721"
     for user in ("", "root"):
@@ -178,6 +181,7 @@ def pause(guest: Guest) -> None:
 CUTS = [cut_session, cut_server, cut_link, pause]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("cuts", "lines"),
     [
@@ -256,6 +260,7 @@ def test_a_start_whose_outcome_is_not_known_is_found_and_not_repeated(guest: Gue
     assert runs(link) == b"once\n"
 
 
+@pytest.mark.exhaustive
 def test_jobs_that_start_at_once_share_nothing(guest: Guest, link: Link) -> None:
     def one(number: int) -> bytes:
         with guest.link() as own:
@@ -267,6 +272,7 @@ def test_jobs_that_start_at_once_share_nothing(guest: Guest, link: Link) -> None
     assert len(ids) == len(set(ids))
 
 
+@pytest.mark.exhaustive
 def test_c13_a_reboot_ends_a_job_and_its_log_is_still_there(guest: Guest, link: Link) -> None:
     over = job.run(link, "sync; exit 7", timeout_s=LIMIT_S).view.job
     link.execute("sync", timeout_s=LIMIT_S)

@@ -13,6 +13,7 @@ from vmtasks.guest import alive, banner
 pytestmark = pytest.mark.timeout(300)
 
 
+@pytest.mark.exhaustive
 def test_c3_each_kind_of_death_has_a_verdict_of_its_own(guest: Guest) -> None:
     def ask() -> alive.Alive:
         return alive.is_alive(guest.target, timeout_s=8, process=guest.runs, control=guest.control)

@@ -97,6 +97,7 @@ artifacts_limit = "1M"
     assert len(list(outside.iterdir())) == 1
 
 
+@pytest.mark.exhaustive
 def test_suites_that_only_seem_to_be_fine_and_others_that_only_seem_not_to_be(project: Project) -> None:
     """All in one run, in the order in which they are written, whatever the order of their names."""
     outside = project.root / "outside.xml"
@@ -157,6 +158,7 @@ def begun(project: Project) -> Doit:
     return run
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_is_killed_leaves_no_green_result_and_no_job(project: Project) -> None:
     begun(project).kill()
     assert "the run has not ended" in ET.tostring(report(project, "waits")).decode()
@@ -167,6 +169,7 @@ def test_a_run_that_is_killed_leaves_no_green_result_and_no_job(project: Project
     assert "sleep 4321" not in project.ssh("ps -o args").stdout
 
 
+@pytest.mark.exhaustive
 def test_a_run_that_is_interrupted_says_so(project: Project) -> None:
     run = begun(project)
     os.kill(run.process.pid, signal.SIGINT)
@@ -184,6 +187,7 @@ command = "mkdir busy && echo two ran && sleep 1 && rmdir busy"
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("runs", "words"), [(2, ("-a",)), (4, ())])
 def test_runs_at_once_wait_for_each_other_and_all_end_right(
     project: Project, runs: int, words: tuple[str, ...]
@@ -199,6 +203,7 @@ def test_runs_at_once_wait_for_each_other_and_all_end_right(
         assert all(f"test:{name}: 1 passed" in output for output in outputs)
 
 
+@pytest.mark.exhaustive
 def test_a_build_that_fails_is_one_error_and_no_result_of_before_stays(project: Project) -> None:
     suites(project, '[suites.one]\ncommand = "echo one ran"\n')
     project.doit("-a", "test:one").good()
@@ -242,6 +247,7 @@ def test_a_guest_that_stands_still_is_the_suites_result(project: Project) -> Non
     assert "sleep 4321" not in project.ssh("ps -o args").stdout
 
 
+@pytest.mark.exhaustive
 def test_a_machine_that_is_lost_is_the_suites_result(project: Project) -> None:
     run = begun(project)
     for pid in project.qemus():

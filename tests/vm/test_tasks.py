@@ -60,6 +60,7 @@ def test_cds_may_be_on_ide_which_is_where_other_guests_have_them(tmp_path: Path,
     assert [boot.phase for boot in project.boots()] == ["1-install"]
 
 
+@pytest.mark.exhaustive
 def test_versions_and_names_side_by_side(project: Project) -> None:
     """Started at the same time, in one folder: disk, port, process and results of each are its own."""
     one, two = project.start("port=auto", "start"), project.start("port=auto", "version=2", "start")

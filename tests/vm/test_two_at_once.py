@@ -10,6 +10,7 @@ pytestmark = pytest.mark.timeout(280)
 THREE = ["1-install", "2-packages", "3-provision"]
 
 
+@pytest.mark.exhaustive
 def test_in_one_folder_and_in_another_with_the_same_store(tmp_path: Path, bare_store: Path) -> None:
     here, there = Project(tmp_path / "here", bare_store), Project(tmp_path / "there", bare_store)
     runs = [here.start("auto_install"), here.start("auto_install"), there.start("auto_install")]
@@ -23,6 +24,7 @@ def test_in_one_folder_and_in_another_with_the_same_store(tmp_path: Path, bare_s
     assert not here.qemus() + there.qemus()
 
 
+@pytest.mark.exhaustive
 def test_two_machines_of_two_folders_and_two_starts_of_one(tmp_path: Path, store: Path) -> None:
     here, there = Project(tmp_path / "here", store), Project(tmp_path / "there", store)
     try:

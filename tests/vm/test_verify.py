@@ -3,6 +3,7 @@
 import re
 import tomllib
 
+import pytest
 import tomli_w
 from conftest import Project, qemus
 
@@ -22,6 +23,7 @@ def add_questions(project: Project) -> None:
     script.write_text(script.read_text() + '\nobserve "shell used here" sh -c "echo one; echo two; exit 3"\n')
 
 
+@pytest.mark.exhaustive
 def test_everything_is_tried_and_the_project_is_left_alone(project: Project) -> None:
     project.doit("auto_install").good()
     before = {number: project.digest(number) for number in (1, 2, 3)}
