@@ -3,7 +3,7 @@
 VmTasksError
 ├── ConfigError        the user's input is wrong: exit status 2, nothing was done
 ├── MissingToolError   a program that must be installed is not
-├── FetchError         a download or a set of packages could not be had, or is not what was promised
+├── FetchError         a download or a set of packages could not be fetched, or is not what was promised
 ├── CommandError       a helper program failed
 ├── ImageError         an image or ISO is damaged, or could not be made
 ├── PhaseError         a guest did not finish its phase; `cause` says which of the ways
@@ -84,7 +84,7 @@ class MissingToolError(VmTasksError):
 
 
 class FetchError(VmTasksError):
-    """Media could not be had, or is not what its digest promises."""
+    """Media could not be fetched, or is not what its digest promises."""
 
 
 class CommandError(VmTasksError):

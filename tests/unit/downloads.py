@@ -6,9 +6,8 @@ import random
 from pathlib import Path
 
 from httpserver import Site
-from vmtasks.installer.download.digest import Digest
 from vmtasks.installer.download.fetch import fetch
-from vmtasks.installer.download.want import Fetched, Limits, Want
+from vmtasks.installer.download.want import Digest, Fetched, Limits, Want
 
 LIMITS = Limits(connect_s=2, stall_s=0.3, total_s=20, attempts=3, backoff_s=0.01, backoff_max_s=0.05)
 PLAIN = random.Random(1).randbytes(400_000) + bytes(600_000)  # noqa: S311

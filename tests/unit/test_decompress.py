@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vmtasks.installer.download import decompress
+from vmtasks.installer.download import content
 
 COMPRESSORS = {"bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress}
 
@@ -21,7 +21,7 @@ COMPRESSORS = {"bz2": bz2.compress, "gz": gzip.compress, "xz": lzma.compress}
 )
 def test_streams_in_blocks_of_any_size(packing: str, streams: list[bytes], step: int):
     packed = b"".join(map(COMPRESSORS[packing], streams))
-    unpacker = decompress.Unpacker(packing)
+    unpacker = content.Unpacker(packing)
     plain = b"".join(part for at in range(0, len(packed), step) for part in unpacker.feed(packed[at : at + step]))
     unpacker.finish()
     assert plain == b"".join(streams)
@@ -30,8 +30,8 @@ def test_streams_in_blocks_of_any_size(packing: str, streams: list[bytes], step:
 @pytest.mark.parametrize("packing", sorted(COMPRESSORS))
 def test_a_small_input_with_a_huge_content_comes_in_bounded_blocks(packing: str):
     plain = bytes(9_000_001)
-    unpacker = decompress.Unpacker(packing)
+    unpacker = content.Unpacker(packing)
     sizes = [len(block) for block in unpacker.feed(COMPRESSORS[packing](plain))]
     unpacker.finish()
     assert sum(sizes) == len(plain)
-    assert max(sizes) <= decompress.BLOCK
+    assert max(sizes) <= content.BLOCK

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vmtasks.errors import FetchError
-from vmtasks.installer.download.digest import Digest, parse_sums
+from vmtasks.installer.download.want import Digest, parse_sums
 
 
 @given(

@@ -15,8 +15,7 @@ from downloads import HTML, NAME, PACKED, PLAIN, assert_whole, get, names, of_co
 from httpserver import Reply, serving
 from vmtasks.errors import FetchError, StateError
 from vmtasks.host.locks import lock
-from vmtasks.installer.download.digest import Digest
-from vmtasks.installer.download.want import Fetched, Limits, Want, stem
+from vmtasks.installer.download.want import Digest, Fetched, Limits, Want
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -194,4 +193,4 @@ def test_waiting_for_another_has_a_deadline(folder: Path):
 
 def _lock(folder: Path, wanted: Want) -> Path:
     folder.mkdir()
-    return folder / f"{stem(wanted)}.lock"
+    return folder / f"{wanted.stem}.lock"

@@ -10,8 +10,7 @@ from downloads import HTML, NAME, PACKED, PLAIN, get, names, of_content, of_down
 
 from httpserver import Reply, serving
 from vmtasks.errors import FetchError
-from vmtasks.installer.download.digest import Digest
-from vmtasks.installer.download.want import Want
+from vmtasks.installer.download.want import Digest, Want
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -51,7 +50,7 @@ def test_a_bad_answer_is_an_error_and_leaves_nothing(folder: Path, reply: Reply,
         site.usual = reply
         with pytest.raises(FetchError, match=message) as caught:
             get(want(site), folder)
-        assert f"{NAME} could not be had: {site.url(NAME)} " in caught.value.message
+        assert f"{NAME} could not be fetched: {site.url(NAME)} " in caught.value.message
         assert caught.value.hint
         assert not [name for name in names(folder) if not name.endswith((".part", ".part.json"))]
         for part in names(folder, "*.part"):  # nothing was received, or nothing was wrong with it

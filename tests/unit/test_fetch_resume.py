@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from httpserver import Reply, serving
 from vmtasks.errors import FetchError
 from vmtasks.installer.download import transfer
-from vmtasks.installer.download.want import Limits, Want, stem
+from vmtasks.installer.download.want import Limits, Want
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -85,8 +85,8 @@ def test_a_part_that_is_whole_needs_no_network(folder: Path, monkeypatch: pytest
 def plant(folder: Path, wanted: Want, part: bytes, sidecar: str) -> None:
     """Leave what an earlier run might have left."""
     folder.mkdir(exist_ok=True)
-    (folder / f"{stem(wanted)}.part").write_bytes(part)
-    (folder / f"{stem(wanted)}.part.json").write_text(sidecar)
+    (folder / f"{wanted.stem}.part").write_bytes(part)
+    (folder / f"{wanted.stem}.part.json").write_text(sidecar)
 
 
 OURS = f'{{"url":"URL","validator":"\\"v1\\"","length":{len(PACKED)}}}'
@@ -193,7 +193,7 @@ def test_no_mirror_continues_what_another_began(folder: Path):
 
 PROGRAM = """
 import sys, pathlib
-from vmtasks.installer.download.digest import Digest
+from vmtasks.installer.download.want import Digest
 from vmtasks.installer.download.fetch import fetch
 from vmtasks.installer.download.want import Want
 url, name, hex, folder = sys.argv[1:]
@@ -205,7 +205,7 @@ def test_killed_in_the_middle_then_resumed(folder: Path):
     with serving({NAME: PACKED}, Reply(pause_s=0.02, chunk=8192)) as site:
         wanted = want(site, digests=(of_content(),))
         argv = [sys.executable, "-c", PROGRAM, site.url(NAME), NAME, sha256(PLAIN), str(folder)]
-        part = folder / f"{stem(wanted)}.part"
+        part = folder / f"{wanted.stem}.part"
         with subprocess.Popen(argv) as process:
             wait_until(lambda: part.exists() and part.stat().st_size > 100_000)
             process.send_signal(signal.SIGKILL)

@@ -17,7 +17,8 @@ from vmtasks.config.load import help_table, load, schema
 from vmtasks.config.tables import GuestFile
 from vmtasks.errors import ConfigError, FetchError
 from vmtasks.images.steps import Builder
-from vmtasks.installer.download import release
+from vmtasks.installer.download import fetch
+from vmtasks.installer.download.want import Release
 from vmtasks.store.store import MediaRecord, read_record
 
 TOP = Path(__file__).parents[2]
@@ -211,11 +212,9 @@ def test_a_list_of_sums_may_have_the_form_of_gnu(tmp_path: Path, capsys: pytest.
 
 
 def test_a_guest_without_a_version_is_not_told_of_one(tmp_path: Path):
-    wanted = release.Release(
-        name="x.iso", version="", folders=(str(tmp_path),), digests=(), sums="", known=(), size=None
-    )
+    wanted = Release(name="x.iso", version="", folders=(str(tmp_path),), digests=(), sums="", known=(), size=None)
     with pytest.raises(FetchError, match="has none for this guest, which has no version") as caught:
-        release.obtain(wanted, tmp_path, print)
+        fetch.obtain(wanted, tmp_path, print)
     assert "check the version" not in caught.value.hint
 
 
@@ -265,7 +264,7 @@ def test_a_wrong_digest(tmp_path: Path):
     with serving({FILE: PACKED}) as site:
         builder = project(tmp_path / "a", site.base, digests={"1.0": [digest(b"x", "content")]})
         error = refused(builder, f"not {hashlib.sha256(b'x').hexdigest()}")
-        assert error.message.startswith(f"{FILE} could not be had: {site.url(FILE)} has the sha256 ")
+        assert error.message.startswith(f"{FILE} could not be fetched: {site.url(FILE)} has the sha256 ")
 
 
 def test_a_version_that_no_mirror_has(tmp_path: Path):

@@ -1,6 +1,6 @@
 """What is said while a download goes on."""
 
-from vmtasks.installer.download.meter import Meter
+from vmtasks.installer.download.fetch import Meter
 
 
 def test_the_meter_says_rate_and_time_left_not_too_often():

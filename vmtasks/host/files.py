@@ -101,6 +101,16 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def nearest_folder(path: Path) -> Path:
+    """`path`, or the nearest folder above it that exists."""
+    return next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that this user may still write at `path`, whether it exists yet or not. OSError."""
+    return shutil.disk_usage(nearest_folder(path)).free
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
     """Open a file to read it. OSError, also for a device or a pipe: reading one may never end."""

@@ -1,7 +1,6 @@
 """Where a machine keeps what is its own: folder, record, lock, sockets and key; and whether its process is still it."""
 
 import contextlib
-import shutil
 from pathlib import Path
 
 from vmtasks.config.load import Config
@@ -170,7 +169,7 @@ class Place:
             return
         vm.control(self.qmp, "cont")()  # QEMU writes again what it could not
         if vm.wait_until(lambda: qmp.status(self.qmp) == qmp.FULL, STOPS_AGAIN_S, every_s=0.2):
-            free = shutil.disk_usage(self.folder).free >> 10
+            free = files.free_bytes(self.folder) >> 10
             raise MachineError(
                 f"machine {self.name} stands still: its disk cannot be written; {self.folder} has {free} KiB free",
                 hint=self.onward(qmp.FULL),

@@ -3,7 +3,6 @@
 A layer is looked at only if those below it passed: what fails first is why the rest cannot work.
 """
 
-import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -148,10 +147,7 @@ def host_layers(config: Config) -> Iterator[Layer]:
 
 
 def _space(what: str, folder: Path) -> Layer:
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = files.free_bytes(folder)
     return Layer(what, free >= LEAST_FREE, f"{folder}: {free >> 20} MiB free")
 
 

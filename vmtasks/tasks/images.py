@@ -103,7 +103,7 @@ def task_fetch() -> Task:
     the digests that guest.toml knows, or the mirror's list of sums; a version that has neither needs
     --allow-unverified.
 
-    Exit status: 0 it is there; 1 it could not be had, or is not what its digest promises; 2 wrong configuration.
+    Exit status: 0 it is there; 1 it could not be fetched, or is not what its digest promises; 2 wrong configuration.
     Example: doit version=6.4.0 fetch
     """
     state = State(CONFIG)

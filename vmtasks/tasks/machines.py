@@ -1,7 +1,7 @@
 """Tasks about machines: start, stop, status, ssh, snapshot, restore, destroy, check_prereqs, help_vars."""
 
-import shutil
 import sys
+import tempfile
 import time
 from functools import cache, partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from vmtasks import printable
 from vmtasks.config.load import help_table, show_size
 from vmtasks.config.tables import Download
 from vmtasks.errors import MissingToolError, StateError, VmTasksError
-from vmtasks.host import progress
+from vmtasks.host import files, progress
 from vmtasks.images.workspace import CLEAN, State
 from vmtasks.tasks.context import CONFIG, VARIABLES, action, asked_with
 from vmtasks.tasks.images import Intact, run_step, without_option
@@ -278,17 +278,13 @@ def task_check_prereqs() -> Task:
 
 def _free(folder: Path) -> tuple[int, Path]:
     """Bytes free where `folder` is or would be made. VmTasksError when it cannot be written to."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    import tempfile  # noqa: PLC0415 - 2 ms
-
+    place = files.nearest_folder(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
         raise VmTasksError(f"{place} cannot be written to: {error.strerror}", hint="VMTASKS_STORE=, VM_DIR=") from None
-    return shutil.disk_usage(place).free, place
+    return files.free_bytes(place), place
 
 
 def task_help_vars() -> Task:

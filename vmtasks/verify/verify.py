@@ -1,5 +1,6 @@
 """Verify a guest on real media, from download to removal, and report what was seen: for guests that few have run."""
 
+import os
 import platform
 import time
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from vmtasks.guest import ssh
 from vmtasks.host import files, process
 from vmtasks.host.progress import Say, seconds
 from vmtasks.images.steps import Builder
-from vmtasks.installer.download.release import release, sums
+from vmtasks.installer.download.fetch import sums
+from vmtasks.installer.download.want import release
 from vmtasks.machines import Machine
 from vmtasks.qemu import argv, vm
 from vmtasks.qemu.console import Transcript
@@ -202,7 +204,7 @@ class Verification:
         if not isinstance(made, Download) or not any(q.host == "sums" for q in self.config.guest.questions):
             return
         try:
-            text, _ = sums(release(made, self.config.version))
+            text, _ = sums(release(made, self.config.version, os.environ))
         except VmTasksError as error:
             self._answer("sums", [error.message])
             return

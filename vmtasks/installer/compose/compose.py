@@ -6,6 +6,7 @@ from pathlib import Path
 
 from vmtasks.config.recipe import Recipe
 from vmtasks.errors import ImageError
+from vmtasks.host import files
 from vmtasks.installer.compose import cpio, debian
 from vmtasks.installer.compose.modules import Modules, is_module
 from vmtasks.installer.compose.unpack import unpack
@@ -39,7 +40,7 @@ def compose(
         unpack(deb, package.sha256, cache) for package, deb in zip(packages, apt.download(packages), strict=True)
     ]
     write(recipe, guest_dir, contents, out)
-    return Composed(debian.digest(out), out.stat().st_size, tuple(packages))
+    return Composed(files.sha256(out), out.stat().st_size, tuple(packages))
 
 
 def local_packages(

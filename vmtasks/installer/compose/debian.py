@@ -198,7 +198,7 @@ class Apt:
 
 def lost_hint(folder: Path) -> str:
     """What to do where apt has failed: apt says of a full disk only that a file could not be written, if that."""
-    free = shutil.disk_usage(folder).free
+    free = files.free_bytes(folder)
     if free < LEAST_FREE:
         return f"{free >> 10} KiB are free at {folder}: free some space, or put the store elsewhere with VMTASKS_STORE"
     return OFFLINE_HINT
@@ -279,14 +279,8 @@ def relations(fields: dict[str, str]) -> Iterator[list[str]]:
             yield [part["name"] for part in alternatives]
 
 
-def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _intact(path: Path, package: Package) -> bool:
-    return path.is_file() and path.stat().st_size == package.size and digest(path) == package.sha256
+    return path.is_file() and path.stat().st_size == package.size and files.sha256(path) == package.sha256
 
 
 def _keep(fetched: Path, kept: Path, package: Package) -> None:

@@ -12,8 +12,7 @@ from pathlib import PurePosixPath
 
 from vmtasks.errors import ImageError
 from vmtasks.host import process
-from vmtasks.installer.download.decompress import Unpacker
-from vmtasks.installer.download.problem import Problem
+from vmtasks.installer.download.content import Problem, Unpacker
 from vmtasks.media.tree import Entry
 
 MODULE = re.compile(r"(.*\.ko)(?:\.(gz|xz|zst))?", re.DOTALL)

@@ -3,23 +3,86 @@
 <sha256>                the content, decompressed, 0444; published by rename after fsync
 <sha256>.json           where it came from and each digest computed on the way; written after it
 <name>.<key>.part       what was downloaded so far, still compressed
-<name>.<key>.part.json  URL, validator and length that those bytes belong to; without it the part is not believed
+<name>.<key>.part.json  URL, validator and length that those bytes belong to; without it the part is discarded
 <name>.<key>.unpacked   content being written
 <name>.<key>.lock       held by the one process that fetches this
 """
 
 import errno
 import re
+import tempfile
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 
 from vmtasks.errors import FetchError
+from vmtasks.host import files
 from vmtasks.host.locks import lock
-from vmtasks.host.progress import Say
-from vmtasks.installer.download.digest import Digest, holds
-from vmtasks.installer.download.meter import megabytes
-from vmtasks.installer.download.transfer import Progress, Record, Transfer, free_bytes, read_json
-from vmtasks.installer.download.want import Fetched, Limits, Want, stem
+from vmtasks.host.progress import Say, is_terminal, seconds
+from vmtasks.installer.download.content import holds
+from vmtasks.installer.download.transfer import Progress, Transfer, megabytes, read_json
+from vmtasks.installer.download.want import HEX_DIGITS, Digest, Fetched, Limits, Record, Release, Want, parse_sums
+
+SUMS_LIMITS = Limits(total_s=120, attempts=2)
+SUMS_BYTES = 1_000_000
+"""A list of sums that is longer is none."""
+
+
+def obtain(wanted: Release, folder: Path, note: Say, *, allow_unverified: bool = False) -> tuple[Fetched, str]:
+    """Fetch a release; the file, in `folder`, and where its digest comes from, or ''. FetchError, StateError."""
+    digests, against = wanted.digests, "guest.toml" if wanted.digests else ""
+    if not digests:
+        try:
+            digest, against = _published(wanted)
+            digests = (digest,)
+            note(f"guest.toml has no digest for {wanted.described}; its {digest.algorithm} is taken from {against}")
+        except FetchError as error:
+            if not allow_unverified:
+                raise
+            note(f"not verified: {error.message}")
+    got = fetch(
+        Want(urls=wanted.urls(wanted.name), name=wanted.name, digests=digests, size=wanted.size),
+        folder,
+        progress=Meter(note, every_s=1 if is_terminal() else 10),
+        waiting=note,
+        allow_unverified=allow_unverified,
+    )
+    return got, against
+
+
+def sums(wanted: Release) -> tuple[str, str]:
+    """The text of the list of sums beside the file, and its address. FetchError when there is none."""
+    if not wanted.sums:
+        raise FetchError(f"guest.toml names no list of sums for {wanted.name}", hint="installer.sums in guest.toml")
+    with tempfile.TemporaryDirectory() as place:
+        want = Want(urls=wanted.urls(wanted.sums), name=wanted.sums, compression="")
+        got = fetch(want, Path(place), progress=_limit_sums, limits=SUMS_LIMITS, allow_unverified=True)
+        return got.path.read_text(errors="replace"), got.url
+
+
+def _limit_sums(done: int, _: int | None) -> None:
+    if done > SUMS_BYTES:
+        raise FetchError(f"the list of sums has more than {megabytes(SUMS_BYTES)}", hint="use another mirror")
+
+
+def _published(wanted: Release) -> tuple[Digest, str]:
+    """The strongest digest that the mirrors' list of sums has for the file, and the list's address."""
+    missing = f"no digest is known for {wanted.name}: guest.toml has none for {wanted.described}"
+    known = f" (digests are known for {', '.join(wanted.known)})" if wanted.known else ""
+    check = f"check the version{known}; " if wanted.version else ""
+    hint = f"{check}add a digest to installer.digests in guest.toml; or `doit fetch --allow-unverified`"
+    if not wanted.sums:
+        raise FetchError(missing, hint=hint)
+    try:
+        text, url = sums(wanted)
+    except FetchError as error:
+        raise FetchError(f"{missing}, and {error.message}", hint=hint) from error
+    for algorithm in sorted(HEX_DIGITS, key=lambda name: -HEX_DIGITS[name]):
+        listed = parse_sums(text, algorithm)
+        if wanted.name in listed:
+            return Digest.parse(f"{algorithm}:{listed[wanted.name]} of download"), url
+    raise FetchError(f"{missing}, and {url} does not list it", hint=hint)
 
 
 def fetch(
@@ -49,11 +112,11 @@ def fetch(
         folder.mkdir(parents=True, exist_ok=True)
         left = max(0.0, deadline - time.monotonic())
         told = None if waiting is None else lambda holder: waiting(f"{want.name}: {holder} is fetching it; waiting")
-        with lock(folder / f"{stem(want)}.lock", want.name, timeout_s=left, waiting=told):
+        with lock(folder / f"{want.stem}.lock", want.name, timeout_s=left, waiting=told):
             return _reuse(want, folder) or Transfer(want, folder, limits, progress, deadline).run()
     except OSError as error:
         full = error.errno in {errno.ENOSPC, errno.EDQUOT}
-        reason = f"the disk is full ({megabytes(free_bytes(folder))} free)" if full else str(error)
+        reason = f"the disk is full ({megabytes(files.free_bytes(folder))} free)" if full else str(error)
         hint = "free some space" if full else "check the folder's permissions and its disk"
         raise FetchError(
             f"{want.name} could not be stored in {folder}: {reason}",
@@ -74,3 +137,28 @@ def _reuse(want: Want, folder: Path) -> Fetched | None:
             size = (folder / sha256).stat().st_size
             return Fetched(folder / sha256, sha256, size, record.url if record else "", verified=True)
     return None
+
+
+class Meter:
+    """A Progress that says a line with rate and time left, at most one each `every_s` seconds and one at the end."""
+
+    def __init__(self, say: Say, *, every_s: float = 1, clock: Callable[[], float] = time.monotonic) -> None:
+        """`say` gets `120.0 of 260.0 MB (46 %), 5.1 MB/s, 27 s left`; the rate is that of the last ten lines."""
+        self._say = say
+        self._every_s = every_s
+        self._clock = clock
+        self._seen: deque[tuple[float, int]] = deque(maxlen=11)
+
+    def __call__(self, done: int, total: int | None) -> None:
+        """Take note of `done` bytes out of `total`."""
+        now = self._clock()
+        if self._seen and done < self._seen[-1][1]:
+            self._seen.clear()  # the download began again: the rate would be negative
+        if self._seen and now - self._seen[-1][0] < self._every_s and done != total:
+            return
+        self._seen.append((now, done))
+        then, before = self._seen[0]
+        rate = (done - before) / (now - then) if now > then else 0.0
+        line = f"{done / 1e6:.1f} of {megabytes(total)} ({100 * done // total} %)" if total else megabytes(done)
+        line += f", {megabytes(rate)}/s" if rate else ""
+        self._say(line + (f", {seconds((total - done) / rate)} left" if rate and total and done < total else ""))

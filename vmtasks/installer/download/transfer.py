@@ -1,44 +1,40 @@
-"""One file from its URLs into a folder, by the one process that holds its lock: resume, retry, publish."""
+"""One file from its URLs into a folder, by the one process that holds its lock: resume, retry, publish. Owns httpx."""
 
+import contextlib
 import os
 import random
-import shutil
+import re
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
+from urllib.parse import unquote
 
+import httpx
 import msgspec
 
 from vmtasks.errors import FetchError
 from vmtasks.host import files
 from vmtasks.host.progress import seconds
-from vmtasks.installer.download.digest import BLOCK, Digest, holds
-from vmtasks.installer.download.meter import megabytes
-from vmtasks.installer.download.mirror import Origin, asking, check_status, continues, local_path, new_client, origin_of
-from vmtasks.installer.download.onepass import Pass, write_all
-from vmtasks.installer.download.problem import Problem
-from vmtasks.installer.download.want import Fetched, Limits, Want, shown, stem
-
-if TYPE_CHECKING:
-    import httpx
+from vmtasks.installer.download.content import BLOCK, NETWORK_HINT, Pass, Problem, holds, html_page, write_all
+from vmtasks.installer.download.want import Digest, Fetched, Limits, Record, Want, shown
 
 R = TypeVar("R")
 
+RETRIED = {408, 425, 429, 500, 502, 503, 504}
 GROWTH = 3
 """Content is at most about this many times its download: an installer ISO in bzip2 is 2.9 times."""
 Progress = Callable[[int, int | None], None]
 """Is told the bytes of the download that are here, and of all of it where that is known."""
 
 
-class Record(msgspec.Struct, frozen=True):
-    """What `<sha256>.json` holds."""
+class Origin(msgspec.Struct, frozen=True):
+    """What `<name>.<key>.part.json` holds."""
 
-    name: str
     url: str
-    size: int
-    digests: frozenset[Digest]
+    validator: str
+    length: int | None
 
 
 class Transfer:
@@ -50,15 +46,15 @@ class Transfer:
         self._limits = limits
         self._progress = progress
         self._deadline = deadline
-        self._part = folder / f"{stem(want)}.part"
-        self._sidecar = folder / f"{stem(want)}.part.json"
-        self._unpacked = folder / f"{stem(want)}.unpacked"
+        self._part = folder / f"{want.stem}.part"
+        self._sidecar = folder / f"{want.stem}.part.json"
+        self._unpacked = folder / f"{want.stem}.unpacked"
         self._pass: Pass | None = None
         self._origin: Origin | None = None
-        self._pieced = False  # the bytes come from more than one answer, or from one whose end nobody announced
+        self._pieced = False  # the bytes come from more than one answer, or from one without a Content-Length
 
     def run(self) -> Fetched:
-        """Try the URLs in order, but first the one that a part is there from. FetchError tells each one's fault."""
+        """Try the URLs in order, beginning with the one that a part came from. FetchError names each URL's fault."""
         origin = read_json(self._sidecar, Origin)
         refused = []
         for url in sorted(self._want.urls, key=lambda u: not (origin and origin.url == shown(u))):
@@ -70,7 +66,7 @@ class Transfer:
             finally:
                 self._drop_pass()
         raise FetchError(
-            f"{self._want.name} could not be had: " + "; ".join(f"{url} {problem}" for url, problem in refused),
+            f"{self._want.name} could not be fetched: " + "; ".join(f"{url} {problem}" for url, problem in refused),
             hint=refused[-1][1].hint if refused else "name at least one URL",
         )
 
@@ -116,7 +112,7 @@ class Transfer:
                         raise Problem(f"{problem} ({tries} attempts)", problem.hint) from problem
                     self._pause(tries, problem.wait_s)
 
-    def _transfer(self, client: "httpx.Client", url: str) -> None:
+    def _transfer(self, client: httpx.Client, url: str) -> None:
         """One request, for what is missing. Problem if the file is not whole afterwards."""
         done = self._pick_up(url)
         if done and self._origin and done == self._origin.length:
@@ -133,7 +129,7 @@ class Transfer:
             raise Problem(f"sent {self._pass.received} of {self._origin.length} bytes", again=True)
 
     def _pick_up(self, url: str) -> int:
-        """How many bytes are here that this URL's answer may be appended to; a part on disk goes through the pass."""
+        """Count the bytes that this URL's answer may be appended to. A part on disk goes through the pass first."""
         if self._pass is not None and self._origin is not None and self._origin.validator:
             self._pieced = True
             return self._pass.received
@@ -151,8 +147,8 @@ class Transfer:
                 self._take(block)
         return self._pass.received
 
-    def _accept(self, response: "httpx.Response", url: str, done: int) -> None:
-        """Make ready for the body of this answer, or say why it is not taken."""
+    def _accept(self, response: httpx.Response, url: str, done: int) -> None:
+        """Prepare for the body of this answer. Problem when it is not accepted."""
         check_status(response, done)
         origin = origin_of(response, url)
         if response.status_code == 206:
@@ -180,7 +176,7 @@ class Transfer:
     # -- both
 
     def _take(self, block: bytes) -> None:
-        """Bytes that are already safe on disk, or will be."""
+        """Hash and unpack bytes that are on disk already, or will be."""
         if self._pass is None:
             raise AssertionError("no pass")
         self._pass.feed(block)
@@ -196,11 +192,11 @@ class Transfer:
             )
 
     def _check_space(self, length: int | None, done: int) -> None:
-        """Before the bytes come. What an unpacked content needs is known, or guessed from its download."""
+        """Raise FetchError when the file will not fit. The content's size is known or guessed."""
         known = self._want.size or 0
         need = (length or 0) + (known or GROWTH * (length or 0)) if self._want.packing else length or known
         need -= done
-        free = free_bytes(self._folder)
+        free = files.free_bytes(self._folder)
         if need > free:
             raise FetchError(
                 f"{self._want.name} needs about {megabytes(need)} in {self._folder}, where {megabytes(free)} are free",
@@ -209,7 +205,7 @@ class Transfer:
             )
 
     def _publish(self, path: Path) -> Fetched:
-        """The file appears under its digest; then its record; then the part goes."""
+        """Rename the file to its digest, then write its record, then remove the part."""
         if self._pass is None or self._origin is None:
             raise AssertionError("nothing to publish")
         digests = self._pass.finish()
@@ -227,14 +223,14 @@ class Transfer:
         return Fetched(target, sha256, size, record.url, verified=bool(self._want.digests))
 
     def _drop_pass(self) -> None:
-        """Let go of what is in memory and of the content written so far. The part stays."""
+        """Drop what is in memory and the content written so far. The part stays."""
         if self._pass is not None:
             self._pass.close()
         self._pass = self._origin = None
         self._unpacked.unlink(missing_ok=True)
 
     def _discard(self) -> None:
-        """Begin anew. The sidecar goes first, so that it never speaks of other bytes."""
+        """Remove all that has arrived. The sidecar goes first, so that it never describes other bytes."""
         self._drop_pass()
         self._pieced = False
         self._sidecar.unlink(missing_ok=True)
@@ -242,15 +238,96 @@ class Transfer:
 
 
 def read_json(path: Path, kind: type[R]) -> R | None:
-    """None when it is absent or damaged."""
+    """Read a record; None when it is absent or damaged."""
     try:
         return msgspec.json.decode(path.read_bytes(), type=kind)
     except (OSError, ValueError):
         return None
 
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that this user may still write there, also if the folder could not even be made."""
-    return shutil.disk_usage(
-        next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    ).free
+# -- what a URL names, and what its server answers
+
+
+@contextlib.contextmanager
+def asking(
+    client: httpx.Client, url: str, headers: dict[str, str], limits: Limits, left_s: float
+) -> Iterator[httpx.Response]:
+    """Send one GET and yield the answer, its body unread. Problem when the transport fails, also while reading."""
+    timeout = httpx.Timeout(min(limits.stall_s, left_s), connect=min(limits.connect_s, left_s))
+    try:
+        with client.stream("GET", url, headers=headers, timeout=timeout) as response:
+            yield response
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise _transport_problem(error, limits) from error
+
+
+def check_status(response: httpx.Response, done: int) -> None:
+    """Raise Problem unless a body of the file follows."""
+    status, said = response.status_code, f"answered {response.status_code} {response.reason_phrase}".rstrip()
+    if status == 416 and done:
+        raise Problem(said, again=True, poison=True)
+    if status in RETRIED:
+        wait = response.headers.get("Retry-After", "")
+        raise Problem(said, again=True, wait_s=min(float(wait), 60) if re.fullmatch(r"[0-9]{1,6}", wait) else 0)
+    if status != 200 and not (status == 206 and done):
+        raise Problem(said, "check the version and the URL, or use another mirror")
+    if response.headers.get("Content-Type", "").lower().startswith("text/html"):
+        problem = html_page()
+        problem.poison = False  # a login page says nothing about what was downloaded before
+        raise problem
+
+
+def origin_of(response: httpx.Response, url: str) -> Origin:
+    """What identifies this body. A weak ETag does not promise equal bytes; a date is better than nothing."""
+    etag, date = response.headers.get("ETag", ""), response.headers.get("Last-Modified", "")
+    length = response.headers.get("Content-Length", "")
+    return Origin(shown(url), etag if etag.startswith('"') else date, int(length) if length.isdecimal() else None)
+
+
+def continues(response: httpx.Response, known: Origin, now: Origin, done: int) -> bool:
+    """Whether a 206 is the rest of the same file; some servers send one although If-Range does not hold."""
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", response.headers.get("Content-Range", ""))
+    if not match or int(match[1]) != done:
+        return False
+    same_length = match[2] == "*" or known.length in {None, int(match[2])}
+    return same_length and now.validator in {"", known.validator}
+
+
+def new_client(limits: Limits) -> httpx.Client:
+    """A client with the proxies of the environment. FetchError when those are unusable."""
+    # identity: a digest is about the bytes of the file, not about how a server chose to send them
+    headers = {"Accept-Encoding": "identity", "User-Agent": "vmtasks"}
+    try:
+        return httpx.Client(
+            follow_redirects=True, max_redirects=10, headers=headers, timeout=limits.stall_s, trust_env=True
+        )
+    except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+        raise FetchError(
+            f"the proxy or certificate settings of the environment cannot be used: {error}",
+            hint="check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and SSL_CERT_FILE",
+        ) from error
+
+
+def _transport_problem(error: Exception, limits: Limits) -> Problem:
+    if isinstance(error, httpx.ReadTimeout):
+        return Problem(f"sent nothing for {seconds(limits.stall_s)}", again=True)
+    if isinstance(error, httpx.TooManyRedirects):
+        return Problem("redirects in a circle, or more than 10 times", "use another mirror")
+    said = f"failed: {error or type(error).__name__}"
+    final = isinstance(error, httpx.InvalidURL | httpx.UnsupportedProtocol) or "CERTIFICATE_VERIFY" in said
+    return Problem(said, "check the URL" if final else NETWORK_HINT, again=not final)
+
+
+def local_path(url: str) -> Path | None:
+    """The file that a file:// URL or a plain path names; None for what is on the network."""
+    local = re.fullmatch(r"file:(?://([^/]*))?(/.*)", url, re.IGNORECASE)
+    if local is None:
+        return None if "://" in url else Path(url).expanduser()
+    if local[1] not in {None, "", "localhost"}:
+        raise Problem("names a file on another machine", "write file:/// and an absolute path")
+    return Path(unquote(local[2]))
+
+
+def megabytes(count: float) -> str:
+    """1_500_000 -> '1.5 MB'."""
+    return f"{count / 1e6:.1f} MB"

@@ -1,19 +1,62 @@
-"""A file that is wanted: where it is to be had, what is known of it, how long to try, and what came of it."""
+"""PURE: a wanted file: its URLs, what its bytes must hash to, how long to try."""
 
 import hashlib
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
+from vmtasks.config.tables import Download
 from vmtasks.errors import FetchError
-from vmtasks.installer.download.decompress import STREAMS
-from vmtasks.installer.download.digest import Digest
+
+HEX_DIGITS = {"md5": 32, "sha1": 40, "sha256": 64, "sha512": 128}
+
+Algorithm = Literal["md5", "sha1", "sha256", "sha512"]
+Of = Literal["download", "content"]
+
+
+class Digest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A promise about the file as downloaded (compressed, if it is), or about its content."""
+
+    algorithm: Algorithm
+    hex: str
+    of: Of = "content"
+
+    def __post_init__(self) -> None:
+        """ValueError for a digest of the wrong form; msgspec turns that into its ValidationError."""
+        if not re.fullmatch(rf"[0-9a-fA-F]{{{HEX_DIGITS.get(self.algorithm, 0)}}}", self.hex):
+            raise ValueError(f"{self.hex!r} is not the hexadecimal form of an {self.algorithm} digest")
+        msgspec.structs.force_setattr(self, "hex", self.hex.lower())
+
+    @classmethod
+    def parse(cls, text: str) -> "Digest":
+        """`md5:HEX of download`; config.tables has checked its form."""
+        algorithm, hex_, of = text.replace(" of ", ":").split(":")
+        return msgspec.convert({"algorithm": algorithm, "hex": hex_, "of": of}, cls)
+
+
+def parse_sums(text: str, algorithm: str = "md5") -> dict[str, str]:
+    """`MD5 (file) = hex` lines, as BSD has them, and `hex  file`, as GNU has them -> {file: hex}.
+
+    Other lines are skipped. FetchError if a file has two digests.
+    """
+    hex_ = rf"(?P<hex>[0-9a-f]{{{HEX_DIGITS[algorithm]}}})"
+    bsd = re.compile(rf"{algorithm} ?\((?P<name>.+)\) ?= ?{hex_}\s*", re.IGNORECASE)
+    gnu = re.compile(rf"{hex_} [ *](?:\./)?(?P<name>.*\S)\s*", re.IGNORECASE)
+    sums: dict[str, str] = {}
+    for line in text.splitlines():
+        match = bsd.fullmatch(line) or gnu.fullmatch(line)
+        if match and sums.setdefault(match["name"], match["hex"].lower()) != match["hex"].lower():
+            raise FetchError(
+                f"the list of sums has two different digests for {match['name']}", hint="use another mirror"
+            )
+    return sums
 
 
 class Want(msgspec.Struct, frozen=True, kw_only=True):
-    """One file: where it is to be had, best first, and what is known of it. `size`: bytes of its content."""
+    """One file: its URLs, best first, and what is known of it. `size`: bytes of its content."""
 
     urls: tuple[str, ...]
     name: str
@@ -24,8 +67,10 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def packing(self) -> str:
         """`compression`, or what the end of the name says."""
+        if self.compression != "auto":
+            return self.compression
         suffix = self.name.rpartition(".")[2]
-        return (suffix if suffix in STREAMS else "") if self.compression == "auto" else self.compression
+        return suffix if suffix in ("bz2", "gz", "xz") else ""
 
     @property
     def promises(self) -> frozenset[Digest]:
@@ -34,9 +79,17 @@ class Want(msgspec.Struct, frozen=True, kw_only=True):
             return frozenset(self.digests)
         return frozenset(Digest(digest.algorithm, digest.hex) for digest in self.digests)
 
+    @property
+    def stem(self) -> str:
+        """One file name for all fetches of this file, whichever mirror they use. FetchError for an impossible name."""
+        if not re.fullmatch(r"[^/\0\s.][^/\0]{0,150}", self.name):
+            raise FetchError(f"{self.name!r} is not the name of a file", hint="check the configuration")
+        what = sorted(map(str, self.promises)) or [*map(shown, self.urls)]
+        return f"{self.name}.{hashlib.sha256(msgspec.json.encode([what, self.packing])).hexdigest()[:12]}"
+
 
 class Limits(msgspec.Struct, frozen=True):
-    """How long to go on, in seconds; `attempts` count per URL, anew whenever more has arrived than ever before."""
+    """How long to go on, in seconds; `attempts` count per URL, from 1 again whenever more has arrived than before."""
 
     connect_s: float = 20
     stall_s: float = 30
@@ -47,7 +100,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Fetched(msgspec.Struct, frozen=True):
-    """The file; its size in bytes; `verified` is False when nothing was known to hold it against."""
+    """The file; its size in bytes; `verified` is False when there was no digest to compare."""
 
     path: Path
     sha256: str
@@ -56,14 +109,63 @@ class Fetched(msgspec.Struct, frozen=True):
     verified: bool
 
 
+class Record(msgspec.Struct, frozen=True):
+    """What `<sha256>.json` holds."""
+
+    name: str
+    url: str
+    size: int
+    digests: frozenset[Digest]
+
+
 def shown(url: str) -> str:
     """A URL as it may be printed and stored: without a password."""
     return re.sub(r"//[^/@]*@", "//", url)
 
 
-def stem(want: Want) -> str:
-    """One name for all fetches of one file, whichever mirror they use."""
-    if not re.fullmatch(r"[^/\0\s.][^/\0]{0,150}", want.name):
-        raise FetchError(f"{want.name!r} is not the name of a file", hint="check the configuration")
-    what = sorted(map(str, want.promises)) or [*map(shown, want.urls)]
-    return f"{want.name}.{hashlib.sha256(msgspec.json.encode([what, want.packing])).hexdigest()[:12]}"
+class Release(msgspec.Struct, frozen=True, kw_only=True):
+    """One version's file. `folders` are addresses without a slash at the end, best first; `digests` may be empty."""
+
+    name: str
+    version: str
+    folders: tuple[str, ...]
+    digests: tuple[Digest, ...]
+    sums: str
+    known: tuple[str, ...]
+    size: int | None
+
+    @property
+    def identity(self) -> list[object]:
+        """What decides the bytes: with a digest, the mirrors do not."""
+        promised = sorted(map(str, self.digests))
+        return [self.name, promised] if promised else [self.name, self.sums, self.folders]
+
+    @property
+    def described(self) -> str:
+        """`version 6.4.2`, as a message has it."""
+        return f"version {self.version}" if self.version else "this guest, which has no version"
+
+    def urls(self, name: str) -> tuple[str, ...]:
+        """Where a file beside it is."""
+        return tuple(f"{folder}/{name}" for folder in self.folders)
+
+
+def release(made: Download, version: str, environ: Mapping[str, str]) -> Release:
+    """What [installer] says about `version`; a mirror that the environment names takes the place of the others."""
+    name = made.file.replace("{version}", version)
+    other = environ.get(made.mirror_env, "").strip() if made.mirror_env else ""
+    return Release(
+        name=name,
+        version=version,
+        folders=tuple(_folder(at.replace("{version}", version), name) for at in ([other] if other else made.mirrors)),
+        digests=tuple(map(Digest.parse, made.digests.get(version, []))),
+        sums=made.sums,
+        known=tuple(sorted(made.digests)),
+        size=made.sizes.get(version),
+    )
+
+
+def _folder(mirror: str, name: str) -> str:
+    """A mirror's address as it is put before a name. The file's own address is accepted, and so is a relative path."""
+    here = mirror if ":/" in mirror else str(Path(mirror).expanduser().absolute())
+    return here.rstrip("/").removesuffix(f"/{name}")
