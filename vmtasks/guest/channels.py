@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import paramiko
-from paramiko.common import MSG_CHANNEL_REQUEST
 
 from vmtasks.errors import CommandTimeoutError, ConnectionLostError, SshError
 from vmtasks.guest import command as commands
 from vmtasks.guest import login
 from vmtasks.guest.command import Via
+from vmtasks.guest.transport import Transport
 
 BROKEN = (paramiko.SSHException, OSError, EOFError)
 """What paramiko raises when a connection breaks or a request is refused."""
@@ -51,7 +51,7 @@ class Waiting:
 class Channels:
     """To be used from any thread."""
 
-    def __init__(self, name: str, transport: paramiko.Transport) -> None:
+    def __init__(self, name: str, transport: Transport) -> None:
         """`name` is the machine's, for errors."""
         self._name = name
         self._transport = transport
@@ -70,14 +70,7 @@ class Channels:
         try:
             channel = self._transport.open_session(timeout=max(0.1, deadline - time.monotonic()))
             started = True
-            message = paramiko.Message()
-            message.add_byte(bytes([MSG_CHANNEL_REQUEST]))
-            message.add_int(channel.remote_chanid)
-            message.add_string("exec")
-            message.add_boolean(True)  # noqa: FBT003 - an answer is wanted
-            message.add_string(line)
-            # Channel.exec_command would wait for the answer, which costs time, and without a deadline.
-            self._transport._send_user_message(message)  # noqa: SLF001
+            self._transport.order(channel, line)
         except BROKEN as error:
             if self.gone():
                 what = "was lost as a command was sent" if started else "is closed; the command was not sent"

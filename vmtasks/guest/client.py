@@ -1,4 +1,4 @@
-"""One authenticated SSH connection to a machine, and commands through it. Owns paramiko: import it where it is used.
+"""One authenticated SSH connection to a machine, and commands through it.
 
     with client.connect(target, timeout_s=20) as connection:
         done = connection.execute(["make", "check"], cwd="src", timeout_s=600, on_line=show)
@@ -15,8 +15,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO, Self
 
-import paramiko
-
 from vmtasks.errors import CommandTimeoutError, ConnectionLostError, SshError
 from vmtasks.guest import command as commands
 from vmtasks.guest import login
@@ -24,6 +22,7 @@ from vmtasks.guest.channels import BROKEN, Channels, NotStartedError
 from vmtasks.guest.command import Command, Executed, OnData, OnLine, Wire
 from vmtasks.guest.pump import Outcome, Pump, feed
 from vmtasks.guest.ssh import Target, end_group_script
+from vmtasks.guest.transport import Transport
 
 Console = Callable[[], Sequence[str]]
 """Gives the console's last lines, for errors."""
@@ -39,7 +38,7 @@ class Connection:
     """Logged in. Several commands may run at once, each on a channel of its own, from any thread."""
 
     def __init__(
-        self, target: Target, transport: paramiko.Transport, keepalive_s: float, gone: Callable[[], bool] | None
+        self, target: Target, transport: Transport, keepalive_s: float, gone: Callable[[], bool] | None
     ) -> None:
         """Use connect()."""
         self.target = target

@@ -3,61 +3,25 @@
 Each step has an error of its own, because each has another cause and another remedy.
 """
 
-import logging
 import socket
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
 
 import paramiko
-from paramiko.common import MSG_CHANNEL_REQUEST
-from paramiko.transport import ChannelMap
 
 from vmtasks.config.arguments import public_key
 from vmtasks.errors import AuthFailedError, BannerError, ConnectRefusedError, ConnectTimeoutError, HostKeyError
 from vmtasks.guest.banner import HOST
 from vmtasks.guest.ssh import KEX, Target
+from vmtasks.guest.transport import Transport
 from vmtasks.host import files
 
-LOG = "vmtasks.paramiko"
 RSA = ("rsa-sha2-512", "rsa-sha2-256")
-WINDOW_BYTES = 4 << 20
-logging.getLogger(LOG).setLevel(logging.CRITICAL + 1)  # what it logs, with tracebacks, is raised here as an error
 
 
-def _request(channel: Any, message: Any) -> None:
-    """Hear also by which signal a command ended, which paramiko ignores: RFC 4254, 6.10."""
-    if message.get_text() == "exit-signal":
-        message.get_boolean()
-        channel.exit_signal = message.get_text()
-        return
-    message.rewind()
-    message.get_int()  # the channel's number
-    paramiko.Channel._handle_request(channel, message)  # noqa: SLF001 - it has no public door for this
-
-
-class _Channels(ChannelMap):  # type: ignore[misc]  # paramiko has no types
-    """As paramiko's, without those that open_channel() has listed but not yet made whole: close() fails on them."""
-
-    def values(self) -> list[Any]:
-        return [channel for channel in super().values() if channel.transport is not None]
-
-
-class _Transport(paramiko.Transport):  # type: ignore[misc]  # as above
-    _channel_handler_table: ClassVar[dict[int, Any]] = {
-        **paramiko.Transport._channel_handler_table,  # noqa: SLF001 - as above
-        MSG_CHANNEL_REQUEST: _request,
-    }
-
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock, default_window_size=WINDOW_BYTES)
-        self._channels = _Channels()
-        self.set_log_channel(LOG)
-
-
-def open_transport(target: Target, deadline: float) -> paramiko.Transport:
+def open_transport(target: Target, deadline: float) -> Transport:
     """Log in to a machine until the monotonic time `deadline`, one try.
 
     ConnectRefusedError, BannerError, HostKeyError, AuthFailedError or ConnectTimeoutError; nothing is left open then.
@@ -66,7 +30,7 @@ def open_transport(target: Target, deadline: float) -> paramiko.Transport:
     sock = _tcp(target, deadline)
     try:
         _banner(target, sock, deadline)
-        transport = _Transport(sock)
+        transport = Transport(sock)
         _negotiate(target, transport, deadline)
         _log_in(target, transport, deadline)
     except BaseException:
