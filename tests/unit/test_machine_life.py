@@ -15,10 +15,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import filelock._unix  # noqa: F401 - loaded before a child becomes a user who may not read it
 import msgspec
 import pytest
-import tomli_w  # noqa: F401 - as above
+import tomli_w  # noqa: F401 - loaded before a child becomes a user who may not read it
 from conftest import mounted_tmpfs
 from machines_ill import Home, until
 from phaserun import machine as spec

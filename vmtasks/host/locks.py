@@ -1,6 +1,7 @@
-"""One writer at a time, across processes: a lock that dies with its holder, and tells who that is. Owns filelock."""
+"""One writer at a time, across processes: a lock that dies with its holder, and tells who that is."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import signal
@@ -14,6 +15,7 @@ from vmtasks.errors import BusyError, StateError
 from vmtasks.host import files, processes, signals
 
 Waiting = Callable[[str], None]
+POLL_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -54,46 +56,56 @@ class Holder:
 def lock(path: Path, what: str, *, timeout_s: float, waiting: Waiting | None = None) -> Iterator[int]:
     """Hold the lock file `path` for the length of the block; gives a descriptor that a child may inherit.
 
-    `waiting` is told once who holds it, as `process 123`. BusyError after `timeout_s` seconds, naming `what`;
-    StateError when the file is another user's. The kernel drops the lock when its last holder dies, however that
-    happens. The file stays, unless the holder of the lock removes it while the block runs, with what it guards.
+    `waiting` is told who holds it, as `process 123`. BusyError after `timeout_s` seconds, naming `what`; StateError
+    when the file belongs to another user. The kernel drops the lock when its last holder dies, however that happens.
+    The file stays, unless the holder of the lock removes it while the block runs, with what it guards.
     """
-    from filelock import FileLock, Timeout  # noqa: PLC0415 - 20 ms
-
     files.private_folder(path.parent)
     deadline = time.monotonic() + timeout_s
     while True:
-        held = FileLock(path)
+        handle = _open(path, what)
         try:
-            held.acquire(timeout=0)
-        except PermissionError as error:
-            raise StateError(
-                f"{what} cannot be locked: {path}, of user {_user_of(path)}: {error.strerror}",
-                hint="do it as that user, or as root (sudo)",
-            ) from None
-        except Timeout:
-            holder = _told(path)
-            if waiting is not None and timeout_s > 0:
-                waiting(holder)
-            try:
+            if not _try(handle):
+                if waiting is not None and timeout_s > 0:
+                    waiting(_told(path))
                 with signals.cuttable():
-                    held.acquire(timeout=max(0.0, deadline - time.monotonic()), poll_interval=0.1)
-            except Timeout:
-                raise BusyError(
-                    f"{what} is locked by {_told(path)}, and was for {timeout_s:g} s",
-                    hint=f"wait for it, or end that process; the lock is {path}",
-                ) from None
-        if _is_at(held._context.lock_file_fd, path):  # noqa: SLF001 - it has no other door
-            break
-        held.release()  # its holder has removed it: whoever comes now makes and locks another file
-    # A copy of the descriptor, for a QEMU to inherit: filelock closes its own in every forked child.
-    shared = os.dup(int(held._context.lock_file_fd))  # type: ignore[arg-type]  # noqa: SLF001 - it has no other door
+                    while not _try(handle):
+                        if time.monotonic() >= deadline:
+                            raise BusyError(
+                                f"{what} is locked by {_told(path)}, and was for {timeout_s:g} s",
+                                hint=f"wait for it, or end that process; the lock is {path}",
+                            )
+                        time.sleep(POLL_S)
+            if not _is_at(handle, path):
+                continue  # its holder has removed it: whoever comes now makes and locks another file
+            _note(path)
+            try:
+                yield handle
+            finally:
+                fcntl.flock(handle, fcntl.LOCK_UN)  # also for a child that has inherited it and lives on
+            return
+        finally:
+            os.close(handle)
+
+
+def _open(path: Path, what: str) -> int:
+    """Open the lock file, which is made where it does not exist. A link in its place is not followed."""
     try:
-        _note(path)
-        yield shared
-    finally:
-        os.close(shared)
-        held.release()
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
+    except PermissionError as error:
+        raise StateError(
+            f"{what} cannot be locked: {path}, of user {_user_of(path)}: {error.strerror}",
+            hint="do it as that user, or as root (sudo)",
+        ) from None
+
+
+def _try(handle: int) -> bool:
+    """Lock the open file now; False when another holds it. flock(2) also works over NFS, where the kernel maps it."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def sweep(folder: Path) -> None:
@@ -106,10 +118,8 @@ def sweep(folder: Path) -> None:
             owner.unlink(missing_ok=True)
 
 
-def _is_at(descriptor: int | None, path: Path) -> bool:
+def _is_at(descriptor: int, path: Path) -> bool:
     """Whether the open file still is what `path` names."""
-    if descriptor is None:
-        return False
     try:
         there, ours = path.stat(), os.fstat(descriptor)
     except OSError:
