@@ -76,6 +76,8 @@ def test_case(path):
     assert case.get("names", []) in ([], [case.get("name") for case in ET.fromstring(data).iter("testcase")])  # noqa: S314 - ours
     for text in case.get("contains", []):
         assert text in data.decode()
+    for text in case.get("absent", []):
+        assert text not in data.decode()
 
 
 @given(OUTPUTS, st.integers(), st.sampled_from(FORMATS), st.floats())

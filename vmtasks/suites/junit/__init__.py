@@ -4,7 +4,8 @@ import signal
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
+from xml.etree import ElementTree as ET
 
 from vmtasks.host.process import Ended
 from vmtasks.suites.junit import gotest, own, tap
@@ -67,11 +68,11 @@ def report(
     """
     log, status = clean(output), ended.status if ended else None
     kind = "junit" if own_xml is not None else detect(log) if fmt == "auto" else fmt
-    report_of_its_own, counts, cases = b"", Counter[Outcome](), list[Case]()
+    root, counts, cases = ET.Element("testsuites"), Counter[Outcome](), list[Case]()
     if problem and ended:
         cases = [Case("JUnit file", "error", problem, _tail(log))]
     elif kind == "junit" and (ended or own_xml is not None):
-        report_of_its_own, counts, cases = _own(own_xml, log)
+        root, counts, cases = _own(own_xml, log)
     elif kind == "tap":
         cases = [_or_plain(case) if fmt == "auto" and status == 0 else case for case in tap.cases(log)]
     elif kind == "go-json":
@@ -87,7 +88,7 @@ def report(
     suite = _suite(one_line(name), cases, log, duration_s)
     totals = Counts(counts["passed"], counts["failed"], counts["skipped"], counts["error"])
     trouble = next((one_line(case.message) for case in cases if case.outcome == "error"), "")
-    return Report(_document(report_of_its_own, suite, totals), totals, trouble)
+    return Report(_document(root, suite, totals), totals, trouble)
 
 
 def detect(log: str) -> Format:
@@ -114,14 +115,15 @@ def _or_plain(case: Case) -> Case:
     return replace(case, message=f'{case.message} (if this is no TAP: format = "plain")')
 
 
-def _own(data: bytes | None, log: str) -> tuple[bytes, Counter[Outcome], list[Case]]:
-    """Read the suite's own XML, or an error case in its place."""
+def _own(data: bytes | None, log: str) -> tuple[ET.Element, Counter[Outcome], list[Case]]:
+    """Read the suite's own XML, or make an error case in its place."""
     if data is None and detect(log) == "junit":
         data = log.encode()
     try:
         return own.normalised(data or b"")
     except ValueError as problem:
-        return b"", Counter(), [Case("JUnit file", "error", f"the suite's JUnit XML cannot be used: {problem}")]
+        case = Case("JUnit file", "error", f"the suite's JUnit XML cannot be used: {problem}")
+        return ET.Element("testsuites"), Counter(), [case]
 
 
 def _plain(status: int, log: str) -> Case:
@@ -146,45 +148,37 @@ def _tail(log: str, lines: int = 30) -> str:
     return "\n".join(log.rstrip("\n").split("\n")[-lines:])
 
 
-def _document(report_of_its_own: bytes, suite: Any, totals: Counts) -> bytes:
-    """Put the suite's own test suites, if any, and `suite` into one report."""
-    from xml.etree import ElementTree as ET  # noqa: PLC0415 - start-up time
-
-    from junitparser import JUnitXml  # noqa: PLC0415 - start-up time
-
-    xml: Any = JUnitXml.fromstring(report_of_its_own) if report_of_its_own else JUnitXml()
-    xml.append(suite)
-    xml.name, xml.time = suite.name, suite.time
-    xml.tests, xml.failures, xml.errors, xml.skipped = totals.total, totals.failed, totals.errors, totals.skipped
-    root = ET.fromstring(xml.tostring())  # noqa: S314 - our own
+def _document(root: ET.Element, suite: ET.Element, totals: Counts) -> bytes:
+    """Add `suite` to the <testsuites> `root`, whose own cases have been counted, and write it."""
+    root.append(suite)
+    root.set("name", suite.attrib["name"])
+    root.set("time", suite.attrib["time"])
+    own.set_counts(root, totals.total, totals.failed, totals.errors, totals.skipped)
     ET.indent(root)
     data: bytes = ET.tostring(root, encoding="utf-8", xml_declaration=True)
     return data + b"\n"
 
 
-def _suite(name: str, cases: Sequence[Case], log: str, duration_s: float) -> Any:
+def _suite(name: str, cases: Sequence[Case], log: str, duration_s: float) -> ET.Element:
     """Make the <testsuite> of the cases that were found, with the output."""
-    from junitparser import SystemOut, TestSuite  # noqa: PLC0415 - start-up time
-
     counts = Counter(case.outcome for case in cases)
-    suite: Any = TestSuite(name)
-    suite.tests, suite.failures = len(cases), counts["failed"]
-    suite.errors, suite.skipped, suite.time = counts["error"], counts["skipped"], seconds(duration_s)
+    suite = ET.Element("testsuite", name=name)
+    own.set_counts(suite, len(cases), counts["failed"], counts["error"], counts["skipped"])
+    suite.set("time", str(seconds(duration_s)))
     for case in cases:
-        suite.append(_element(name, case))
-    suite.append(SystemOut(shorten(log, LOG_LIMIT)))
+        _add(suite, case)
+    ET.SubElement(suite, "system-out").text = shorten(log, LOG_LIMIT)
     return suite
 
 
-def _element(suite_name: str, case: Case) -> Any:
-    """Make a <testcase>."""
-    from junitparser import Error, Failure, Skipped, TestCase  # noqa: PLC0415 - start-up time
-
-    time_s = None if case.time_s is None else seconds(case.time_s)
-    element: Any = TestCase(one_line(case.name) or "unnamed", one_line(case.group) or suite_name, time_s)
-    kinds = {"failed": Failure, "error": Error, "skipped": Skipped}
-    if case.outcome in kinds:
-        result = kinds[case.outcome](one_line(case.message))
+def _add(suite: ET.Element, case: Case) -> None:
+    """Add a <testcase>."""
+    group = one_line(case.group) or suite.attrib["name"]
+    element = ET.SubElement(suite, "testcase", name=one_line(case.name) or "unnamed", classname=group)
+    if case.time_s is not None:
+        element.set("time", str(seconds(case.time_s)))
+    if case.outcome != "passed":
+        result = ET.SubElement(element, {"failed": "failure"}.get(case.outcome, case.outcome))
+        if case.message:
+            result.set("message", one_line(case.message))
         result.text = shorten(clean(case.text), TEXT_LIMIT)
-        element.append(result)
-    return element

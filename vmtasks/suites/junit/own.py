@@ -3,24 +3,19 @@
 import math
 import re
 from collections import Counter
-from typing import Any
+from xml.etree import ElementTree as ET
 
 from vmtasks.suites.junit.case import TEXT_LIMIT, Case, Outcome, clean, shorten
 
 DEPTH_LIMIT = 100
 """Nesting of elements in a suite's own file. Real ones have fewer than ten."""
 
-_FORBIDDEN_REFERENCE = re.compile(r"&#(?:x0*(?:[0-8bcef]|1[0-9a-f])|0*(?:[0-8]|1[124-9]|2\d|3[01]));", re.IGNORECASE)
-_XML_DECLARATION = re.compile(r"\A\s*<\?xml[^>]*\?>")
 
+def normalised(data: bytes) -> tuple[ET.Element, Counter[Outcome], list[Case]]:
+    """Read a JUnit file: <testsuites> its counts set right, these counts, an error case if it contradicts itself.
 
-def normalised(data: bytes) -> tuple[bytes, Counter[Outcome], list[Case]]:
-    """Give a JUnit file as <testsuites> with counts that are true, these counts, and an error case if it is at odds.
-
-    Raises ValueError when it is no JUnit file.
+    ValueError when it is not well-formed, or no JUnit file: what a tool wrote wrong is not repaired here.
     """
-    from xml.etree import ElementTree as ET  # noqa: PLC0415 - start-up time
-
     if not data.strip():
         raise ValueError("there is none")
     root = _parse(data)
@@ -36,26 +31,21 @@ def normalised(data: bytes) -> tuple[bytes, Counter[Outcome], list[Case]]:
         root.remove(case)
         ET.SubElement(root, "testsuite", name="").append(case)
     for suite in root.iter("testsuite"):
-        _set_counts(suite, Counter(_outcome(case) for case in suite.iter("testcase")))
+        cases = Counter(_outcome(case) for case in suite.iter("testcase"))
+        set_counts(suite, cases.total(), cases["failed"], cases["error"], cases["skipped"])
     counts = Counter(_outcome(case) for case in root.iter("testcase"))
     problems = []
     if claimed and not (counts["failed"] or counts["error"]):
         problems = [Case("JUnit file", "error", f"the file counts {claimed} failures, but none of its cases failed")]
-    return ET.tostring(root, encoding="utf-8"), counts, problems
+    return root, counts, problems
 
 
-def _parse(data: bytes) -> Any:
-    """Parse XML that a test tool wrote; control characters and bytes of another encoding are mended."""
-    from xml.etree import ElementTree as ET  # noqa: PLC0415 - start-up time
-
+def _parse(data: bytes) -> ET.Element:
+    """Parse XML that a test tool wrote. ValueError when it is not well-formed; expat bounds the growth of entities."""
     try:
-        root = ET.fromstring(data)  # noqa: S314 - expat bounds the growth of entities
-    except (ET.ParseError, ValueError, LookupError):
-        text = _FORBIDDEN_REFERENCE.sub("", clean(data.decode("utf-8", "replace")))
-        try:
-            root = ET.fromstring(_XML_DECLARATION.sub("", text).encode())  # noqa: S314 - as above
-        except ET.ParseError as error:
-            raise ValueError(f"{error}") from error
+        root = ET.fromstring(data)  # noqa: S314 - see above
+    except (ET.ParseError, ValueError, LookupError) as error:
+        raise ValueError(f"it is not well-formed: {error}") from error
     level, depth = [root], 0
     while level:
         level, depth = [child for element in level for child in element], depth + 1
@@ -64,7 +54,7 @@ def _parse(data: bytes) -> Any:
     return root
 
 
-def _tidy(element: Any) -> None:
+def _tidy(element: ET.Element) -> None:
     """Take away what readers and terminals trip over: namespaces, endless texts, false times, controls."""
     element.tag = element.tag.rpartition("}")[2]
     element.text, element.tail = shorten(clean(element.text or ""), TEXT_LIMIT), clean(element.tail or "") or None
@@ -74,7 +64,7 @@ def _tidy(element: Any) -> None:
         del element.attrib["time"]
 
 
-def _outcome(case: Any) -> Outcome:
+def _outcome(case: ET.Element) -> Outcome:
     """Tell how a <testcase> ended. One that was not run (GoogleTest's way to say disabled) is marked as skipped."""
     tags = {child.tag for child in case}
     if "error" in tags or "failure" in tags:
@@ -85,20 +75,19 @@ def _outcome(case: Any) -> Outcome:
     return "skipped" if "skipped" in tags else "passed"
 
 
-def _claimed(root: Any) -> int:
+def _claimed(root: ET.Element) -> int:
     """Sum up the failures and errors that the outermost counts state: a collection error may have no case."""
 
-    def stated(element: Any) -> int:
+    def stated(element: ET.Element) -> int:
         numbers = (element.get(key, "") for key in ("failures", "errors"))
         return sum(int(number) for number in numbers if re.fullmatch(r"[0-9]{1,9}", number))
 
     return stated(root) or sum(stated(child) for child in root.findall("testsuite"))
 
 
-def _set_counts(suite: Any, counts: Counter[Outcome]) -> None:
-    numbers = {"tests": counts.total(), "failures": counts["failed"]}
-    numbers |= {"errors": counts["error"], "skipped": counts["skipped"]}
-    for key, number in numbers.items():
+def set_counts(suite: ET.Element, tests: int, failures: int, errors: int, skipped: int) -> None:
+    """Set the four attributes that count a suite's cases."""
+    for key, number in {"tests": tests, "failures": failures, "errors": errors, "skipped": skipped}.items():
         suite.set(key, str(number))
 
 
