@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from vmtasks.config import arguments
 from vmtasks.config.arguments import Bind, Forward
+from vmtasks.config.load import parse_size
 from vmtasks.errors import ConfigError
 
 MIB = 1 << 20
@@ -36,13 +37,13 @@ def test_no_memory(text: str) -> None:
      ("4KB", 4096), ("10B", 10), ("1024", 1024)],
 )  # fmt: skip
 def test_size(text: str, size: int) -> None:
-    assert arguments.size(text) == size
+    assert parse_size(text, "--disk") == size
 
 
 @pytest.mark.parametrize("text", ["", "1.5G", "G", "0", "-1G", "5GiB", "5BB", "5 G"])
 def test_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="--disk"):
-        arguments.size(text)
+        parse_size(text, "--disk")
 
 
 @pytest.mark.parametrize(

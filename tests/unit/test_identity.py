@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmtasks.config import arguments
+from vmtasks.config.tables import NAME
 from vmtasks.guest import keypair
 from vmtasks.machines import identity
 from vmtasks.machines.identity import HostKey
@@ -36,7 +36,7 @@ def test_the_address_is_made_from_the_folder_of_the_machine():
         assert int(mac[:2], 16) & 3 == 2, "locally administered, and of one card"
 
 
-@given(st.from_regex(arguments.NAME, fullmatch=True))
+@given(st.from_regex(NAME, fullmatch=True))
 def test_every_name_of_a_machine_makes_a_host_name(name: str):
     assert re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?", identity.hostname(name))
 

@@ -8,7 +8,7 @@ from conftest import Project
 
 pytestmark = pytest.mark.timeout(240)
 
-PROGRAMS = ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "ssh-keygen", "ssh-keyscan", "apt-get")
+PROGRAMS = ("qemu-system-x86_64", "qemu-img", "rsync", "scp", "ssh", "ssh-keygen", "ssh-keyscan", "apt-get")
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def programs(tmp_path: Path) -> Path:
 def test_a_program_that_is_missing_is_named_with_its_package(project: Project, programs: Path, hidden: str) -> None:
     (programs / hidden).unlink()
     output = project.doit("check_prereqs", env={"PATH": str(programs)}).bad()
-    assert f"✗ {hidden} is not installed" in output
+    assert f"✗ {hidden}: {hidden} is not installed" in output
     assert "apt-get install" in output
     assert f"missing: {hidden}" in output
     for name in set(PROGRAMS) - {hidden}:

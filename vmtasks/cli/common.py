@@ -14,7 +14,7 @@ from typer.core import TyperCommand
 
 from vmtasks import __version__, printable
 from vmtasks.cli.complete import names
-from vmtasks.errors import ConfigError, StateError, VmTasksError, os_failure
+from vmtasks.errors import ConfigError, VmTasksError, os_failure
 from vmtasks.host.progress import accept_any_text, open_streams, tell_notes, to_stderr
 from vmtasks.host.signals import ignore, unwind_on_signals
 
@@ -223,13 +223,3 @@ def each(names: Sequence[str], work: Callable[[str], None]) -> None:
         with attempts.of(name):
             work(name)
     attempts.end()
-
-
-def confirm(question: str, otherwise: str, done: str = "removed") -> None:
-    """Ask a person. StateError, that nothing was `done`, when there is none to ask, or the answer is not yes."""
-    if not sys.stdin or sys.stdin.closed or not sys.stdin.isatty():
-        raise StateError(f"nothing was {done}: nobody is there to ask", hint=otherwise)
-    sys.stderr.write(f"{question} [y/N] ")
-    sys.stderr.flush()
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise StateError(f"nothing was {done}")

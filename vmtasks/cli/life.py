@@ -18,13 +18,13 @@ from vmtasks.cli.common import (
     Names,
     app,
     chosen,
-    confirm,
     each,
     machine,
     project,
     show,
     table,
 )
+from vmtasks.host import progress
 
 if TYPE_CHECKING:
     from vmtasks.machines import Machine
@@ -48,7 +48,6 @@ def ps(
     """List machines: what they are, what they do, and who uses them now."""
     from vmtasks.cli.look import described  # noqa: PLC0415
     from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.host import progress  # noqa: PLC0415
 
     if quiet and as_json:
         raise ConfigError("ps: --quiet and --json do not go together")
@@ -121,8 +120,6 @@ def _start(names: list[str], *, every: bool, as_json: bool, before: "Callable[[M
 @app.command(rich_help_panel="Machines")
 def stop(names: Names = None, every: Every = False, force: Force = False, timeout: Timeout = None) -> None:
     """Stop machines: power off in the guest, then ACPI, QMP quit, SIGTERM, SIGKILL; says which was needed."""
-    from vmtasks.host import progress  # noqa: PLC0415
-
     here = project()
 
     def work(name: str) -> None:
@@ -154,7 +151,6 @@ def rm(
     --all leaves alone what `doit start` has made: only its name, given here, or `doit destroy` removes that.
     """
     from vmtasks.errors import ConfigError, StateError  # noqa: PLC0415
-    from vmtasks.host import progress  # noqa: PLC0415
 
     if every == bool(names):
         raise ConfigError("rm: name machines, or give --all")
@@ -175,7 +171,7 @@ def rm(
     if found and not force:
         named = "--all" if every else shlex.join(names or [])
         question = f"Remove {', '.join(one.name for one in found)} with all that is on their disks?"
-        confirm(question, f"vmtasks rm --force {named}")
+        progress.confirm(question, f"vmtasks rm --force {named}")
     for one in found:
         with attempts.of(one.name):
             one.destroy(lambda _: None, force=force)

@@ -129,11 +129,12 @@ def _wants(
     *, name: str, memory: str, disk: str, bind: list[str], exclude: list[str], publish: list[str], ssh_key: list[Path]
 ) -> dict[str, Any]:
     from vmtasks.config import arguments  # noqa: PLC0415
+    from vmtasks.config.load import parse_size  # noqa: PLC0415
 
     return {
         "name": arguments.machine_name(name) if name else "",
         "memory": arguments.memory(memory) if memory else None,
-        "disk_size": arguments.size(disk) if disk else None,
+        "disk_size": parse_size(disk, "--disk") if disk else None,
         "binds": tuple(arguments.Bind.parse(text, tuple(exclude)) for text in bind),
         "forwards": tuple(arguments.Forward.parse(text) for text in publish),
         "authorized": tuple(key for path in ssh_key for key in read_keys(path, "--ssh-key")),

@@ -7,7 +7,8 @@ import typer
 from typer.core import TyperGroup
 
 from vmtasks.cli import complete
-from vmtasks.cli.common import App, AsJson, Name, app, confirm, each, machine, project, show, table
+from vmtasks.cli.common import App, AsJson, Name, app, each, machine, project, show, table
+from vmtasks.host import progress
 
 
 class SaveByDefault(TyperGroup):
@@ -49,11 +50,9 @@ def remove(
     force: Annotated[bool, typer.Option("--force", "-f", help="Do not ask.")] = False,
 ) -> None:
     """Remove snapshots with their images; one that a machine stands on stays."""
-    from vmtasks.host import progress  # noqa: PLC0415
-
     here = project()
     if not force:
-        confirm(f"Remove {', '.join(images)}?", "vmtasks snapshot rm --force")
+        progress.confirm(f"Remove {', '.join(images)}?", "vmtasks snapshot rm --force")
 
     def work(image: str) -> None:
         whole = here.remove_snapshot(image)
@@ -72,11 +71,9 @@ def restore(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Throw away what a machine has written, and go back to a snapshot; it is stopped then."""
-    from vmtasks.host import progress  # noqa: PLC0415
-
     found = machine(name)
     if not yes:
-        confirm(f"Throw away all that machine {name} has written?", "vmtasks restore --yes", "changed")
+        progress.confirm(f"Throw away all that machine {name} has written?", "vmtasks restore --yes", "changed")
     image = found.restore(tag)
     progress.say(f"machine {name}: restored to {tag or 'where it came from'} ({image.digest[:12]})")
 

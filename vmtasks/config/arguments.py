@@ -11,12 +11,10 @@ from pathlib import PurePosixPath
 
 from vmtasks.config.load import UNITS
 from vmtasks.config.mistakes import show_value
+from vmtasks.config.tables import NAME, USER
 from vmtasks.errors import ConfigError
 
-NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
-NAME_CHARS = 63
-USER = r"[a-z_][a-z0-9_-]{0,31}"
-USER_CHARS = 32
+NAME_CHARS, USER_CHARS = 63, 32
 KEY_TYPES = (
     "ssh-ed25519",
     "ssh-rsa",
@@ -37,14 +35,6 @@ def memory(text: str) -> int:
     if mib == 0:
         raise ConfigError(f"--memory {text!r}: less than 1 MiB; use 64M or more")
     return mib << 20
-
-
-def size(text: str, option: str = "--disk") -> int:
-    """A size in bytes: `20G`, `20GB`, `512MB`, `1024`; binary units, no fractions. ConfigError for anything else."""
-    match = re.fullmatch(r"([1-9][0-9]*)(?:([KMGT])B?|B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ConfigError(f"{option} {text!r}: not a size; use a whole number with K, M, G or T, as in 20G")
-    return int(match[1]) * UNITS[(match[2] or "").upper()]
 
 
 @dataclass(frozen=True)

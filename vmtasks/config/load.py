@@ -103,12 +103,13 @@ class Config(msgspec.Struct, frozen=True):
         return self.guest_dir / f"{phase.name}.sh.j2"
 
 
-def parse_size(text: str) -> int:
-    """'2G' -> bytes. ConfigError when it is no size."""
-    match = re.fullmatch(r"([1-9][0-9]*)([KMGT]?)", text.strip().upper())
+def parse_size(text: str, option: str = "") -> int:
+    """`20G`, `20GB`, `512MB`, `1024` -> bytes; binary units, no fractions. ConfigError, naming `option`, for others."""
+    match = re.fullmatch(r"([1-9][0-9]{0,20})(?:([KMGT])B?|B)?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise ConfigError(f"{text!r} is not a size; write a number with K, M, G or T, as in 2G")
-    return int(match[1]) * UNITS[match[2]]
+        where = f"{option} {text!r}".lstrip()
+        raise ConfigError(f"{where}: not a size; use a whole number with K, M, G or T, as in 20G")
+    return int(match[1]) * UNITS[(match[2] or "").upper()]
 
 
 def show_size(size: int) -> str:

@@ -6,12 +6,14 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from vmtasks.config.recipe import Recipe
 
+NAME, USER = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", r"[a-z_][a-z0-9_-]{0,31}"
+"""Patterns of what names machines, guests and snapshots, and of a guest's users."""
 Value = str | int | bool | list[str]
 # In the patterns below `(?!\n)` is for Python, whose `$` also matches before a line break at the end.
 Name = Annotated[
     str,
     Meta(
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$(?!\n)",
+        pattern=rf"^{NAME}$(?!\n)",
         description="letters, digits, '.', '_' and '-', beginning with a letter or digit",
     ),
 ]
@@ -157,7 +159,7 @@ class SshTable(Table, frozen=True, kw_only=True):
     user: Annotated[
         str,
         Meta(
-            pattern=r"^[a-z_][a-z0-9_-]{0,31}$(?!\n)",
+            pattern=rf"^{USER}$(?!\n)",
             description="user that vmtasks logs in as: lower-case letters, digits, '_' and '-'",
         ),
     ] = "root"

@@ -346,8 +346,7 @@ def _stat(folder: bytes, names: Sequence[bytes]) -> dict[bytes, os.stat_result]:
 def _sha256(path: bytes) -> str:
     """Of the file's content; what has just gone has none."""
     try:
-        with open(path, "rb") as data:  # noqa: PTH123 - bytes
-            return hashlib.file_digest(data, "sha256").hexdigest()
+        return files.sha256(path)
     except (FileNotFoundError, IsADirectoryError):
         return ""
     except OSError as error:
@@ -366,10 +365,9 @@ def _target(path: bytes) -> str:
 def _text(path: bytes) -> bytes:
     """What a `.gitignore` says; git does not follow a link there either."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as file:  # noqa: PTH123 - a descriptor
-            return file.read() if stat.S_ISREG(os.fstat(fd).st_mode) else b""
-    except (FileNotFoundError, NotADirectoryError):
+        with files.opened(path, follow=False) as file:
+            return file.read()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return b""
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):

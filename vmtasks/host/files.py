@@ -112,21 +112,24 @@ def free_bytes(path: Path) -> int:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BufferedReader]:
-    """Open a file to read it. OSError, also for a device or a pipe: reading one may never end."""
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+def opened(path: Path | bytes, *, follow: bool = True) -> Iterator[BufferedReader]:
+    """Open a file to read it. OSError, also for a device or a pipe: reading one may never end.
+
+    Without `follow` also for a symbolic link.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
     try:
         mode = os.fstat(handle).st_mode
         if not stat.S_ISREG(mode):
             kind = errno.EISDIR if stat.S_ISDIR(mode) else errno.ENXIO
-            raise OSError(kind, "Is a directory" if kind == errno.EISDIR else "Is no file", str(path))
+            raise OSError(kind, "Is a directory" if kind == errno.EISDIR else "Is no file", os.fsdecode(path))
         with open(handle, "rb", closefd=False) as file:
             yield file
     finally:
         os.close(handle)
 
 
-def sha256(path: Path) -> str:
+def sha256(path: Path | bytes) -> str:
     """Digest of a file of any size. OSError, also for what is no file."""
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -33,6 +33,8 @@ PACKAGES = {
     "ssh-keyscan": "openssh-client",
 }
 """Program -> Debian package; other distributions name them alike or in docs/."""
+REQUIRED = tuple(sorted(PACKAGES.keys() - {"apt-get"}))
+"""What each host needs; apt-get is for guests that are composed of packages."""
 
 Child = subprocess.Popen[bytes]
 """A process of ours that must be reaped."""

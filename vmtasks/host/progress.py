@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from vmtasks import printable
+from vmtasks.errors import StateError
 from vmtasks.host import files
 
 Say = Callable[[str], None]
@@ -126,6 +127,15 @@ def say(text: str) -> None:
         return
     sys.stdout.write(printable.text(text) + "\n")
     sys.stdout.flush()
+
+
+def confirm(question: str, otherwise: str, done: str = "removed") -> None:
+    """Ask a person. StateError, that nothing was `done`, when there is none to ask, or the answer is not yes."""
+    if not sys.stdin or sys.stdin.closed or not sys.stdin.isatty():
+        raise StateError(f"nothing was {done}: nobody is there to ask", hint=otherwise)
+    to_stderr(f"{question} [y/N] ")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise StateError(f"nothing was {done}")
 
 
 def accept_any_text() -> None:

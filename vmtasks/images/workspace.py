@@ -12,12 +12,11 @@ import msgspec
 
 from vmtasks.config.arguments import Forward
 from vmtasks.config.load import Config
-from vmtasks.config.tables import PhaseTable
+from vmtasks.config.tables import NAME, PhaseTable
 from vmtasks.errors import ConfigError, StateError, VmTasksError
 from vmtasks.host import files
 from vmtasks.store.store import MediaRecord, Store, file_fault, load_record, read_record
 
-SNAPSHOT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}"
 CLEAN, MANUAL = "clean", "manual"
 """The snapshot that the phases end in, and what a machine says that was installed by hand."""
 
@@ -165,7 +164,7 @@ class State:
 
     def snapshot_record(self, name: str) -> Path:
         """The record that says which image the snapshot `name` is. ConfigError for what is no name."""
-        if not re.fullmatch(SNAPSHOT, name):
+        if not re.fullmatch(NAME, name):
             raise ConfigError(f"{name!r} is no name for a snapshot; use letters, digits, '.', '_' and '-'")
         return self.home / ("clean.toml" if name == CLEAN else f"snapshots/{name}.toml")
 

@@ -3,9 +3,10 @@
 A layer is looked at only if those below it passed: what fails first is why the rest cannot work.
 """
 
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,6 @@ from vmtasks.store.store import Store
 
 LAYER_S = 15.0
 STANDS_EVERY_S = 0.5
-PROGRAMS = ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "scp", "ssh-keygen", "ssh-keyscan")
 LEAST_FREE = 2 << 30
 
 
@@ -125,9 +125,9 @@ def _booting(machine: Machine, record: MachineRecord) -> bool:
 # -- this host
 
 
-def host_layers(config: Config) -> Iterator[Layer]:
+def host_layers(config: Config, programs: Iterable[str] = process.REQUIRED) -> Iterator[Layer]:
     """Programs, accelerator, space and ports. These do not build on each other: all are looked at."""
-    for program in PROGRAMS:
+    for program in programs:
         try:
             yield Layer(program, passed=True, says=process.find(program))
         except MissingToolError as error:
@@ -136,7 +136,7 @@ def host_layers(config: Config) -> Iterator[Layer]:
         accel = State(config).accel
         yield Layer("accelerator", passed=True, says=f"{accel.name} ({accel.reason})")
     except VmTasksError as error:
-        yield Layer("accelerator", passed=False, says=error.message)
+        yield Layer("accelerator", passed=False, says=f"{error.message}; {error.hint}".removesuffix("; "))
     for what, folder in (("store", config.store_dir), ("state", config.vm_dir)):
         yield _space(what, folder)
     ports = (start.FIRST_PORT, *FALLBACK_PORTS)
@@ -147,7 +147,14 @@ def host_layers(config: Config) -> Iterator[Layer]:
 
 
 def _space(what: str, folder: Path) -> Layer:
-    free = files.free_bytes(folder)
+    """Whether `folder` can be written to, or made, and has room."""
+    try:
+        place = files.nearest_folder(folder)
+        with tempfile.TemporaryFile(dir=place):
+            free = files.free_bytes(place)
+    except OSError as error:
+        says = f"{folder} cannot be written to: {error.strerror}; VMTASKS_STORE=, VM_DIR="
+        return Layer(what, passed=False, says=says)
     return Layer(what, free >= LEAST_FREE, f"{folder}: {free >> 20} MiB free")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from vmtasks.host import progress
 from vmtasks.tasks.context import CONFIG, action
-from vmtasks.tasks.machines import YES_PARAM, confirm, the_machine
+from vmtasks.tasks.machines import YES_PARAM, the_machine
 
 Task = dict[str, Any]
 
@@ -40,7 +40,7 @@ def task_install() -> Task:
             return
         machine = the_machine()
         if machine.disk.exists() and not yes:
-            confirm(f"Machine {machine.name} has a disk already. Install over it?", "doit install --yes")
+            progress.confirm(f"Machine {machine.name} has a disk already. Install over it?", "doit install --yes")
         console.install(Builder(CONFIG), user=user, display=shown)
 
     flag = {"type": bool, "default": False}

@@ -1,17 +1,15 @@
 """Tasks about machines: start, stop, status, ssh, snapshot, restore, destroy, check_prereqs, help_vars."""
 
 import sys
-import tempfile
 import time
 from functools import cache, partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vmtasks import printable
 from vmtasks.config.load import help_table, show_size
 from vmtasks.config.tables import Download
-from vmtasks.errors import MissingToolError, StateError, VmTasksError
-from vmtasks.host import files, progress
+from vmtasks.errors import MissingToolError
+from vmtasks.host import progress
 from vmtasks.images.workspace import CLEAN, State
 from vmtasks.tasks.context import CONFIG, VARIABLES, action, asked_with
 from vmtasks.tasks.images import Intact, run_step, without_option
@@ -158,19 +156,11 @@ def task_destroy() -> Task:
             progress.say(f"there is no machine {machine.name}; nothing was removed")
             return
         if not yes:
-            confirm(f"Remove machine {machine.name} and its disk?", "doit destroy --yes")
+            progress.confirm(f"Remove machine {machine.name} and its disk?", "doit destroy --yes")
         gone = machine.destroy()
         progress.say(f"machine {machine.name}: removed {', '.join(path.name for path in gone)}")
 
     return {"actions": [(action(destroy),)], "params": [YES_PARAM], "io": {"capture": False}}
-
-
-def confirm(question: str, otherwise: str) -> None:
-    """Ask a person. StateError when there is none to ask, or the answer is not yes."""
-    if not sys.stdin or sys.stdin.closed or not sys.stdin.isatty():
-        raise StateError("nothing was removed: nobody is there to ask", hint=otherwise)
-    if input(f"{question} [y/N] ").strip().lower() not in ("y", "yes"):
-        raise StateError("nothing was removed")
 
 
 def task_ssh() -> Task:
@@ -254,37 +244,18 @@ def task_check_prereqs() -> Task:
 
     def check() -> None:
         from vmtasks.host import process  # noqa: PLC0415
+        from vmtasks.machines import health  # noqa: PLC0415
 
-        missing = []
         composed = [] if isinstance(CONFIG.guest.installer, Download) else ["apt-get"]
-        for program in ("qemu-system-x86_64", "qemu-img", "rsync", "ssh", "ssh-keygen", "ssh-keyscan", *composed):
-            try:
-                progress.say(f"✓ {program}: {process.find(program)}")
-            except MissingToolError as error:
-                missing.append(program)
-                progress.say(f"✗ {error.message}; {error.hint}")
+        missing = []
+        for layer in health.host_layers(CONFIG, (*process.REQUIRED, *composed)):
+            progress.say(f"{'✓' if layer.passed else '✗'} {layer.name}: {layer.says}")
+            if not layer.passed:
+                missing.append(layer.name)
         if missing:
-            raise MissingToolError(f"missing: {', '.join(missing)}", hint="./doit installs them, with your permission")
-        accel = State(CONFIG).accel
-        progress.say(f"✓ accelerator: {accel.name} ({accel.reason})")
-        for what, folder in (("store", CONFIG.store_dir), ("state", CONFIG.vm_dir)):
-            free, place = _free(folder)
-            progress.say(
-                f"✓ {what}: {folder}, {show_size(free >> 30 << 30) if free >> 30 else f'{free >> 20}M'} free at {place}"
-            )
+            raise MissingToolError(f"missing: {', '.join(missing)}", hint="./doit installs programs, if you permit it")
 
     return {"actions": [action(check)], "io": {"capture": False}}
-
-
-def _free(folder: Path) -> tuple[int, Path]:
-    """Bytes free where `folder` is or would be made. VmTasksError when it cannot be written to."""
-    place = files.nearest_folder(folder)
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise VmTasksError(f"{place} cannot be written to: {error.strerror}", hint="VMTASKS_STORE=, VM_DIR=") from None
-    return files.free_bytes(place), place
 
 
 def task_help_vars() -> Task:
