@@ -1,11 +1,12 @@
 """The doit tasks, which a project's dodo.py imports. They hold no logic: they call build, session and suites."""
 
+import inspect
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 from vmtasks.tasks import byhand, images, info, machines, testing, verifying
 from vmtasks.tasks.context import interrupt_on_signals, quiet_when_unread
-from vmtasks.tasks.doc import Doc
 from vmtasks.tasks.places import database, prepare_folders
 from vmtasks.tasks.reporter import Reporter
 
@@ -22,17 +23,13 @@ def task_vmtasks() -> Iterator[dict[str, Any]]:
     for module in (images, machines, byhand, testing, verifying):
         for name, creator in vars(module).items():
             if name.startswith(PREFIX):
-                yield from _named(name.removeprefix(PREFIX), Doc(creator.__doc__), creator())
+                yield from _named(name.removeprefix(PREFIX), inspect.cleandoc(creator.__doc__ or ""), creator())
 
 
-def _named(name: str, doc: Doc, made: dict[str, Any] | Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What a creator has made, as doit would have named it."""
-    if isinstance(made, dict):
-        yield {"basename": name, "doc": doc, **made}
-        return
-    yield {"basename": name, "name": None, "doc": doc}
-    for task in made:
-        yield {"basename": name, **task, "doc": Doc(doc.text, task.get("doc", ""))}
+def _named(name: str, text: str, made: dict[str, Any] | Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Name the tasks of one creator as doit would. doit keeps the first line of `text`; info.py shows all of it."""
+    for task in [made] if isinstance(made, dict) else chain([{"name": None}], made):
+        yield {"basename": name, "doc": text, **task, "meta": {**task.get("meta", {}), info.TEXT: text}}
 
 
 prepare_folders()

@@ -1,11 +1,15 @@
-"""`doit info TASK` in words: doit's own prints what Python shows of our objects."""
+"""`doit info TASK` in words, where doit prints Python objects; `doit help TASK` with all of a docstring."""
 
 from collections.abc import Iterable
 from typing import Any
 
+from doit.cmd_help import Help
 from doit.cmd_info import Info
 from doit.exceptions import InvalidCommand
 
+TEXT = "text"
+"""Key of a task's whole docstring in its `meta`: doit keeps only the first line."""
+DOITS_HELP = Help._execute  # noqa: SLF001
 REASONS = {
     "missing_target": "there is no",
     "changed_file_dep": "changed:",
@@ -16,8 +20,20 @@ REASONS = {
 
 
 def install() -> None:
-    """Have doit's command print this. It reads its plugins before it reads dodo.py, so that there is no other way."""
+    """Replace what doit's commands print. doit reads its plugins before it reads dodo.py, so that no plugin can."""
     Info._execute = _execute  # noqa: SLF001
+    Help._execute = _explain  # noqa: SLF001
+
+
+def _explain(self: Any, pos_args: list[str]) -> bool:
+    """Give doit's help the whole docstring of each task."""
+    for task in self.task_list:
+        task.doc = _text(task)
+    return bool(DOITS_HELP(self, pos_args))
+
+
+def _text(task: Any) -> str:
+    return str((task.meta or {}).get(TEXT) or task.doc or "").strip()
 
 
 def _execute(self: Any, pos_args: list[str], *, hide_status: bool = False) -> int:
@@ -26,7 +42,7 @@ def _execute(self: Any, pos_args: list[str], *, hide_status: bool = False) -> in
     if len(pos_args) != 1 or pos_args[0] not in tasks:
         raise InvalidCommand(f"info: name one task; `{self.bin_name} list --all` shows them")
     task = tasks[pos_args[0]]
-    out = [task.name, "", str(task.doc or "").strip(), ""]
+    out = [task.name, "", _text(task), ""]
     stale = False
     if not hide_status:
         status = self.dep_manager.get_status(task, tasks, get_log=True)
