@@ -202,6 +202,15 @@ def test_modules_named_as_owners_exist() -> None:
         assert (TOP / "vmtasks" / path).is_file(), path
 
 
+def test_every_module_is_in_the_table() -> None:
+    """In the row of its package, by its name."""
+    rows = dict(re.findall(r"(?m)^\| `(\w+)/` \| (.*) \|$", (TOP / "docs/architecture.md").read_text()))
+    for path in sorted((TOP / "vmtasks").rglob("*.py")):
+        package, *inner = path.relative_to(TOP / "vmtasks").parts
+        if inner and not path.name.startswith("__"):
+            assert f"`{path.stem}`" in rows[package], path
+
+
 def test_the_module_map_is_the_enforced_one() -> None:
     contract = PYPROJECT["tool"]["importlinter"]["contracts"][0]
     wanted = [sorted(layer.split(" | ")) for layer in contract["layers"]]
