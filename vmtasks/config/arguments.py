@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 import posixpath
 import re
 from collections.abc import Iterable, Sequence
@@ -195,8 +196,6 @@ class PublicKey:
     @property
     def fingerprint(self) -> str:
         """`SHA256:...`, as ssh-keygen shows it."""
-        import hashlib  # noqa: PLC0415
-
         digest = hashlib.sha256(base64.b64decode(self.blob)).digest()
         return "SHA256:" + base64.b64encode(digest).decode().rstrip("=")
 

@@ -5,6 +5,7 @@ Precedence, strongest first: doit variables (`memory=1G`), environment (`VM_MEMO
 
 import os
 import re
+import sys
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -141,8 +142,7 @@ def load(
             f"{where} = {vm.guest!r}: there is no {show(guest_path)}; guests here: {', '.join(there) or 'none'}"
         )
     guest = _convert(_read(guest_path), GuestFile, guest_path, ())
-    by_guest = environ.get(guest.version_env) if guest.version_env else None
-    return _assemble(root, path, vm, guest, guest_dir, guest_source, overrides, environ, by_guest)
+    return _assemble(root, path, vm, guest, guest_dir, guest_source, overrides, environ)
 
 
 def without_project(variables: Mapping[str, str] | None = None, environ: Mapping[str, str] = os.environ) -> Config:
@@ -166,11 +166,10 @@ def without_project(variables: Mapping[str, str] | None = None, environ: Mapping
     vm = _convert(raw, VmFile, Path("the environment"), overrides)
     guest = _convert(_read(guest_dir / "guest.toml"), GuestFile, guest_dir / "guest.toml", ())
     root = default_state(environ)
-    by_guest = environ.get(guest.version_env) if guest.version_env else None
     if "dir" not in given:
         dir_variable = next(variable for variable in VARIABLES if variable.name == "dir")
         overrides = (*overrides, (dir_variable, str(root), "default"))
-    return _assemble(root, root / CONFIG_PATH, vm, guest, guest_dir, "default", overrides, environ, by_guest)
+    return _assemble(root, root / CONFIG_PATH, vm, guest, guest_dir, "default", overrides, environ)
 
 
 def shipped() -> Path:
@@ -180,10 +179,8 @@ def shipped() -> Path:
 
 
 def default_state(environ: Mapping[str, str]) -> Path:
-    """Where machines are that belong to no project: the user's state folder."""
-    base = environ.get("XDG_STATE_HOME", "")
-    home = Path(environ.get("HOME", "~")).expanduser() / ".local" / "state"
-    return (Path(base) if base.startswith("/") else home) / "vmtasks"
+    """Folder of machines that belong to no project: in the user's state folder."""
+    return _user_folder(environ, "XDG_STATE_HOME", ".local/state")
 
 
 def _assemble(
@@ -195,12 +192,11 @@ def _assemble(
     guest_source: str,
     overrides: tuple[tuple[Variable, str, str], ...],
     environ: Mapping[str, str],
-    version_from_env: str | None,
 ) -> Config:
     given = {variable.name: (text, source) for variable, text, source in overrides}
-    version, version_source = vm.version or guest.version, show(path) if vm.version else "guest.toml"
-    if version_from_env and "version" not in given:
-        version, version_source = version_from_env, f"environment {guest.version_env}"
+    version, version_source = (vm.version, show(path)) if vm.version else (guest.version, "guest.toml")
+    if guest.version_env and environ.get(guest.version_env) and "version" not in given:
+        version, version_source = environ[guest.version_env], f"environment {guest.version_env}"
     folder = _place(*given["dir"], "folder") if "dir" in given else Path(".vm")
     store = _place(*given["store"], "folder") if "store" in given else default_store(environ)
     values = {
@@ -361,15 +357,14 @@ def _from(value: Any, default: Any, path: Path, otherwise: str) -> tuple[str, st
 
 
 def default_store(environ: Mapping[str, str]) -> Path:
-    """The user's cache folder, as platformdirs has it; its import is not worth 15 ms on Linux."""
-    if os.uname().sysname == "Linux":
-        base = environ.get("XDG_CACHE_HOME", "")
-        return (
-            Path(base) if base.startswith("/") else Path(environ.get("HOME", "~")).expanduser() / ".cache"
-        ) / "vmtasks"
-    from platformdirs import user_cache_path  # noqa: PLC0415
+    """The store where the user names none: in the cache folder, by the XDG rules or where macOS has it."""
+    return _user_folder(environ, "XDG_CACHE_HOME", "Library/Caches" if sys.platform == "darwin" else ".cache")
 
-    return user_cache_path("vmtasks")
+
+def _user_folder(environ: Mapping[str, str], variable: str, default: str) -> Path:
+    """Our folder in the one that an XDG `variable` names, or else in `default` in the user's home."""
+    base, home = environ.get(variable, ""), Path(environ.get("HOME", "~")).expanduser()
+    return (Path(base) if base.startswith("/") else home / default) / "vmtasks"
 
 
 def show(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Why a parsed TOML file does not fit its model: the key, the value that stands there, and what to write instead."""
 
+import difflib
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
@@ -90,8 +91,6 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The one of `known` that the user may have meant by `name`; empty when none is near."""
-    import difflib  # noqa: PLC0415 - 1 ms, for a mistake only
-
     return next(iter(difflib.get_close_matches(name, sorted(known), 1)), "")
 
 

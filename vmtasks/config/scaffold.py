@@ -4,6 +4,8 @@ import re
 import shutil
 from pathlib import Path
 
+import tomli_w
+
 from vmtasks.config.load import CONFIG_PATH, PHASES_PATH, schema, shipped
 from vmtasks.config.mistakes import suggest
 from vmtasks.config.tables import GuestFile, VmFile
@@ -22,8 +24,6 @@ def scaffold(folder: Path, guest: str) -> list[Path]:
 
     ConfigError for a guest that does not exist, StateError when one of the files is there already.
     """
-    import tomli_w  # noqa: PLC0415
-
     guests = {path.parent.name: path.parent for path in (shipped() / PHASES_PATH).glob("*/guest.toml")}
     if guest not in guests:
         raise ConfigError(f"--guest {guest!r}: there is no such guest; {suggest(guest, guests)}")

@@ -148,16 +148,21 @@ def follow(
         if view.state not in ("starting", "running"):
             break
     tap.end()
+    _require_status(link.target.name, job, view)
+    return JobEnd(view, tap.kept("stdout"), tap.kept("stderr"))
+
+
+def _require_status(machine: str, job: str, view: View) -> None:
+    """Raise RebootedError or SshError for a job that is over without a status."""
     if view.state == "rebooted":
-        raise RebootedError(f"{link.target.name} has rebooted while job {job} ran; its log up to then is there")
+        raise RebootedError(f"{machine} has rebooted while job {job} ran; its log up to then is there")
     if view.state == "lost":
         raise SshError(f"job {job}: its runner in the guest was killed; how the command ended is not known")
     if view.state == "damaged":
         raise SshError(
-            f"job {job}: its status in {link.target.name} cannot be read; how the command ended is not known",
-            hint=f"is the guest's disk full? vmtasks exec {link.target.name} df",
+            f"job {job}: its status in {machine} cannot be read; how the command ended is not known",
+            hint=f"is the guest's disk full? vmtasks exec {machine} df",
         )
-    return JobEnd(view, tap.kept("stdout"), tap.kept("stderr"))
 
 
 def run(

@@ -20,7 +20,7 @@ from typing import Protocol
 from vmtasks.errors import StateError, VmTasksError
 from vmtasks.guest.exclude import excluder
 from vmtasks.guest.gitignore import FILE, Rules, read
-from vmtasks.host import files
+from vmtasks.host import files, process
 
 SETTLED_NS = 2_000_000_000
 """A file that has not changed for so long is known by its times."""
@@ -75,8 +75,6 @@ class Repository:
 
     def _ask(self) -> None:
         words = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", "-C", os.fsdecode(self.folder)]
-        from vmtasks.host import process  # noqa: PLC0415 - doit looks at the tree at every run, and seldom asks git
-
         words += ["ls-files", "-z", "-c", "-i", "--exclude-per-directory=.gitignore"]
         try:
             said = os.fsencode(process.run(words, timeout_s=GIT_S).stdout)

@@ -1,8 +1,10 @@
-"""Facts about the processes that there are. proc.py starts processes, and is not needed for these where /proc is."""
+"""Facts about the processes of this computer: from /proc, or from ps(1) where there is none."""
 
 import os
 import sys
 from pathlib import Path
+
+from vmtasks.host import process
 
 PS_S = 10.0
 
@@ -66,6 +68,4 @@ def command_line(pid: int) -> str:
 
 def _ps(*words: str) -> str:
     """What ps(1) says, on systems that have no /proc."""
-    from vmtasks.host import process  # noqa: PLC0415 - no Linux needs it, and doit asks for these facts' lock at every run
-
     return process.run(["ps", *words], timeout_s=PS_S, check=False).stdout

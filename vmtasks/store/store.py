@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import msgspec
+import tomli_w
 
 from vmtasks.errors import ImageError, StateError
 from vmtasks.host import files
@@ -391,8 +392,6 @@ def _parsed(text: str) -> dict[str, Any]:
 
 def write_record(path: Path, record: msgspec.Struct) -> None:
     """Publish a record: whole or not at all."""
-    import tomli_w  # noqa: PLC0415
-
     files.write(path, tomli_w.dumps(msgspec.to_builtins(record)))
 
 

@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from debian.deb822 import Deb822, PkgRelation
+from debian.debian_support import Version
+
 from vmtasks.errors import CommandError, FetchError
 from vmtasks.host import files, process
 
@@ -225,9 +228,6 @@ class Index:
 
     def newest(self, name: str) -> tuple[Package, dict[str, str]] | None:
         """The highest version of `name` and its fields; None when no list has it."""
-        from debian.deb822 import Deb822  # noqa: PLC0415 - slow to import
-        from debian.debian_support import Version  # noqa: PLC0415
-
         known = [(Deb822(text), uri) for text, uri in self._texts.get(name, [])]
         if not known:
             return None
@@ -272,8 +272,6 @@ def resolve(index: Index, names: Iterable[str], omit: Iterable[str] = ()) -> lis
 
 def relations(fields: dict[str, str]) -> Iterator[list[str]]:
     """For each dependency the names of its alternatives."""
-    from debian.deb822 import PkgRelation  # noqa: PLC0415
-
     for field in ("Pre-Depends", "Depends"):
         for alternatives in PkgRelation.parse_relations(fields[field]) if fields.get(field) else ():
             yield [part["name"] for part in alternatives]

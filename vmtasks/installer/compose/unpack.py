@@ -9,6 +9,8 @@ from tarfile import TarError, TarFile, TarInfo
 from typing import IO
 
 import msgspec
+from debian.arfile import ArError
+from debian.debfile import DebError, DebFile
 
 from vmtasks.errors import FetchError
 from vmtasks.host import files
@@ -52,9 +54,6 @@ def unpack(deb: Path, sha256: str, cache: Path) -> list[Entry]:
 
 def _extract(deb: Path, place: Path) -> Iterator[_Unpacked]:
     """Each member of the data archive; file bytes go to files named by number."""
-    from debian.arfile import ArError  # noqa: PLC0415
-    from debian.debfile import DebError, DebFile  # noqa: PLC0415
-
     try:
         with DebFile(str(deb)) as package:
             data: TarFile = package.data.tgz()
