@@ -18,6 +18,7 @@ from vmtasks.errors import PhaseError
 from vmtasks.images.judge import CAUSES, Limits, Phase
 from vmtasks.qemu import argv, vm
 from vmtasks.qemu.argv import Spec
+from vmtasks.qemu.console import Account
 
 needs_qemu = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
 
@@ -103,13 +104,12 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
                     threading.Timer(0.2, meanwhile, [went]).start()
                 run = Phase(
                     title="phase 1-test",
-                    token=TOKEN,
                     booted=booted,
                     limits=limits,
                     dialogue=talk or [],
                     failures=failures,
                     firmware_log=spec.firmware_log,
-                    on_step=on_step,
+                    said=Account(TOKEN, on_step),
                 )
                 went.host_keys = run.run()
         except PhaseError as error:

@@ -24,7 +24,7 @@ from rehearsal.loader_peer import Vices
 from vmtasks.config.tables import Exchange, GuestFile
 from vmtasks.errors import PhaseError
 from vmtasks.images.judge import Limits, Phase
-from vmtasks.qemu.console import Serial
+from vmtasks.qemu.console import Account, Serial
 from vmtasks.qemu.vm import Booted
 
 TOP = Path(__file__).resolve().parents[2]
@@ -71,13 +71,12 @@ def talk(vices: Vices, dialogue: list[Exchange]) -> Went:
     theirs.close()
     phase = Phase(
         title="phase 1-install",
-        token=TOKEN,
         booted=Booted(peer, Serial(ours), Control(peer)),  # type: ignore[arg-type]
         limits=Limits(total_s=60.0, silence_s=10.0, poweroff_s=60),
         dialogue=dialogue,
         failures=GUEST.failures,
         firmware_log=Path(os.devnull),
-        on_step=lambda _: None,
+        said=Account(TOKEN, lambda _: None),
     )
     error = None
     try:

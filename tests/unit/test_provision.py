@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from vmtasks.byhand.provision import Heard, _judge
+from vmtasks.byhand.provision import _judge
 from vmtasks.errors import PhaseError, SshError, VmTasksError
 from vmtasks.guest import ssh
 from vmtasks.host import process
+from vmtasks.qemu.console import Account
 
 SHIPPED = Path(__file__).parents[2] / "vmtasks/media/phase"
 TOKEN = "0123456789abcdef"  # noqa: S105 - of a line, not of a person
@@ -35,8 +36,8 @@ def start(media: Path, script: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, env=env, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def hear(output: bytes) -> Heard:
-    heard = Heard(TOKEN, lambda _: None)
+def hear(output: bytes) -> Account:
+    heard = Account(TOKEN, lambda _: None)
     for n in range(0, len(output), 7):
         heard.feed(output[n : n + 7])
     return heard

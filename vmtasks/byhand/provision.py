@@ -5,8 +5,6 @@ import re
 import secrets
 import shlex
 import tarfile
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmtasks.config.load import Config
@@ -17,39 +15,12 @@ from vmtasks.host.locks import lock
 from vmtasks.images.steps import Builder
 from vmtasks.machines import Machine
 from vmtasks.media import template
-from vmtasks.qemu.console import Transcript
+from vmtasks.qemu.console import Account
 
 SEND_S = 600.0
 LEFT_OUT = {"pfi.conf", "poweroff", "run.sh"}
 """What only a boot from the phase's CD has a use for."""
 WRAPPER = "provision.sh"
-
-
-@dataclass
-class Heard:
-    """What the guest has said so far: the lines of the phase contract, and everything for the account of a failure."""
-
-    token: str
-    on_step: Callable[[str], None]
-    transcript: Transcript = field(default_factory=Transcript)
-    host_keys: list[str] = field(default_factory=list)
-    step: str = ""
-    status: int | None = None
-
-    def feed(self, data: bytes) -> None:
-        """Take in what came over SSH."""
-        for sentinel in self.transcript.feed(data):
-            if sentinel.token != self.token:
-                continue
-            if sentinel.kind == "step":
-                self.step = sentinel.text
-                self.on_step(sentinel.text)
-            elif sentinel.kind == "hostkey" and sentinel.text not in self.host_keys:
-                self.host_keys.append(sentinel.text)
-            elif sentinel.kind == "exit":
-                status, _, step = sentinel.text.partition(" ")
-                self.status = int(status) if status.isdecimal() else None
-                self.step = step or self.step
 
 
 def provision(config: Config, number: int = 0) -> Path:
@@ -79,11 +50,11 @@ def provision(config: Config, number: int = 0) -> Path:
         target = machine.running()
         folder = _send(target, _archive(builder, number))
         with finally_do(lambda: _remove(target, folder), f"{folder} in the guest could not be removed"):
-            heard = Heard(secrets.token_hex(8), step.now)
+            said = Account(secrets.token_hex(8), step.now)
             timeout_s = phases[number - 1].timeout_s * builder.accel.factor
-            ended = _run(target, folder, heard, log, timeout_s)
-        _judge(what, heard, ended, log, timeout_s)
-        _learn(machine, heard.host_keys)
+            ended = _run(target, folder, said, log, timeout_s)
+        _judge(what, said, ended, log, timeout_s)
+        _learn(machine, said.host_keys)
     return log
 
 
@@ -116,9 +87,9 @@ def _send(target: ssh.Target, archive: bytes) -> str:
     return said[-1]
 
 
-def _run(target: ssh.Target, folder: str, heard: Heard, log: Path, timeout_s: float) -> process.Ended:
+def _run(target: ssh.Target, folder: str, said: Account, log: Path, timeout_s: float) -> process.Ended:
     """Run the wrapper as root to its end or the deadline; returns how ssh ended."""
-    env = {"VMTASKS_MEDIA": folder, "VMTASKS_TOKEN": heard.token}
+    env = {"VMTASKS_MEDIA": folder, "VMTASKS_TOKEN": said.token}
     pidfile = f"{folder}/pid"
     text = ssh.script(f"exec /bin/sh {folder}/{WRAPPER}", cwd="/", env=env, user="root", pidfile=pidfile)
     with log.open("wb") as record:
@@ -126,7 +97,7 @@ def _run(target: ssh.Target, folder: str, heard: Heard, log: Path, timeout_s: fl
         def both(data: bytes) -> None:
             record.write(data)
             record.flush()
-            heard.feed(data)
+            said.feed(data)
 
         return ssh.execute(target, text, both, timeout_s=timeout_s, at_deadline=ssh.end_script(pidfile, "root"))
 
@@ -136,15 +107,13 @@ def _remove(target: ssh.Target, folder: str) -> None:
     process.run(target.argv(ssh.remote_line(text)), timeout_s=60, check=False)
 
 
-def _judge(what: str, heard: Heard, ended: process.Ended, log: Path, timeout_s: float) -> None:
+def _judge(what: str, said: Account, ended: process.Ended, log: Path, timeout_s: float) -> None:
     """Nothing when the script said 0; otherwise the failure, with its cause."""
-    if heard.status == 0:
+    if said.status == 0:
         return
-    where = f" at step '{heard.step}'" if heard.step else ""
-    tail, hint = heard.transcript.tail(), "doit ssh"
-    if heard.status is not None:
-        last = heard.transcript.last_command
-        told = f"{what}: its script exited with {heard.status}{f' ({last})' if last else ''}{where}"
+    where, tail, hint = said.where, said.transcript.tail(), "doit ssh"
+    if said.status is not None:
+        told = f"{what}: {said.verdict}{where}"
         raise PhaseError(told, cause="verdict", log=log, console=tail, hint=hint)
     if ended.timed_out:
         told = f"{what}: the script did not end within {progress.seconds(timeout_s)} and was ended{where}"

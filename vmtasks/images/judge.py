@@ -6,8 +6,8 @@ A phase is believed only if the guest's verdict is 0 and the guest powered itsel
 import re
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from vmtasks.config.tables import Exchange, FailureText, PhaseTable
 from vmtasks.errors import MachineError, PhaseError
 from vmtasks.host import files
 from vmtasks.host.progress import seconds
-from vmtasks.qemu.console import Sentinel, Transcript
+from vmtasks.qemu.console import Account
 from vmtasks.qemu.vm import Booted
 
 CAUSES = (
@@ -82,18 +82,12 @@ class Phase:
     """One phase under way: feed it what happens, it raises PhaseError when there is nothing more to hope for."""
 
     title: str
-    token: str
     booted: Booted
     limits: Limits
     dialogue: Sequence[Exchange]
     failures: Sequence[FailureText]
     firmware_log: Path
-    on_step: Callable[[str], None]
-    transcript: Transcript = field(default_factory=Transcript)
-    host_keys: list[str] = field(default_factory=list)
-    step: str = ""
-    status: int | None = None
-    begun: bool = False
+    said: Account
     shutdown_reason: str = ""
     _done: int = 0
     _typed: bool = False
@@ -111,7 +105,7 @@ class Phase:
             self._watch_clock()
         self._drain()
         self._judge()
-        return self.host_keys
+        return self.said.host_keys
 
     # -- what comes in
 
@@ -119,26 +113,9 @@ class Phase:
         if not data:
             return
         self._last_output = time.monotonic()
-        for sentinel in self.transcript.feed(data):
-            if sentinel.token == self.token:
-                self._heed(sentinel)
-
-    def _heed(self, sentinel: Sentinel) -> None:
-        match sentinel.kind:
-            case "begin":
-                self.begun = True
-                self.on_step("the script runs")
-            case "step":
-                self.step = sentinel.text
-                self.on_step(sentinel.text)
-            case "hostkey" if sentinel.text not in self.host_keys:
-                self.host_keys.append(sentinel.text)
-            case "exit" if self.status is None:
-                status, _, step = sentinel.text.partition(" ")
-                if status.isdecimal():
-                    self.status = int(status)
-                    self.step = step or self.step
-                    self._verdict_at = time.monotonic()
+        self.said.feed(data)
+        if self.said.status is not None and not self._verdict_at:
+            self._verdict_at = self._last_output
 
     def _events(self) -> None:
         for event in self.booted.control.events():
@@ -155,11 +132,11 @@ class Phase:
             return
         exchange = self.dialogue[self._done]
         before = self.dialogue[self._done - 1] if self._done else None
-        if self.transcript.match(exchange.expect):
+        if self.said.transcript.match(exchange.expect):
             self._done += 1
             self._type(exchange)
             self._last_exchange = time.monotonic()
-        elif before is not None and before.again and self.transcript.match(before.expect):
+        elif before is not None and before.again and self.said.transcript.match(before.expect):
             self._type(before)
         elif time.monotonic() - self._last_exchange > self.limits.scaled(exchange.timeout_s):
             waited = seconds(time.monotonic() - self._last_exchange)
@@ -170,7 +147,7 @@ class Phase:
         self._typed = True
         serial, line = self.booted.serial, exchange.send.removesuffix("\r")
         patience_s, timeout_s = self.limits.scaled(ECHO_S), self.limits.scaled(exchange.timeout_s)
-        clean = not self.transcript.unmatched
+        clean = not self.said.transcript.unmatched
         typing = (
             serial.type_line(line, clean=clean, patience_s=patience_s, timeout_s=timeout_s)
             if exchange.echo
@@ -185,27 +162,27 @@ class Phase:
             self._fail("dialogue", f"the boot dialogue failed at the prompt {exchange.expect!r}: {error.message}")
 
     def _watch_texts(self) -> None:
-        if self.status is not None:
+        if self.said.status is not None:
             return
-        if not self.transcript.lines and _holds(self.firmware_log, NO_BOOT_DEVICE):
+        if not self.said.transcript.lines and _holds(self.firmware_log, NO_BOOT_DEVICE):
             self._fail("loader", "the firmware found nothing to boot from")
         talking = self._done < len(self.dialogue) or self._echoing()
         for failure in self.failures:
-            if (self.begun and failure.cause in WHILE_BOOTING) or (talking and failure.cause != "panic"):
+            if (self.said.begun and failure.cause in WHILE_BOOTING) or (talking and failure.cause != "panic"):
                 continue
-            if self.transcript.match(failure.expect):
+            if self.said.transcript.match(failure.expect):
                 self._fail(failure.cause, f"the guest {failure.says}", linger_s=PANIC_LINES_S)
 
     def _echoing(self) -> bool:
         """Whether the line on which the last answer was typed goes on: it may hold any word."""
-        self._typed = self._typed and not self.transcript.match(r"\n")
+        self._typed = self._typed and not self.said.transcript.match(r"\n")
         return self._typed
 
     def _watch_clock(self) -> None:
         now = time.monotonic()
-        if self.status is not None:
+        if self.said.status is not None:
             if now - self._verdict_at > self.limits.poweroff_s:
-                if self.status != 0:
+                if self.said.status != 0:
                     self._judge_verdict()
                 waited = seconds(self.limits.poweroff_s)
                 told = f"the guest said that all went well but did not power itself off within {waited}"
@@ -231,27 +208,26 @@ class Phase:
             self._fail("qemu-died", f"QEMU ended with {how}{reason} while the guest was running")
         if self.shutdown_reason == "guest-panic":
             self._fail("panic", "the guest's kernel panicked")
-        if self.status is None:
+        if self.said.status is None:
             if self.shutdown_reason == "guest-reset":
                 self._fail("reset", "the guest rebooted without a verdict")
-            if self._done < len(self.dialogue) and not self.begun:
+            if self._done < len(self.dialogue) and not self.said.begun:
                 expect = self.dialogue[self._done].expect
                 self._fail("dialogue", f"the guest powered off while the boot dialogue waited for {expect!r}")
-            told = "after it began" if self.begun else "before its script began"
+            told = "after it began" if self.said.begun else "before its script began"
             self._fail("no-verdict", f"the guest powered off {told}, without a verdict")
         self._judge_verdict()
         if self.shutdown_reason == "guest-reset":
             self._fail("reset", "the guest rebooted instead of powering off")
 
     def _judge_verdict(self) -> None:
-        if self.status:
-            what = f" ({self.transcript.last_command})" if self.transcript.last_command else ""
-            self._fail("verdict", f"its script exited with {self.status}{what}")
+        if self.said.status:
+            self._fail("verdict", self.said.verdict)
 
     def _reason(self) -> str:
         """The kernel's own word for why it panicked, which the trace that follows may have scrolled away."""
         texts = [failure.expect for failure in self.failures if failure.cause == "panic"]
-        said = next((line for line in self.transcript.lines if any(re.search(text, line) for text in texts)), "")
+        said = next((line for line in self.said.transcript.lines if any(re.search(text, line) for text in texts)), "")
         plain = re.sub(r"^\[ *[0-9.]+\] ", "", said).strip()
         return f" ({plain})" if plain else ""
 
@@ -262,8 +238,7 @@ class Phase:
             self._take(self.booted.serial.read(left))
         if cause == "panic":
             sentence += self._reason()
-        where = f" at step '{self.step}'" if self.step else ""
-        raise PhaseError(f"{self.title}: {sentence}{where}", cause=cause, console=self.transcript.tail())
+        raise PhaseError(f"{self.title}: {sentence}{self.said.where}", cause=cause, console=self.said.transcript.tail())
 
 
 def _told(error: dict[str, Any]) -> str:

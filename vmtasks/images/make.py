@@ -15,6 +15,7 @@ from vmtasks.media import disk
 from vmtasks.qemu import hardware, vm
 from vmtasks.qemu.accel import Accel
 from vmtasks.qemu.argv import Spec, command, on_terminal
+from vmtasks.qemu.console import Account
 from vmtasks.store.store import ImageRecord, Store
 
 
@@ -108,13 +109,12 @@ def _boot(job: Job, partial: Path, lock: int, step: progress.Step) -> list[str]:
         with vm.boot(machine, job.logs / f"{job.phase.name}.qemu.log", pass_fds=[lock]) as booted:
             run = Phase(
                 title=job.title,
-                token=job.token,
                 booted=booted,
                 limits=limits,
                 dialogue=job.config.guest.dialogue.get(job.phase.dialogue, []),
                 failures=job.config.guest.failures,
                 firmware_log=firmware,
-                on_step=step.now,
+                said=Account(job.token, step.now),
             )
             try:
                 return run.run()

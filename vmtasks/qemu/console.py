@@ -7,7 +7,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmtasks.errors import MachineError
@@ -115,6 +115,54 @@ class Transcript:
         trace = _TRACE.fullmatch(line.strip())
         if trace is not None and not _WRAPPER.match(trace[2]):
             self.last_command = f"line {trace[1]}: {trace[2]}" if trace[1] else trace[2]  # dash does not count lines
+
+
+@dataclass
+class Account:
+    """What a phase's script has told the host: steps, host keys, exit status. Lines with another token do not count.
+
+    `on_step` gets the title of each step. `status` is None until the script has ended.
+    """
+
+    token: str
+    on_step: Callable[[str], None]
+    transcript: Transcript = field(default_factory=Transcript)
+    host_keys: list[str] = field(default_factory=list)
+    step: str = ""
+    status: int | None = None
+    begun: bool = False
+
+    def feed(self, data: bytes) -> None:
+        """Take in what the guest has written."""
+        for sentinel in self.transcript.feed(data):
+            if sentinel.token == self.token:
+                self._take(sentinel)
+
+    def _take(self, sentinel: Sentinel) -> None:
+        match sentinel.kind:
+            case "begin":
+                self.begun = True
+                self.on_step("the script runs")
+            case "step":
+                self.step = sentinel.text
+                self.on_step(sentinel.text)
+            case "hostkey" if sentinel.text not in self.host_keys:
+                self.host_keys.append(sentinel.text)
+            case "exit" if self.status is None:
+                status, _, step = sentinel.text.partition(" ")
+                if status.isdecimal():
+                    self.status, self.step = int(status), step or self.step
+
+    @property
+    def where(self) -> str:
+        """` at step 'Format the disk'`, as a message goes on; empty before the first step."""
+        return f" at step '{self.step}'" if self.step else ""
+
+    @property
+    def verdict(self) -> str:
+        """`its script exited with 1 (line 12: false)`."""
+        last = f" ({self.transcript.last_command})" if self.transcript.last_command else ""
+        return f"its script exited with {self.status}{last}"
 
 
 def parse_sentinel(line: str) -> Sentinel | None:
