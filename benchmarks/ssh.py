@@ -123,7 +123,7 @@ def main() -> int:
     parser.add_argument("variables", nargs="*", help="as doit takes them: guest=tiny store=/path")
     args = parser.parse_args()
     try:
-        target = Machine(load(Path.cwd(), dict(word.split("=", 1) for word in args.variables))).running()
+        target = Machine(load(Path.cwd(), dict(word.split("=", 1) for word in args.variables))).require_running()
     except VmTasksError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

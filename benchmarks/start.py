@@ -20,7 +20,7 @@ from pathlib import Path
 
 from timing import compare
 
-from vmtasks.machines import Machine, Project, Wants, start
+from vmtasks.machines import Machine, MachineSpec, Project, start
 from vmtasks.qemu import argv, events
 
 LIMIT = 1.15
@@ -34,19 +34,19 @@ def timed_start(machine: Machine) -> float:
     began = time.perf_counter()
     subprocess.run(words, check=True, stdin=subprocess.DEVNULL, capture_output=True)
     took_s = time.perf_counter() - began
-    machine.stop(lambda _: None)
+    machine.stop()
     return took_s
 
 
 def raw(machine: Machine) -> float:
     """Seconds from QEMU's start to the first word of the guest's server, on a copy of the machine's disk."""
-    record = machine.record()
+    record = machine.place.record()
     assert record is not None
     port = free_port()
     copy = machine.folder / "raw.qcow2"
-    shutil.copyfile(machine.disk, copy)
-    events.prepare(machine.events)
-    words = argv.command(replace(start.spec(machine, record, port), disk=copy.absolute()))
+    shutil.copyfile(machine.place.disk, copy)
+    events.prepare(machine.place.events)
+    words = argv.command(replace(start.spec(machine.place, record, port), disk=copy.absolute()))
     began = time.perf_counter()
     with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as qemu:
         try:
@@ -88,16 +88,16 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--image", default="tiny")
     given = parser.parse_args()
-    machine = Project.find(Path.cwd()).create(Wants(image=given.image))
+    machine = Project.find(Path.cwd()).create(MachineSpec(image=given.image))
     times: dict[str, list[float]] = {"QEMU and the guest": [], "vmtasks start": []}
     try:
         machine.start()  # what is only done once
-        machine.stop(lambda _: None)
+        machine.stop()
         for _ in range(given.rounds):
             times["QEMU and the guest"].append(raw(machine))
             times["vmtasks start"].append(timed_start(machine))
     finally:
-        machine.destroy(lambda _: None)
+        machine.remove()
     return compare(times, LIMIT)
 
 

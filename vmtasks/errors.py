@@ -18,6 +18,7 @@ VmTasksError
 │   ├── ConnectionLostError    the connection broke: how the command ended is not known
 │   ├── RebootedError          the guest has booted anew: the command was ended by that
 │   └── CommandTimeoutError    the command's own deadline passed, overall or without output
+├── WrongStatusError   a command in a guest, or a wait for something there, ended otherwise than was asked for
 └── StateError         what is on disk does not allow what was asked (a missing snapshot, a damaged record)
     └── BusyError      another command is at work on the same thing
 """
@@ -132,6 +133,15 @@ class BindError(VmTasksError):
 
 class SshError(VmTasksError):
     """A guest could not be reached, or a command in it did not end as it must."""
+
+
+class WrongStatusError(VmTasksError, AssertionError):
+    """A command in a guest, or a wait for something there, ended otherwise than was asked for: a test fails by it."""
+
+    def __init__(self, message: str, *, result: Any = None) -> None:
+        """`result` is the CommandResult, where one command was the reason."""
+        super().__init__(message)
+        self.result = result
 
 
 class ConnectRefusedError(SshError):

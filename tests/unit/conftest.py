@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from vmtasks.host import progress
+
 pytest.register_assert_rewrite("downloads", "phaserun")
 
 
 def pytest_configure() -> None:
     """A shell in the background ignores SIGINT and SIGQUIT, nohup SIGHUP; and so would all that tests start.
 
-    That a busy host takes a second to think of inputs says nothing about what they are for.
+    That a busy host takes a second to think of inputs says nothing about what they are for. What is told is printed, as
+    at a command line.
     """
     settings.register_profile("busy", suppress_health_check=[HealthCheck.too_slow], deadline=None)
     settings.load_profile("busy")
+    progress.talk()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)

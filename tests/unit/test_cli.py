@@ -19,10 +19,10 @@ from vmtasks.cli.jobs import _how
 from vmtasks.cli.login import loopback, split
 from vmtasks.config.rules import first_port
 from vmtasks.errors import ConfigError
-from vmtasks.guest.jobview import View
+from vmtasks.guest.jobview import JobView
 from vmtasks.images import prune
 from vmtasks.images.workspace import MachineRecord, PhaseRecord, State
-from vmtasks.machines import Project, Wants
+from vmtasks.machines import MachineSpec, Project
 from vmtasks.store.store import ImageRecord, write_record
 
 
@@ -414,18 +414,21 @@ def test_sides_of_cp(text: str, side: tuple[str, str] | None) -> None:
 def test_the_option_is_named_also_from_python(tmp_path: Path) -> None:
     project = Project(None, {"VM_DIR": str(tmp_path / "state"), "VMTASKS_STORE": str(tmp_path / "store")})
     with pytest.raises(ConfigError, match="--cpus 1000: QEMU gives a machine 1 to 255"):
-        project.create(Wants(cpus=1000))
+        project.create(MachineSpec(cpus=1000))
 
 
 @pytest.mark.parametrize(
     ("view", "says"),
     [
-        (View("x", "make", "ended", status=7), "ended, status 7"),
-        (View("x", "make", "ended", status=137, signal="KILL"), "ended by signal KILL, status 137"),
-        (View("x", "make", "rebooted"), "ended by a reboot of the guest; its exit status is not known"),
-        (View("x", "make", "lost"), "over, because what ran it in the guest was killed; its exit status is not known"),
-        (View("x", "make", "running"), "still running"),
+        (JobView("x", "make", "ended", status=7), "ended, status 7"),
+        (JobView("x", "make", "ended", status=137, signal="KILL"), "ended by signal KILL, status 137"),
+        (JobView("x", "make", "rebooted"), "ended by a reboot of the guest; its exit status is not known"),
+        (
+            JobView("x", "make", "lost"),
+            "over, because what ran it in the guest was killed; its exit status is not known",
+        ),
+        (JobView("x", "make", "running"), "still running"),
     ],
 )
-def test_what_is_known_of_the_end_of_a_job(view: View, says: str) -> None:
+def test_what_is_known_of_the_end_of_a_job(view: JobView, says: str) -> None:
     assert _how(view) == says

@@ -249,7 +249,7 @@ def test_a_terminal_on_high_descriptors(tmp_path: Path, high: int, monkeypatch: 
             typed.write(b"root\n")
             typed.seek(0)
             monkeypatch.setattr("sys.stdin", os.fdopen(os.dup2(typed.fileno(), high), "rb"))
-            asked = threading.Thread(target=terminal.attach, args=(path, "a"))
+            asked = threading.Thread(target=terminal.attach_console, args=(path, "a"))
             asked.start()
             with server.accept()[0] as guest:
                 guest.sendall(b"login: ")

@@ -20,7 +20,7 @@ from vmtasks.errors import (
     note_failure,
     os_failure,
 )
-from vmtasks.machines import Project, Wants, first_start
+from vmtasks.machines import MachineSpec, Project, first_start
 
 
 def fail() -> None:
@@ -141,7 +141,7 @@ def test_a_machine_that_cannot_be_removed_does_not_hide_why_it_did_not_start(tmp
     guest.builder.build(2)
     guest.builder.snapshot()
     environ = {"HOME": str(tmp_path), "VMTASKS_STORE": str(tmp_path / "store"), "VM_ACCEL": "tcg"}
-    machine = Project(tmp_path, environ).create(Wants(name="m"))
+    machine = Project(tmp_path, environ).create(MachineSpec(name="m"))
     with mounted_tmpfs(machine.folder / "busy", "64k"), pytest.raises(SshError) as caught:
         first_start(machine)
     assert caught.value.message == "machine m ended while it was booting"

@@ -36,13 +36,13 @@ def test_each_reset_and_start_is_another_boot_and_a_pause_is_not(tmp_path: Path)
     with running(spec, tmp_path / "log"), qmp.connect(spec.qmp_socket, timeout_s=WAIT_S) as control:
         assert vm.wait_until(lambda: bool(record.boot()), WAIT_S)
         first = record.boot()
-        assert not record.stands()
+        assert not record.cpu_stopped()
         control.cmd("stop")
-        assert vm.wait_until(record.stands, WAIT_S)
+        assert vm.wait_until(record.cpu_stopped, WAIT_S)
         told = [line for line in (tmp_path / "the, events.out").read_bytes().splitlines() if b"event" in line]
         assert all(line.startswith(events.EVENT) for line in told), told
         control.cmd("cont")
-        assert vm.wait_until(lambda: not record.stands(), WAIT_S)
+        assert vm.wait_until(lambda: not record.cpu_stopped(), WAIT_S)
         assert (record.boot(), other.boot()) == (first, first)
         control.cmd("system_reset")
         assert vm.wait_until(lambda: record.boot() != first, WAIT_S)
@@ -78,12 +78,12 @@ def test_a_line_that_cannot_be_read_is_skipped(tmp_path: Path, damaged: bytes):
     events.prepare(base)
     record, path = Events(base), tmp_path / "events.out"
     path.write_bytes(b'{"QMP": {}}\n' + damaged + b"\n")
-    assert (record.stands(), record.boot()) == (False, Events(base).boot())
+    assert (record.cpu_stopped(), record.boot()) == (False, Events(base).boot())
     before = record.boot()
     with path.open("ab") as out:
         out.write(b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}\n' + damaged + b"\n")
         out.write(b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "RESET", "data": {}}\n')
-    assert record.stands()
+    assert record.cpu_stopped()
     assert record.boot() != before
 
 
@@ -93,4 +93,4 @@ def test_an_event_after_one_that_a_full_disk_has_cut_is_heard(tmp_path: Path):
     whole = b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "STOP"}\n'
     for cut in range(len(whole) - 1):
         (tmp_path / "events.out").write_bytes(whole[:cut] + whole)
-        assert Events(base).stands(), cut
+        assert Events(base).cpu_stopped(), cut

@@ -32,12 +32,12 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     base = msgspec.structs.replace(base, guest=msgspec.structs.replace(base.guest, ssh=short))
     made = Machine(base, "a")
     made.folder.mkdir(parents=True)
-    made.state.key.parent.mkdir(parents=True)
-    keypair.make_pair(made.state.key, "store")
-    disk.create(made.disk, 1 << 20)
+    made.place.state.key.parent.mkdir(parents=True)
+    keypair.make_pair(made.place.state.key, "store")
+    disk.create(made.place.disk, 1 << 20)
     yield made
-    vm.end_stray(made.qmp)
-    shutil.rmtree(made.sockets)
+    vm.end_stray(made.place.qmp)
+    shutil.rmtree(made.place.sockets)
 
 
 def record(machine: Machine, **values: object) -> MachineRecord:
@@ -46,7 +46,7 @@ def record(machine: Machine, **values: object) -> MachineRecord:
         name="a", guest="tiny", snapshot="clean", image="0" * 64, image_sha256="", ssh_user="dev",
         host_keys=[STRANGER], own=True,
     )  # fmt: skip
-    return machine.write(msgspec.structs.replace(made, **values))
+    return machine.place.write(msgspec.structs.replace(made, **values))
 
 
 @contextmanager
@@ -66,11 +66,11 @@ def held(*ports: int) -> Iterator[None]:
 
 def boot_with(machine: Machine) -> MachineRecord:
     """Start it, in vain; returns what its record says then."""
-    there = machine.record()
+    there = machine.place.record()
     assert there is not None
     with pytest.raises(SshError, match="did not accept SSH"):
-        start.boot(machine, there)
-    there = machine.record()
+        start.boot(machine.place, there)
+    there = machine.place.record()
     assert there is not None
     return there
 
@@ -95,10 +95,10 @@ def test_a_port_that_was_asked_for_is_asked_for_again(machine: Machine):
         port = probe.getsockname()[1]
     record(machine, forwards=[f"{port}:80", "0:80"])
     assert port in given(boot_with(machine))
-    there = machine.record()
+    there = machine.place.record()
     assert there is not None
     with held(port), pytest.raises(MachineError, match=f"port {port}, the host's side of a forward, is taken"):
-        start.boot(machine, there)
+        start.boot(machine.place, there)
 
 
 def test_when_the_range_is_used_up_any_free_port_will_do(machine: Machine):

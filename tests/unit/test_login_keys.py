@@ -25,14 +25,14 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
     made = Machine(load.without_project({"guest": "tiny"}, places), "a")
     made.folder.mkdir(parents=True)
-    made.state.key.parent.mkdir(parents=True)
-    keypair.make_pair(made.state.key, "store")
+    made.place.state.key.parent.mkdir(parents=True)
+    keypair.make_pair(made.place.state.key, "store")
     return made
 
 
 def record(machine: Machine, **values: object) -> MachineRecord:
     known = {"image": "0" * 64, "host_keys": ["ssh-ed25519 AAAA"], **values}
-    return machine.write(
+    return machine.place.write(
         MachineRecord(name="a", guest="tiny", snapshot="clean", image_sha256="", ssh_user="dev", **known)  # type: ignore[arg-type]
     )
 
@@ -76,21 +76,21 @@ HURT: list[tuple[Callable[[Path], object], str, str]] = [
 def test_a_key_of_the_store_that_lets_nobody_in(
     machine: Machine, hurt: Callable[[Path], object], says: str, hint: str
 ) -> None:
-    hurt(machine.state.key)
+    hurt(machine.place.state.key)
     with pytest.raises(StateError) as caught:
-        start.boot(machine, record(machine))
-    assert f"the private key {machine.state.key} {says}" in caught.value.message
+        start.boot(machine.place, record(machine))
+    assert f"the private key {machine.place.state.key} {says}" in caught.value.message
     assert caught.value.hint.startswith(hint)
-    assert not machine.qemu_log.exists(), "QEMU was not started"
+    assert not machine.place.qemu_log.exists(), "QEMU was not started"
 
 
 def test_a_key_of_a_machine_that_lets_nobody_in(machine: Machine) -> None:
-    keypair.make_pair(machine.own_key, "a")
-    machine.own_key.write_text("garbage\n")
-    machine.state.key.unlink()  # which is of no use to this one
+    keypair.make_pair(machine.place.own_key, "a")
+    machine.place.own_key.write_text("garbage\n")
+    machine.place.state.key.unlink()  # which is of no use to this one
     with pytest.raises(StateError) as caught:
-        start.boot(machine, record(machine, own=True, key="own"))
-    assert f"the private key {machine.own_key} is not one" in caught.value.message
+        start.boot(machine.place, record(machine, own=True, key="own"))
+    assert f"the private key {machine.place.own_key} is not one" in caught.value.message
 
 
 def test_an_encrypted_key_that_an_agent_holds(
@@ -98,16 +98,16 @@ def test_an_encrypted_key_that_an_agent_holds(
 ) -> None:
     with subprocess.Popen(["ssh-agent", "-D", "-a", tmp_path / "agent"], stdout=subprocess.DEVNULL) as agent:
         monkeypatch.setenv("SSH_AUTH_SOCK", str(tmp_path / "agent"))
-        while subprocess.run(["ssh-add", "-q", machine.state.key], check=False, capture_output=True).returncode:
+        while subprocess.run(["ssh-add", "-q", machine.place.state.key], check=False, capture_output=True).returncode:
             assert agent.poll() is None
-        encrypt(machine.state.key)
+        encrypt(machine.place.state.key)
         try:
-            keys.require_usable(machine.state.key)
+            keys.require_usable(machine.place.state.key)
         finally:
             agent.terminate()
 
 
 def test_a_key_that_is_right_is_left_alone(machine: Machine) -> None:
-    keys.require_usable(machine.state.key)
-    keypair.public_half(machine.state.key).unlink()
-    keys.require_usable(machine.state.key)
+    keys.require_usable(machine.place.state.key)
+    keypair.public_half(machine.place.state.key).unlink()
+    keys.require_usable(machine.place.state.key)

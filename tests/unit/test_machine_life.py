@@ -25,11 +25,11 @@ from phaserun import needs_qemu
 
 from bootsector import hang, sector
 from vmtasks.errors import StateError
-from vmtasks.host import files, processes
+from vmtasks.host import files, processes, progress
 from vmtasks.host.locks import lock
 from vmtasks.images.steps import Builder
 from vmtasks.images.workspace import BindRecord, MachineRecord
-from vmtasks.machines import Machine, Wants
+from vmtasks.machines import Machine, MachineSpec, life, overlay
 from vmtasks.qemu import vm
 
 pytestmark = pytest.mark.timeout(240)
@@ -122,7 +122,7 @@ def test_a_machine_without_a_readable_record_is_shown_and_stopped_and_removed(ho
 
 @needs_qemu
 def test_a_number_in_a_pid_file_is_no_proof(home: Home):
-    folder = Machine(home.config, home.project.create(Wants(name="a")).name).folder
+    folder = Machine(home.config, home.project.create(MachineSpec(name="a")).name).folder
     damage(home, "cut")
     with subprocess.Popen(["sleep", "300"]) as other:
         (folder / "a.pid").write_text(f"{other.pid}\n")
@@ -134,38 +134,38 @@ def test_a_number_in_a_pid_file_is_no_proof(home: Home):
 
 
 def test_a_command_line_that_only_speaks_of_the_machine_is_no_proof(home: Home):
-    machine = Machine(home.config, home.project.create(Wants(name="a")).name)
+    machine = Machine(home.config, home.project.create(MachineSpec(name="a")).name)
     damage(home, "cut")
-    with subprocess.Popen(["sh", "-c", "sleep 300", "qemu-system-x86_64", "-pidfile", machine.pidfile]) as other:
-        until(lambda: str(machine.pidfile) in processes.words(other.pid), "its command line")
-        assert machine.process() is None
-        machine.destroy(lambda _: None)
+    with subprocess.Popen(["sh", "-c", "sleep 300", "qemu-system-x86_64", "-pidfile", machine.place.pidfile]) as other:
+        until(lambda: str(machine.place.pidfile) in processes.words(other.pid), "its command line")
+        assert machine.place.process() is None
+        machine.remove()
         assert other.poll() is None
         other.kill()
 
 
 def test_a_socket_that_somebody_serves_and_will_not_leave_is_said(home: Home):
-    machine = Machine(home.config, home.project.create(Wants(name="a")).name)
+    machine = Machine(home.config, home.project.create(MachineSpec(name="a")).name)
     damage(home, "cut")
-    machine.open_sockets()
+    machine.place.open_sockets()
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind(str(machine.qmp))
+        server.bind(str(machine.place.qmp))
         server.listen()
         done = home("rm", "--force", "a")
     assert done.returncode == 1
-    assert f"somebody serves {machine.qmp} and does not end; nothing was removed" in done.stderr
+    assert f"somebody serves {machine.place.qmp} and does not end; nothing was removed" in done.stderr
     assert machine.folder.exists()
-    machine.qmp.unlink()
+    machine.place.qmp.unlink()
 
 
 @needs_qemu
 def test_a_machine_that_was_not_recorded_in_time_is_ended_before_another_starts(home: Home, alone: int):
     """Its starter was killed between QEMU's start and the record, and its sockets were cleaned away."""
     machine = Machine(home.config, "a")
-    record = machine.record()
+    record = machine.place.record()
     assert record is not None
-    machine.write(msgspec.structs.replace(record, pid=0, pid_started=""))
-    shutil.rmtree(machine.sockets)
+    machine.place.write(msgspec.structs.replace(record, pid=0, pid_started=""))
+    shutil.rmtree(machine.place.sockets)
     starter = home.start("start", "a")
     until(lambda: home.booting("a") != alone, "another QEMU")
     assert home.qemus() == [home.booting("a")]
@@ -179,7 +179,7 @@ def test_a_machine_that_was_not_recorded_in_time_is_ended_before_another_starts(
 @needs_qemu
 @pytest.mark.parametrize("words", [["stop", "--force"], ["rm", "--force"]], ids=" ".join)
 def test_force_ends_a_start_that_hangs(home: Home, words: list[str]):
-    home.project.create(Wants(name="a"))
+    home.project.create(MachineSpec(name="a"))
     starter = home.start("start", "a")
     pid = home.booting("a")
     began = time.monotonic()
@@ -199,7 +199,7 @@ def test_force_ends_a_start_that_hangs(home: Home, words: list[str]):
 
 @needs_qemu
 def test_force_ends_a_start_that_does_not_even_notice(home: Home):
-    home.project.create(Wants(name="a"))
+    home.project.create(MachineSpec(name="a"))
     starter = home.start("start", "a")
     home.booting("a")
     os.kill(starter.pid, signal.SIGSTOP)
@@ -228,17 +228,17 @@ def test_force_ends_a_run_that_hangs_and_takes_its_machine_along(home: Home):
 @pytest.fixture
 def bound(home: Home) -> MachineRecord:
     """Of a machine `a` of this process, with a bind that is copied."""
-    record = home.project.create(Wants(name="a"), owner=os.getpid()).record()
+    record = home.project.create(MachineSpec(name="a"), owner=os.getpid()).place.record()
     assert record is not None
     bind = BindRecord(host=str(home.root / "b"), guest="/b", how="rsync")
-    return Machine(home.config, "a").write(msgspec.structs.replace(record, ready=True, binds=[bind]))
+    return Machine(home.config, "a").place.write(msgspec.structs.replace(record, ready=True, binds=[bind]))
 
 
 def test_force_waits_for_nobody_who_copies_binds(home: Home, bound: MachineRecord, capsys: pytest.CaptureFixture[str]):
     machine = Machine(home.config, bound.name)
     began = time.monotonic()
     with lock(machine.folder / "binds.lock", "the binds", timeout_s=0):
-        machine.destroy(lambda _: None, force=True)
+        machine.remove(force=True)
     assert time.monotonic() - began < SOON_S
     assert not machine.folder.exists()
     assert "is copying; waiting" in (said := "".join(capsys.readouterr()))
@@ -248,10 +248,10 @@ def test_force_waits_for_nobody_who_copies_binds(home: Home, bound: MachineRecor
 @needs_qemu
 def test_stop_reaches_its_ladder_also_when_binds_cannot_even_be_locked(home: Home, alone: int):
     machine = Machine(home.config, "a")
-    record = machine.record()
+    record = machine.place.record()
     assert record is not None
     bind = BindRecord(host=str(home.root / "b"), guest="/b", how="rsync")
-    machine.write(msgspec.structs.replace(record, ready=True, binds=[bind]))
+    machine.place.write(msgspec.structs.replace(record, ready=True, binds=[bind]))
     (machine.folder / "binds.lock").mkdir()
     done = home("stop", "a", "--timeout", "0.5")
     assert done.returncode == 0, done.stderr
@@ -262,9 +262,9 @@ def test_stop_reaches_its_ladder_also_when_binds_cannot_even_be_locked(home: Hom
 @pytest.mark.parametrize("noted", ["start", "command line", "file"])
 def test_a_holder_that_is_not_proven_is_never_signalled(home: Home, noted: str):
     """The note beside the lock names a process that is somebody else now, or that has not the lock."""
-    machine = Machine(home.config, home.project.create(Wants(name="a")).name)
-    with subprocess.Popen(["sleep", "300"]) as other, machine.lock(0):
-        note = machine.lock_file.with_suffix(".owner")
+    machine = Machine(home.config, home.project.create(MachineSpec(name="a")).name)
+    with subprocess.Popen(["sleep", "300"]) as other, machine.place.lock(0):
+        note = machine.place.lock_file.with_suffix(".owner")
         _, _, digest = note.read_text().split()[1:]  # ours
         until(lambda: processes.command_line(other.pid).startswith("sleep"), "its program")
         real = home_of(other.pid)
@@ -291,7 +291,7 @@ def home_of(pid: int) -> tuple[str, str]:
 def dead(home: Home, name: str) -> Machine:
     """A machine whose command is gone."""
     with subprocess.Popen(["sleep", "300"]) as owner:
-        made = home.project.create(Wants(name=name), owner=owner.pid)
+        made = home.project.create(MachineSpec(name=name), owner=owner.pid)
         owner.kill()
     return made
 
@@ -319,18 +319,24 @@ def as_nobody(work: Callable[[], object]) -> object:
     return answer
 
 
+def heard_by(said: list[str], work: Callable[[], list[str]]) -> list[str]:
+    """Do it, and have what is told."""
+    with progress.observing(progress.Lines(said.append)):
+        return work()
+
+
 @pytest.mark.parametrize("mode", [0o755, 0o700], ids=["open", "private"])
 def test_what_another_user_left_is_a_warning_and_keeps_nobody_from_work(home: Home, mode: int):
     """As one `sudo vmtasks run` that was killed leaves it in somebody's project."""
     left = dead(home, "a")
-    with left.lock(0):
+    with left.place.lock(0):
         pass
     left.folder.chmod(mode)
     os.chown(home.run_folder, NOBODY, NOBODY)
 
     def work() -> list[object]:
         said: list[str] = []
-        gone = home.project.reap(said.append)
+        gone = heard_by(said, home.project.reap)
         return [gone, said, home.project.names(), home.project.machine("a").status().status]
 
     gone, said, names, status = as_nobody(work)
@@ -344,7 +350,7 @@ def test_what_another_user_left_is_a_warning_and_keeps_nobody_from_work(home: Ho
     else:
         assert (said, status) == ([], "damaged")
     said = []
-    assert home.project.reap(said.append) == ["a"]
+    assert heard_by(said, home.project.reap) == ["a"]
     assert said == ["machine a: removed, because the command that it belonged to is gone"]
     assert list(home.run_folder.iterdir()) == []
 
@@ -354,20 +360,20 @@ def test_a_lock_that_another_user_left_without_a_machine_is_passed_over(home: Ho
     (home.run_folder / ".tiny-1.lock").touch(0o644)
     (home.run_folder / "b").mkdir()
     os.chown(home.run_folder, NOBODY, NOBODY)
-    assert as_nobody(lambda: home.project.reap(lambda _: None)) == []
+    assert as_nobody(home.project.reap) == []
 
 
 def test_one_machine_that_cannot_be_removed_does_not_keep_the_others(home: Home):
     stuck, after = dead(home, "a"), dead(home, "b")
     said: list[str] = []
     with mounted_tmpfs(stuck.folder / "sessions", "64k"):
-        assert home.project.reap(said.append) == ["b"]
+        assert heard_by(said, home.project.reap) == ["b"]
         assert not after.folder.exists()
         assert any(line.startswith("warning: machine a is over and could not be removed: ") for line in said), said
         done = home("ps")
         assert done.returncode == 0
         assert "warning: machine a is over" in done.stderr
-    assert home.project.reap(said.append) == ["a"]
+    assert heard_by(said, home.project.reap) == ["a"]
 
 
 @pytest.mark.parametrize("name", [".new-", ".new-x-1", ".new-99999999999999999999-a", ".b.lock", ".c", "file"])
@@ -381,13 +387,13 @@ def test_odd_names_in_the_folder_of_machines_harm_nobody(home: Home, name: str):
 def test_a_machine_that_is_just_being_made_is_left_alone(home: Home):
     made = Machine(home.config, "a")
     made.folder.mkdir(parents=True)
-    with made.lock(0):
-        assert home.project.reap(lambda _: None) == []
+    with made.place.lock(0):
+        assert home.project.reap() == []
         assert made.folder.is_dir()
         refused = home("run", "-d", "--name", "a")
         assert "there is a machine 'a' already" in refused.stderr, "its folder is empty, and taken"
         assert made.folder.is_dir()
-    assert home.project.reap(lambda _: None) == []
+    assert home.project.reap() == []
     assert not made.folder.exists()
     assert list(home.run_folder.iterdir()) == []
 
@@ -395,7 +401,7 @@ def test_a_machine_that_is_just_being_made_is_left_alone(home: Home):
 def test_another_machine_of_the_same_name_is_never_reaped(home: Home, monkeypatch: pytest.MonkeyPatch):
     """Who saw that the first is over may come to remove it when the next of that name is made: it must ask again."""
     over = dead(home, "a")
-    record = over.record()
+    record = over.place.record()
     assert record is not None
     path, read, reads = over.folder / "machine.toml", files.read_text, []
     ours = msgspec.structs.replace(record, owner=os.getpid(), owner_started=processes.started(os.getpid()))
@@ -405,14 +411,14 @@ def test_another_machine_of_the_same_name_is_never_reaped(home: Home, monkeypatc
         if file == path:
             reads.append(text)
             if len(reads) == 2:  # the first time to open the machine, the second to ask whether it is over
-                over.write(ours)
+                over.place.write(ours)
         return text
 
     monkeypatch.setattr(files, "read_text", read_and_make_the_next)
-    assert home.project.reap(lambda _: None) == []
+    assert home.project.reap() == []
     assert len(reads) > 2
-    assert over.record() == ours
-    over.destroy(lambda _: None)
+    assert over.place.record() == ours
+    over.remove()
 
 
 # -- a name is taken, or it is not
@@ -422,16 +428,16 @@ def test_only_a_name_that_is_taken_is_called_taken(home: Home):
     home.run_folder.mkdir(exist_ok=True)
     (home.run_folder / "a").touch()
     with pytest.raises(NotADirectoryError):
-        home.project.create(Wants(name="a"))
+        home.project.create(MachineSpec(name="a"))
     with pytest.raises(OSError, match="name too long"):
-        home.project.create(Wants(name="a" * 300))
+        home.project.create(MachineSpec(name="a" * 300))
     (home.run_folder / "tiny-1").touch()
     with pytest.raises(NotADirectoryError):
-        home.project.create(Wants())
+        home.project.create(MachineSpec())
     (home.run_folder / "tiny-1").unlink()
-    assert [home.project.create(Wants()).name for _ in range(2)] == ["tiny-1", "tiny-2"]
+    assert [home.project.create(MachineSpec()).name for _ in range(2)] == ["tiny-1", "tiny-2"]
     with pytest.raises(StateError, match="there is a machine 'tiny-1' already"):
-        home.project.create(Wants(name="tiny-1"))
+        home.project.create(MachineSpec(name="tiny-1"))
     assert not list(home.run_folder.glob(".new-*"))
 
 
@@ -447,10 +453,10 @@ def open_umask() -> Iterator[None]:
 
 @pytest.mark.usefixtures("open_umask")
 def test_a_machines_folder_is_its_owners_alone(home: Home):
-    own, projects = home.project.create(Wants(name="a")), Machine(home.config, "b")
-    projects.make("clean")
+    own, projects = home.project.create(MachineSpec(name="a")), Machine(home.config, "b")
+    overlay.make(projects.place, "clean")
     by_hand = Machine(home.config, "c")
-    by_hand.empty("root", lambda _: None)
+    life.prepare_install(by_hand.place, "root")
     for machine in (own, projects, by_hand):
         assert stat.S_IMODE(machine.folder.stat().st_mode) == 0o700
 
@@ -458,12 +464,12 @@ def test_a_machines_folder_is_its_owners_alone(home: Home):
 def test_a_look_at_a_machine_makes_no_folder_of_sockets(home: Home, monkeypatch: pytest.MonkeyPatch):
     short = Path(tempfile.mkdtemp(dir="/tmp"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(short))
-    machine = home.project.create(Wants(name="a"))
+    machine = home.project.create(MachineSpec(name="a"))
     assert machine.status().status == "stopped"
-    assert machine.qmp.parent == machine.sockets
+    assert machine.place.qmp.parent == machine.place.sockets
     assert list(short.iterdir()) == []
-    machine.open_sockets()
-    assert stat.S_IMODE(machine.sockets.stat().st_mode) == 0o700
+    machine.place.open_sockets()
+    assert stat.S_IMODE(machine.place.sockets.stat().st_mode) == 0o700
     shutil.rmtree(short)
 
 
@@ -481,10 +487,10 @@ def test_a_launched_qemu_is_no_zombie_after_its_end(tmp_path: Path):
 
 
 def test_rm_all_leaves_the_projects_own_machine_and_what_may_be_it(home: Home):
-    Machine(home.config).make("clean")
-    Machine(home.config, "second").make("clean")
+    overlay.make(Machine(home.config).place, "clean")
+    overlay.make(Machine(home.config, "second").place, "clean")
     for name in ("a", "b", "c"):
-        home.project.create(Wants(name=name))
+        home.project.create(MachineSpec(name=name))
     (home.run_folder / "c" / "machine.toml").write_text("")
     done = home("rm", "--all", "--force")
     assert done.returncode == 0

@@ -16,7 +16,7 @@ from bootsector import ask, cd, phase, say, sector, write_disk
 from vmtasks.errors import ImageError, StateError
 from vmtasks.images.workspace import PhaseRecord
 from vmtasks.installer.installer import recipe_digest
-from vmtasks.machines import Machine, Project, Wants
+from vmtasks.machines import Machine, MachineSpec, Project
 from vmtasks.media import disk
 from vmtasks.qemu import argv
 from vmtasks.store.store import read_record, write_record
@@ -62,7 +62,7 @@ def environ(guest: Guest) -> dict[str, str]:
 def machine(guest: Guest, way: str) -> Machine:
     """A machine with a disk, as `doit start` or `vmtasks run` makes it, that was never started."""
     project = Project(guest.root, environ(guest))
-    made = project.create(Wants(name="a")) if way == "run" else Machine(project.config(), "a")
+    made = project.create(MachineSpec(name="a")) if way == "run" else Machine(project.config(), "a")
     made.restore()
     return made
 
@@ -95,15 +95,15 @@ def other_packages(guest: Guest, word: str) -> None:
 @pytest.mark.parametrize("number", [1, 2])
 def test_what_a_disk_stands_on_stays_when_its_image_is_built_anew(guest: Guest, way: str, number: int):
     made = machine(guest, way)
-    before = shown(made.disk)
+    before = shown(made.place.disk)
     other_packages(guest, "other packages")
     for again in range(number, 3):
         guest.builder.build(again, anew=again == number)
     guest.builder.snapshot()
-    assert shown(made.disk) == before
+    assert shown(made.place.disk) == before
     assert len(guest.boots()) == (4 if number == 1 else 3)
     made.restore()
-    assert (shown(made.disk) == before) == (number == 2), "and a new disk is made on the new image"
+    assert (shown(made.place.disk) == before) == (number == 2), "and a new disk is made on the new image"
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -118,7 +118,7 @@ def test_what_a_disk_stands_on_stays_when_a_damaged_image_is_built_again(guest: 
     assert guest.builder.store.image(guest.builder.store.find(guest.builder.digest(2))[0]) == guest.image(2)
     assert image.read_bytes() == damaged or guest.image(2) == image, "only the very same bytes take its name"
     guest.builder.snapshot()
-    assert made.disk.exists()
+    assert made.place.disk.exists()
 
 
 def test_a_project_does_not_notice_what_another_builds(guest: Guest, tmp_path: Path):
@@ -172,9 +172,9 @@ def test_a_disk_does_not_start_on_a_damaged_image(guest: Guest, way: str, number
     made = machine(guest, way)
     damage(guest.image(number), 0)
     with pytest.raises(StateError, match="does not have the bytes that its record says") as caught:
-        made.start(lambda _: None)
+        made.start()
     assert caught.value.hint
-    assert not made.qemu_log.exists(), "nothing was booted"
+    assert not made.place.qemu_log.exists(), "nothing was booted"
     assert "the image was damaged" in guest.builder.why_stale(number), "so that doit builds it again"
     with pytest.raises(StateError, match="a"):
         made.snapshot("kept")
@@ -185,28 +185,28 @@ def test_a_disk_does_not_start_without_its_image(guest: Guest, way: str):
     made = machine(guest, way)
     guest.image(2).unlink()
     with pytest.raises(StateError, match="is gone") as caught:
-        made.start(lambda _: None)
+        made.start()
     assert caught.value.hint
-    assert not made.qemu_log.exists()
+    assert not made.place.qemu_log.exists()
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_disk_does_not_start_on_another_image(guest: Guest, way: str):
     """As an older version could leave it that was killed while it restored a machine."""
     made = machine(guest, way)
-    made.disk.unlink()
-    disk.overlay(made.disk, guest.image(1))
+    made.place.disk.unlink()
+    disk.overlay(made.place.disk, guest.image(1))
     with pytest.raises(StateError, match=rf"stands on {guest.image(1).name}\n") as caught:
-        made.start(lambda _: None)
+        made.start()
     assert f"restore{' a' if way == 'run' else ''}, and what the machine has written is lost" in caught.value.hint
     made.restore()
-    assert disk.info(made.disk)["full-backing-filename"] == str(guest.image(2))
+    assert disk.info(made.place.disk)["full-backing-filename"] == str(guest.image(2))
 
 
 def test_a_raw_error_of_qemu_img_becomes_the_image_that_is_damaged(guest: Guest):
     """The disk's own tables are broken; the image has other bytes where no sample looks. Then all are read."""
     made = machine(guest, "run")
-    damage(made.disk, 0x30000, b"\xff" * 4096)
+    damage(made.place.disk, 0x30000, b"\xff" * 4096)
     with pytest.raises(ImageError, match=r"^qemu-img convert: "):
         made.snapshot("kept")
     image = guest.image(2)
@@ -233,12 +233,12 @@ def not_sampled(guest: Guest, at: int) -> bool:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_store_that_was_moved_is_followed(guest: Guest, way: str):
     made = machine(guest, way)
-    before = shown(made.disk)
+    before = shown(made.place.disk)
     moved = (guest.root / "store").rename(guest.root / "elsewhere")
     project = Project(guest.root, {**environ(guest), "VMTASKS_STORE": str(moved)})
     saved = project.machine("a").snapshot("kept") if way == "run" else Machine(project.config(), "a").snapshot("kept")
-    assert disk.info(made.disk)["full-backing-filename"].startswith(str(moved))
-    assert shown(made.disk) == before == shown(Machine(project.config(), "a").state.store.image(saved))
+    assert disk.info(made.place.disk)["full-backing-filename"].startswith(str(moved))
+    assert shown(made.place.disk) == before == shown(Machine(project.config(), "a").place.state.store.image(saved))
 
 
 def test_killed_at_any_moment_a_machine_has_the_disk_that_its_record_says_or_none(guest: Guest):
@@ -254,12 +254,12 @@ def test_killed_at_any_moment_a_machine_has_the_disk_that_its_record_says_or_non
             made.restore("other")
             os._exit(0)
         _, status = os.waitpid(pid, 0)
-        record = made.record()
+        record = made.place.record()
         assert record is not None
-        if made.disk.exists():
-            found, _ = made.state.store.find(record.image, record.image_sha256)
-            assert disk.info(made.disk)["full-backing-filename"] == str(made.state.store.image(found))
-        seen.add((record.snapshot, made.disk.exists()))
+        if made.place.disk.exists():
+            found, _ = made.place.state.store.find(record.image, record.image_sha256)
+            assert disk.info(made.place.disk)["full-backing-filename"] == str(made.place.state.store.image(found))
+        seen.add((record.snapshot, made.place.disk.exists()))
         if status == 0:
             assert {("clean", True), ("other", False), ("other", True)} <= seen
             return

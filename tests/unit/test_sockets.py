@@ -68,7 +68,7 @@ def test_a_folder_that_is_asked_for_is_in_use(base: Path, tmp_path: Path) -> Non
 def test_every_command_of_a_project_reaps(base: Path, tmp_path: Path) -> None:
     folder = aged(vm.socket_folder(tmp_path / "gone"), 9 * DAY_S)
     project = Project(None, {"VM_DIR": str(tmp_path / "state"), "VMTASKS_STORE": str(tmp_path / "store")})
-    assert project.reap(lambda _: None) == []
+    assert project.reap() == []
     assert not folder.exists()
     base.chmod(0o755)  # somebody else might have made it: that is for who needs it to say
-    assert project.reap(lambda _: None) == []
+    assert project.reap() == []

@@ -23,8 +23,8 @@ from machines import RANGE, Cli, digest, held, here, login, make_key, range_alon
 from vmtasks.errors import HostKeyError
 from vmtasks.guest.link import Link
 from vmtasks.images.workspace import PhaseRecord
+from vmtasks.machines import MachineSpec
 from vmtasks.machines import Project as Machines
-from vmtasks.machines import Wants
 from vmtasks.media import disk
 from vmtasks.qemu import vm
 from vmtasks.store.store import ImageRecord, Store, write_record
@@ -302,7 +302,7 @@ def test_each_machine_has_a_name_an_address_and_host_keys_of_its_own(cli: Cli) -
     assert not set(seen["a"]) & set(seen["b"])
     shown = Machines(cli.project.root, cli.env()).machine("a")
     with pytest.raises(HostKeyError, match="which is not pinned"):  # as when "b" had come after "a" on its port
-        Link(replace(shown.running(), port=int(str(known["b"]["ssh_port"])))).open()
+        Link(replace(shown.require_running(), port=int(str(known["b"]["ssh_port"])))).open()
     elsewhere = ["-o", "ControlPath=none", "-p", str(known["b"]["ssh_port"]), "a", "true"]
     ssh = subprocess.run(["ssh", "-F", shown.folder / "ssh_config", *elsewhere], capture_output=True, check=False)
     assert ssh.returncode == 255
@@ -403,7 +403,7 @@ def test_b17_a_forward_whose_port_is_taken(cli: Cli) -> None:
 
 @pytest.mark.parametrize("known", ["pid", "pid and start"])
 def test_k3_the_pid_of_somebody_else(cli: Cli, known: str) -> None:
-    Machines(cli.project.root, cli.env()).create(Wants(name="a"))
+    Machines(cli.project.root, cli.env()).create(MachineSpec(name="a"))
     record = cli.run_folder / "a" / "machine.toml"
     with subprocess.Popen(["sleep", "300"]) as other:
         began = Path(f"/proc/{other.pid}/stat").read_text().rpartition(")")[2].split()[19]

@@ -72,10 +72,10 @@ def test_moments(vm_session, tmp_path):
     vm = vm_session
     ways_in(vm, tmp_path)
     vm.succeed("echo before >state; sync; (while :; do sleep 1; done) >/dev/null 2>&1 & echo $! >pid")
-    vm.snapshot("moment")
+    vm.checkpoint("moment")
     vm.succeed("echo after >state; kill $(cat pid)")
     vm.wait_until_succeeds("! kill -0 $(cat pid)")
-    vm.restore("moment")
+    vm.rollback("moment")
     ways_in(vm, tmp_path)
     assert vm.succeed("cat state") == "before\\n"
     vm.succeed("kill -0 $(cat pid)")

@@ -262,13 +262,13 @@ def test_outside_a_project_there_are_the_guests_as_they_come_with_vmtasks(
 ) -> None:
     """The store has the image, and what it is called follows from the scripts that come with vmtasks alone."""
     environ = {"HOME": str(tmp_path), "VMTASKS_STORE": str(store)}
-    machine = vmtasks.machines.Project(None, environ).create(vmtasks.machines.Wants(image="tiny", name="a"))
+    machine = vmtasks.machines.Project(None, environ).create(vmtasks.machines.MachineSpec(image="tiny", name="a"))
     project = Project(tmp_path / "project", store)
     project.doit(*INSTALL).good()
     assert project.boots() == []
     assert machine.image().digest == project.digest(3)
-    machine.destroy()
+    machine.remove()
     environ["VMTASKS_STORE"] = str(bare_store)
     with pytest.raises(StateError, match="as it comes with vmtasks: it lacks the image of phase 1-install") as caught:
-        vmtasks.machines.Project(None, environ).create(vmtasks.machines.Wants(image="tiny", name="a"))
+        vmtasks.machines.Project(None, environ).create(vmtasks.machines.MachineSpec(image="tiny", name="a"))
     assert "vmtasks init DIR --guest tiny; cd DIR; doit auto_install" in caught.value.hint

@@ -12,7 +12,8 @@ from vmtasks.host.locks import lock
 from vmtasks.images import make
 from vmtasks.images.steps import Builder
 from vmtasks.images.workspace import State
-from vmtasks.machines import Machine
+from vmtasks.machines import life
+from vmtasks.machines.folder import Place
 from vmtasks.media import disk, template
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
@@ -76,33 +77,33 @@ def how_to(user: str) -> str:
 
 def install(builder: Builder, *, user: str, display: str, say: Say = progress.say) -> None:
     """Boot the installer on an empty disk of the configured machine, for a person. What was on the machine is lost."""
-    machine, installer = Machine(builder.config), builder.installer()
-    machine.empty(user, say)
+    place, installer = Place(builder.config), builder.installer()
+    life.prepare_install(place, user)
     builder.make_key()
-    key_cd(builder, user, machine.key_cd)
+    key_cd(builder, user, place.key_cd)
     size = show_size(builder.config.disk_size)
-    say(f"machine {machine.name}: the installer starts, with an empty disk of {size}; {KEYS}")
+    say(f"machine {place.name}: the installer starts, with an empty disk of {size}; {KEYS}")
     _say_typed(builder, display, say)
     say(how_to(user).rstrip())
     say("If the system restarts, it comes back here: end it, and go on with `doit install --disk`.")
-    _attend(machine, [installer, machine.key_cd], "cd", display, say)
+    _boot(place, [installer, place.key_cd], "cd", display, say)
 
 
 def go_on(builder: Builder, *, display: str, say: Say = progress.say) -> None:
     """Boot what was installed by hand, with the key's CD in its drive."""
-    machine = Machine(builder.config)
-    record = machine.record()
-    say(f"machine {machine.name}: its disk starts; {KEYS}")
+    place = Place(builder.config)
+    record = place.record()
+    say(f"machine {place.name}: its disk starts; {KEYS}")
     if record is not None and not record.image:
         say(how_to(record.ssh_user).rstrip())
-    _attend(machine, [machine.key_cd] if machine.key_cd.is_file() else [], "disk", display, say)
+    _boot(place, [place.key_cd] if place.key_cd.is_file() else [], "disk", display, say)
 
 
-def _attend(machine: Machine, cds: list[Path], boot: str, display: str, say: Say) -> None:
-    status = machine.attend(cds, boot=boot, display=display, note=say)
+def _boot(place: Place, cds: list[Path], boot: str, display: str, say: Say) -> None:
+    status = life.boot_on_terminal(place, cds, boot=boot, display=display)
     if status != 0:
         raise MachineError(f"QEMU ended with status {status}", hint="its own words are above")
-    say(f"machine {machine.name} is at rest; next: doit start")
+    say(f"machine {place.name} is at rest; next: doit start")
 
 
 def look(builder: Builder, number: int, *, cd: bool, live: bool, display: str, say: Say = progress.say) -> None:

@@ -13,7 +13,8 @@ from vmtasks.guest import ssh
 from vmtasks.host import process, progress
 from vmtasks.host.locks import lock
 from vmtasks.images.steps import Builder
-from vmtasks.machines import Machine
+from vmtasks.machines import life
+from vmtasks.machines.folder import Place
 from vmtasks.media import template
 from vmtasks.qemu.console import Account
 
@@ -32,13 +33,14 @@ def provision(config: Config, number: int = 0) -> Path:
     phases = config.guest.phases
     if not 0 <= number <= len(phases):
         raise ConfigError(f"there is no phase {number}", hint=f"{config.guest.name} has phases 1 to {len(phases)}")
-    number, machine = number or len(phases), Machine(config)
-    machine.amend(changed=secrets.token_hex(8))  # first: whatever the script does, its machine is another one now
+    number, place = number or len(phases), Place(config)
+    # First: whatever the script does, its machine is another one now.
+    life.update_record(place, changed=secrets.token_hex(8))
     name = phases[number - 1].name
-    log = machine.folder / f"provision-{name}.log"
-    what = f"provision {machine.name}: phase {name}"
+    log = place.folder / f"provision-{name}.log"
+    what = f"provision {place.name}: phase {name}"
     held = lock(
-        machine.folder.with_name(f".{machine.name}.provision.lock"),
+        place.folder.with_name(f".{place.name}.provision.lock"),
         what,
         timeout_s=phases[number - 1].timeout_s,
         waiting=lambda holder: progress.say(f"{what}: {holder} is at work on it; waiting"),
@@ -47,14 +49,14 @@ def provision(config: Config, number: int = 0) -> Path:
         builder = Builder(config)
         builder.render(number)
         step.now("send the script")
-        target = machine.running()
+        target = life.require_running(place)
         folder = _send(target, _archive(builder, number))
         with finally_do(lambda: _remove(target, folder), f"{folder} in the guest could not be removed"):
             said = Account(secrets.token_hex(8), step.now)
             timeout_s = phases[number - 1].timeout_s * builder.accel.factor
             ended = _run(target, folder, said, log, timeout_s)
         _judge(what, said, ended, log, timeout_s)
-        _learn(machine, said.host_keys)
+        _learn(place, said.host_keys)
     return log
 
 
@@ -125,18 +127,18 @@ def _judge(what: str, said: Account, ended: process.Ended, log: Path, timeout_s:
     raise PhaseError(told, cause="no-verdict", log=log, console=tail, hint=hint)
 
 
-def _learn(machine: Machine, host_keys: list[str]) -> None:
+def _learn(place: Place, host_keys: list[str]) -> None:
     """Heed the host keys that the phase reported, and log in from now on as the user that it has made."""
-    record, user = machine.record(), machine.config.guest.ssh.user
+    record, user = place.record(), place.config.guest.ssh.user
     if record is None:
         return
     if host_keys and sorted(host_keys) != sorted(record.host_keys):
-        if not ssh.is_ready(machine.amend(host_keys=host_keys)):
+        if not ssh.is_ready(life.update_record(place, host_keys=host_keys)):
             # The server still shows the old key: it reads the new one when it starts.
             both = [*host_keys, *(key for key in record.host_keys if key not in host_keys)]
-            machine.amend(host_keys=both)
-        progress.say(f"machine {machine.name}: its host key has changed, as the phase reported")
-    if record.ssh_user != user and ssh.is_ready(machine.amend(ssh_user=user)):
-        progress.say(f"machine {machine.name}: logins are as {user} from now on")
+            life.update_record(place, host_keys=both)
+        progress.say(f"machine {place.name}: its host key has changed, as the phase reported")
+    if record.ssh_user != user and ssh.is_ready(life.update_record(place, ssh_user=user)):
+        progress.say(f"machine {place.name}: logins are as {user} from now on")
     elif record.ssh_user != user:
-        machine.amend(ssh_user=record.ssh_user)
+        life.update_record(place, ssh_user=record.ssh_user)

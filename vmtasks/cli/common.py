@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from vmtasks import __version__, printable
 from vmtasks.cli.complete import names
 from vmtasks.errors import ConfigError, VmTasksError, os_failure
-from vmtasks.host.progress import accept_any_text, open_streams, tell_notes, to_stderr
+from vmtasks.host.progress import accept_any_text, open_streams, talk, tell_notes, to_stderr
 from vmtasks.host.signals import ignore, unwind_on_signals
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def main() -> None:
     """Run the command line; failures that a user can mend end without a traceback."""
     open_streams()
     accept_any_text()
+    talk()
     caught = unwind_on_signals()
     status = 0
     try:
@@ -160,7 +161,7 @@ def project() -> "Project":
 
     progress.talk_on_stderr()
     found = Project.find(Path.cwd(), os.environ)
-    found.reap(progress.say)
+    found.reap()
     return found
 
 

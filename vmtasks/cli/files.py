@@ -16,8 +16,7 @@ def cp(
     """Copy a file or a folder, with modes and times; one side is NAME:PATH, relative to the login user's home."""
     from vmtasks.errors import ConfigError, StateError  # noqa: PLC0415
     from vmtasks.guest import ssh  # noqa: PLC0415
-    from vmtasks.host import progress  # noqa: PLC0415
-    from vmtasks.machines import health  # noqa: PLC0415
+    from vmtasks.machines import health, life  # noqa: PLC0415
     from vmtasks.machines.sessions import using  # noqa: PLC0415
 
     here = project()
@@ -29,12 +28,12 @@ def cp(
     if into and not Path(source).exists():
         raise StateError(f"cp: there is no {source}")
     found = here.machine(name)
-    target = found.wait()
+    target = life.wait_ready(found.place)
     # With a folder before it, no local name is taken for a host or an option.
     ours = str(Path(source if into else dest).absolute()) + ("/" if (source if into else dest).endswith("/") else "")
     theirs = f"{target.name}:{path or '.'}"
     words = ["scp", "-F", str(target.config), "-q", "-r", "-p", "--", *([ours, theirs] if into else [theirs, ours])]
-    with health.telling(found, progress.say), using(found, "cp", f"{source} {dest}") as outcome:
+    with health.warn_when_stuck(found.place), using(found.place, "cp", f"{source} {dest}") as outcome:
         outcome.status = ssh.attach(target, words)
     raise typer.Exit(outcome.status)
 

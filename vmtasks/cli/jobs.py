@@ -11,8 +11,7 @@ from vmtasks.cli import complete
 from vmtasks.cli.common import AsJson, Name, Through, app, machine, show, table
 
 if TYPE_CHECKING:
-    from vmtasks.guest.jobview import View
-    from vmtasks.guest.link import Link
+    from vmtasks.guest.jobview import JobView
 
 FOREVER_S = 14 * 86400.0
 """poll(2) takes no longer waits than 24 days."""
@@ -34,15 +33,14 @@ def jobs(
     """List the jobs of a machine; `vmtasks exec --detach` starts one."""
     from dataclasses import asdict  # noqa: PLC0415
 
-    from vmtasks.guest import job  # noqa: PLC0415
     from vmtasks.host import progress  # noqa: PLC0415
 
-    with _link(name) as link:
-        found = job.listing(link)
+    with machine(name) as of:
+        found = of.jobs.list()
         if clear:
             for view in found:
                 if view.state not in ("starting", "running"):
-                    job.remove(link, view.job)
+                    of.jobs.remove(view.job)
                     progress.say(f"job {view.job}: removed")
             return
     if as_json:
@@ -59,17 +57,11 @@ def jobs(
 @app.command(cls=Through, rich_help_panel="Jobs")
 def attach(name: Name, which: Job) -> None:
     """Show all that a job has written, and go on until it is over; the exit status is the job's. Ctrl-C lets it run."""
-    from vmtasks.guest import job  # noqa: PLC0415
-    from vmtasks.host import progress  # noqa: PLC0415
     from vmtasks.machines import health  # noqa: PLC0415
     from vmtasks.machines.sessions import using  # noqa: PLC0415
 
-    found = machine(name)
-    found.wait()
-    with health.telling(found, progress.say), found.link() as link, using(found, "attach", which) as outcome:
-        link.open(wait_s=link.window_s)  # what is lost before a word was shown is waited for as what is lost later
-        known = _find(link, which)
-        end = job.follow(link, known, timeout_s=FOREVER_S, on_data=_pass_on, keep=False)
+    with machine(name) as found, health.warn_when_stuck(found.place), using(found.place, "attach", which) as outcome:
+        end = found.jobs.follow(which, timeout_s=FOREVER_S, on_data=_pass_on, keep=False)
         outcome.status = end.status
     raise typer.Exit(end.status)
 
@@ -77,47 +69,27 @@ def attach(name: Name, which: Job) -> None:
 @app.command(rich_help_panel="Jobs")
 def cancel(name: Name, which: Job) -> None:
     """End a job with all that it has started: SIGTERM, then SIGKILL."""
-    from vmtasks.guest import job  # noqa: PLC0415
     from vmtasks.host import progress  # noqa: PLC0415
 
-    with _link(name) as link:
-        view = job.cancel(link, _find(link, which))
+    with machine(name) as found:
+        view = found.jobs.cancel(which)
     progress.say(f"job {view.job}: {_how(view)}")
 
 
 def start_job(name: str, words: list[str], *, cwd: str, env: dict[str, str], user: str) -> str:
     """Start a program as a job; returns its id."""
-    from vmtasks.guest import job  # noqa: PLC0415
+    from vmtasks.machines import life  # noqa: PLC0415
     from vmtasks.machines.sessions import using  # noqa: PLC0415
 
-    found = machine(name)
-    found.wait()
-    with found.link() as link, using(found, "exec", shlex.join(words), user, goes_on=True) as outcome:
-        started = job.start(link, words, cwd=cwd, env=env, user=user)
-        outcome.status = 0
+    with machine(name) as found:
+        life.wait_ready(found.place)
+        with using(found.place, "exec", shlex.join(words), user, goes_on=True) as outcome:
+            started = found.jobs.start(words, cwd=cwd, env=env, user=user)
+            outcome.status = 0
     return started
 
 
-def _link(name: str) -> "Link":
-    found = machine(name)
-    found.wait()
-    return found.link()
-
-
-def _find(link: "Link", which: str) -> str:
-    """The id that begins with `which`."""
-    from vmtasks.errors import StateError  # noqa: PLC0415
-    from vmtasks.guest import job  # noqa: PLC0415
-
-    found = [view.job for view in job.listing(link) if view.job.startswith(which)]
-    if len(found) != 1:
-        of = link.target.name
-        many = f"{len(found)} jobs of {of} begin" if found else f"no job of {of} begins"
-        raise StateError(f"{many} with {which!r}", hint=f"vmtasks jobs {of}")
-    return found[0]
-
-
-def _how(view: "View") -> str:
+def _how(view: "JobView") -> str:
     """What is known of a job's end, if it has ended."""
     unknown = "its exit status is not known"
     if view.state == "rebooted":

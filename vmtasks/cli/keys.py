@@ -24,7 +24,7 @@ def list_keys(name: Name, user: User = "", as_json: AsJson = False) -> None:
     from vmtasks.machines import keys  # noqa: PLC0415
 
     found, record = _running(name)
-    there = keys.listed(found, record, user or record.ssh_user)
+    there = keys.listed(found.place, record, user or record.ssh_user)
     if as_json:
         show(
             [
@@ -57,8 +57,8 @@ def add(
 
     added = read_keys(file, "FILE.pub")
     found, record = _running(name)
-    with found.lock():
-        keys.add(found, record, added, user or record.ssh_user)
+    with found.place.lock():
+        keys.add(found.place, record, added, user or record.ssh_user)
     for key in added:
         progress.say(f"machine {found.name}: {user or record.ssh_user} may log in with {key.fingerprint} {key.comment}")
 
@@ -74,8 +74,8 @@ def remove(
     from vmtasks.machines import keys  # noqa: PLC0415
 
     found, record = _running(name)
-    with found.lock():
-        gone = keys.remove(found, record, which, user or record.ssh_user)
+    with found.place.lock():
+        gone = keys.remove(found.place, record, which, user or record.ssh_user)
     for key in gone:
         progress.say(f"machine {found.name}: removed {key.fingerprint} {key.comment}")
 
@@ -89,17 +89,18 @@ def rotate(name: Name) -> None:
     found, record = _running(name)
     if record.key != "own":
         raise StateError(f"machine {found.name} has no key of its own: it is the project's, with the store's key")
-    with found.lock():
-        key = keys.rotate(found, record)
+    with found.place.lock():
+        key = keys.rotate(found.place, record)
     sys.stdout.write(f"{key.fingerprint}\n")
 
 
 def _running(name: str) -> "tuple[Machine, MachineRecord]":
     from vmtasks.errors import StateError  # noqa: PLC0415
+    from vmtasks.machines import life  # noqa: PLC0415
 
     found = machine(name)
-    found.wait()
-    record = found.record()
+    life.wait_ready(found.place)
+    record = found.place.record()
     if record is None:
         raise StateError(f"machine {name} was removed")
     return found, record

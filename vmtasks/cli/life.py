@@ -124,12 +124,12 @@ def stop(names: Names = None, every: Every = False, force: Force = False, timeou
 
     def work(name: str) -> None:
         found = here.machine(name)
-        record = found.state.machine(found.name)
+        record = found.place.state.machine(found.name)
         rung = found.stop(gentle=not force, timeout_s=timeout)
         if rung == "already stopped":
             progress.say(f"machine {found.name} is not running")
         if record is not None and record.throwaway:
-            found.destroy(lambda _: None)
+            found.remove()
             progress.say(f"machine {found.name}: removed")
 
     each(chosen(here, names or [], every=every), work)
@@ -159,7 +159,7 @@ def rm(
 
     def look(name: str) -> None:
         one = here.machine(name)
-        if not force and one.runs():
+        if not force and one.place.runs():
             raise StateError(f"running: {name}; nothing was removed", hint=f"vmtasks stop {name}, or rm --force")
         found.append(one)
 
@@ -174,7 +174,7 @@ def rm(
         progress.confirm(question, f"vmtasks rm --force {named}")
     for one in found:
         with attempts.of(one.name):
-            one.destroy(lambda _: None, force=force)
+            one.remove(force=force)
             progress.say(f"machine {one.name}: removed")
     if every and not wanted:
         progress.say("there are no machines of `vmtasks run`; nothing was removed")
@@ -195,14 +195,14 @@ def wait(
     found = machine(name)
 
     def settled() -> bool:
-        return not found.runs() or found.status().status == "running"
+        return not found.place.runs() or found.status().status == "running"
 
-    if not wait_until((lambda: not found.runs()) if stopped else settled, timeout, every_s=0.5):
+    if not wait_until((lambda: not found.place.runs()) if stopped else settled, timeout, every_s=0.5):
         if stopped:
             raise StateError(f"machine {name} has not ended within {timeout:g} s")
-        raise SshError(f"machine {name} does not let us in within {timeout:g} s: {health.is_alive(found).reason}")
+        raise SshError(f"machine {name} does not let us in within {timeout:g} s: {health.is_alive(found.place).reason}")
     if not stopped:
-        found.running()
+        found.require_running()
 
 
 @app.command(rich_help_panel="Machines")
@@ -221,5 +221,5 @@ def _tell(name: str, command: str) -> None:
     from vmtasks.qemu import vm  # noqa: PLC0415
 
     found = machine(name)
-    found.running()
-    vm.control(found.qmp, command)()
+    found.require_running()
+    vm.control(found.place.qmp, command)()

@@ -31,7 +31,7 @@ def ssh(
     """
     found = machine(name)
     if show:
-        found.running()
+        found.require_running()
         sys.stdout.write(f"{found.ssh_line()}\n")
         return
     options, words = split(ctx.args)
@@ -60,7 +60,6 @@ def execute(
     from vmtasks.config import arguments  # noqa: PLC0415
     from vmtasks.errors import CommandTimeoutError, ConfigError  # noqa: PLC0415
     from vmtasks.host.process import TIMED_OUT  # noqa: PLC0415
-    from vmtasks.machines.login import log_in  # noqa: PLC0415
 
     words = ctx.args[1:] if ctx.args[:1] == ["--"] else ctx.args
     if not words:
@@ -75,9 +74,9 @@ def execute(
         return
     shown = shlex.join(words)
     try:
-        status = log_in(
-            machine(name), "exec", f"command {shown}", failed=OWN, shown=shown, stdin=interactive, timeout_s=timeout,
-            tty=tty, **given,
+        status = machine(name).shell(
+            f"command {shown}", verb="exec", failed=OWN, shown=shown, stdin=interactive, timeout_s=timeout, tty=tty,
+            **given,
         )  # fmt: skip
     except CommandTimeoutError as late:
         report(late)
@@ -118,14 +117,12 @@ def split(words: list[str]) -> tuple[list[str], list[str]]:
 def session(found: "Machine", verb: str, options: list[str], words: list[str], **more: Any) -> int:
     """Log in to a machine, or run a command in it, with our streams; returns the status of what ran.
 
-    `more` as for log_in().
+    `more` as for Machine.shell().
     """
-    from vmtasks.machines.login import log_in  # noqa: PLC0415
-
     shown = words[0] if len(words) == 1 else shlex.join(words)
     # The login shell runs it as a child, so that a death by signal becomes a status, as in any shell.
     command = f'"${{SHELL:-/bin/sh}}" -c {shlex.quote(shown)}' if words else ""
-    return log_in(found, verb, command, options=options, shown=shown, **more)
+    return found.shell(command, verb=verb, options=options, shown=shown, **more)
 
 
 @app.command(rich_help_panel="Use")
@@ -144,6 +141,7 @@ def forward(
     """Forward ports over SSH until Ctrl-C; listeners are on loopback only."""
     from vmtasks.errors import ConfigError  # noqa: PLC0415
     from vmtasks.host import process, progress  # noqa: PLC0415
+    from vmtasks.machines import life  # noqa: PLC0415
     from vmtasks.machines.sessions import using  # noqa: PLC0415
 
     wanted = [("-L", item) for item in local or []] + [("-R", item) for item in remote or []]
@@ -154,9 +152,9 @@ def forward(
     for kind, item in wanted:
         options += [kind, loopback(kind, item)]
     found = machine(name)
-    target = found.wait()
+    target = life.wait_ready(found.place)
     progress.say(f"forwarding {', '.join(f'{kind} {item}' for kind, item in wanted)}; Ctrl-C ends it")
-    with using(found, "forward", shlex.join(options[5:])) as outcome:
+    with using(found.place, "forward", shlex.join(options[5:])) as outcome:
         outcome.status = process.attach(target.argv(options=options))
     raise typer.Exit(outcome.status)
 
@@ -186,14 +184,14 @@ def loopback(kind: str, text: str) -> str:
 def ssh_config(name: AnyName = "") -> None:
     """Print the `Host` block for ssh, scp, sftp, rsync, git and editors: `vmtasks ssh-config NAME >>~/.ssh/config`."""
     found = machine(name)
-    sys.stdout.write(found.running().config.read_text())
+    sys.stdout.write(found.require_running().config.read_text())
 
 
 @app.command(rich_help_panel="Use")
 def console(name: AnyName = "") -> None:
     """Attach this terminal to the guest's serial console, also when SSH is dead; Ctrl-] detaches."""
-    from vmtasks.qemu.terminal import attach  # noqa: PLC0415
+    from vmtasks.qemu.terminal import attach_console  # noqa: PLC0415
 
     found = machine(name)
-    found.running()
-    attach(found.serial, found.name)
+    found.require_running()
+    attach_console(found.place.serial, found.name)

@@ -30,7 +30,7 @@ def described(found: "Machine") -> dict[str, Any]:
         return {**unknown(found), "status": view.status, "fault": view.fault}
     record = view.record
     alive = view.status not in ("stale", "stopped")
-    target = found.target(record)
+    target = found.place.target(record)
     forwards = [Forward(record.ssh_port, 22), *map(Forward.parse, record.forwards)] if alive else []
     return {
         "name": found.name,
@@ -53,7 +53,7 @@ def described(found: "Machine") -> dict[str, Any]:
         "ssh": view.ssh,
         "ports": [asdict(forward) for forward in forwards],
         "binds": [msgspec.to_builtins(bind) for bind in record.binds],
-        "sessions": [asdict(use) for use in uses(found)],
+        "sessions": [asdict(use) for use in uses(found.place)],
         "fault": "",
     }
 
@@ -63,7 +63,7 @@ def unknown(found: "Machine") -> dict[str, Any]:
     from vmtasks.errors import MachineError  # noqa: PLC0415
 
     try:
-        process = found.process()
+        process = found.place.process()
     except MachineError:  # it is somebody else's
         process = None
     pid = process.number if process is not None else 0
@@ -116,15 +116,15 @@ def inspect(names: Names = None, every: Every = False) -> None:
 
     def look(name: str) -> None:
         found = here.machine(name)
-        record = found.state.machine(name)
+        record = found.place.state.machine(name)
         shown.append(
             {
                 **described(found),
                 "disk_size": record.disk_size if record is not None else 0,
                 "folder": str(found.folder),
-                "disk": str(found.disk),
-                "console_log": str(found.console_log),
-                "qemu_log": str(found.qemu_log),
+                "disk": str(found.place.disk),
+                "console_log": str(found.place.console_log),
+                "qemu_log": str(found.place.qemu_log),
             }
         )
 
@@ -143,17 +143,17 @@ def logs(
 ) -> None:
     """Print what the serial console has said."""
     found = machine(name)
-    path = found.qemu_log if qemu else found.console_log
+    path = found.place.qemu_log if qemu else found.place.console_log
     cleaner = printable.Cleaner()
     out = sys.stdout.buffer
 
-    while not path.exists() and follow and found.runs():
+    while not path.exists() and follow and found.place.runs():
         time.sleep(POLL_S)
     if not path.exists():
         return
     with path.open("rb") as log:
         while True:
-            last = not found.runs()  # asked first: what is said before the end is then still read
+            last = not found.place.runs()  # asked first: what is said before the end is then still read
             data = log.read(65536)
             out.write(data if raw else cleaner.feed(data).encode())
             out.flush()
@@ -167,7 +167,7 @@ def logs(
 def port(name: Name, as_json: AsJson = False) -> None:
     """Show which loopback ports lead to which ports of a machine."""
     found = machine(name)
-    found.running()
+    found.require_running()
     ports = described(found)["ports"]
     if as_json:
         show(ports)
@@ -198,7 +198,7 @@ def doctor(
     if store:
         looks = health.store_layers(Store(here.config().store_dir))
     else:
-        looks = health.machine_layers(here.machine(name)) if name else health.host_layers(here.config())
+        looks = health.machine_layers(here.machine(name).place) if name else health.host_layers(here.config())
     layers = []
     for layer in looks:
         layers.append(layer)

@@ -11,7 +11,7 @@ from vmtasks.cli.common import OWN, AsJson, Interactive, Through, Tty, app, proj
 
 if TYPE_CHECKING:
     from vmtasks.config.arguments import PublicKey
-    from vmtasks.machines import Wants
+    from vmtasks.machines import MachineSpec
 
 COMMAND = "vmtasks.command"
 """Where the words after `--` are kept."""
@@ -72,8 +72,9 @@ def run(
     It has a disk, a key and a port of its own. Words after `--` read nothing unless -i is given. The exit status is
     that of the command; 125 when vmtasks or SSH has failed.
     """
+    from vmtasks.config.arguments import Bind  # noqa: PLC0415
     from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.machines import Wants  # noqa: PLC0415
+    from vmtasks.machines import MachineSpec  # noqa: PLC0415
 
     words: list[str] = ctx.meta.get(COMMAND, [])
     if rm and not detach:
@@ -84,37 +85,35 @@ def run(
         raise ConfigError("run: a command, -i and -t do not go with -d; vmtasks exec runs one in a machine")
     if exclude and not bind:
         raise ConfigError("--exclude goes with --bind: without --bind there is nothing to leave out")
-    given = _wants(
-        name=name, memory=memory, disk=disk, bind=bind or [], exclude=exclude or [], publish=publish or [],
-        ssh_key=ssh_key or [],
-    )  # fmt: skip
-    wants = Wants(
-        image=image, cpus=cpus, network=_network(network), ssh_port=_ssh_port(ssh_port), user=_user(user),
-        throwaway=rm or not detach, **given,
+    spec = MachineSpec.parse(
+        image, name=name, memory=memory, cpus=cpus, disk_size=disk, network=network, ssh_port=_ssh_port(ssh_port),
+        forwards=publish or [], binds=[Bind.parse(text, tuple(exclude or [])) for text in bind or []],
+        authorized=tuple(key for path in ssh_key or [] for key in read_keys(path, "--ssh-key")),
+        user=_user(user), throwaway=rm or not detach,
     )  # fmt: skip
     if detach:
-        _detached(wants, as_json=as_json)
+        _detached(spec, as_json=as_json)
     else:
         # A shell reads what there is; a command only what it is meant to.
-        _coupled(wants, words, stdin=interactive or not words, tty=tty)
+        _coupled(spec, words, stdin=interactive or not words, tty=tty)
 
 
-def _coupled(wants: "Wants", words: list[str], *, stdin: bool, tty: bool) -> None:
+def _coupled(spec: "MachineSpec", words: list[str], *, stdin: bool, tty: bool) -> None:
     from vmtasks.cli.login import session  # noqa: PLC0415
     from vmtasks.host import progress  # noqa: PLC0415
-    from vmtasks.machines import ephemeral  # noqa: PLC0415
+    from vmtasks.machines import temp_machine  # noqa: PLC0415
 
-    with ephemeral(project(), wants) as machine:
+    with temp_machine(spec, project=project()) as machine:
         status = session(machine, "run", [], words, failed=OWN, stdin=stdin, tty=tty)
     progress.say(f"machine {machine.name}: removed")
     raise typer.Exit(status)
 
 
-def _detached(wants: "Wants", *, as_json: bool) -> None:
+def _detached(spec: "MachineSpec", *, as_json: bool) -> None:
     from vmtasks.cli.look import described  # noqa: PLC0415
     from vmtasks.machines import first_start  # noqa: PLC0415
 
-    machine = project().create(wants)
+    machine = project().create(spec)
     first_start(machine)
     if as_json:
         show(described(machine))
@@ -123,22 +122,6 @@ def _detached(wants: "Wants", *, as_json: bool) -> None:
 
 
 # -- what was given
-
-
-def _wants(
-    *, name: str, memory: str, disk: str, bind: list[str], exclude: list[str], publish: list[str], ssh_key: list[Path]
-) -> dict[str, Any]:
-    from vmtasks.config import arguments  # noqa: PLC0415
-    from vmtasks.config.load import parse_size  # noqa: PLC0415
-
-    return {
-        "name": arguments.machine_name(name) if name else "",
-        "memory": arguments.memory(memory) if memory else None,
-        "disk_size": parse_size(disk, "--disk") if disk else None,
-        "binds": tuple(arguments.Bind.parse(text, tuple(exclude)) for text in bind),
-        "forwards": tuple(arguments.Forward.parse(text) for text in publish),
-        "authorized": tuple(key for path in ssh_key for key in read_keys(path, "--ssh-key")),
-    }
 
 
 def read_keys(path: Path, what: str) -> "list[PublicKey]":
@@ -154,14 +137,6 @@ def read_keys(path: Path, what: str) -> "list[PublicKey]":
     except OSError as error:
         raise ConfigError(f"{what} {path}: cannot be read: {error.strerror}") from None
     return arguments.public_keys(text, f"{what} {path}")
-
-
-def _network(text: str) -> str:
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
-
-    if text not in ("", "none", "user"):
-        raise ConfigError(f"--network {text!r}: use user, or none")
-    return text
 
 
 def _ssh_port(text: str) -> int:

@@ -90,14 +90,15 @@ def snapshots(
     import time  # noqa: PLC0415
 
     from vmtasks.errors import StateError  # noqa: PLC0415
-    from vmtasks.machines import Machine  # noqa: PLC0415
+    from vmtasks.machines import overlay  # noqa: PLC0415
+    from vmtasks.machines.folder import Place  # noqa: PLC0415
 
     config = project().config(guest)
-    maker = Machine(config)
+    place = Place(config)
     found = []
-    for tag in maker.snapshots():
+    for tag in overlay.names(place):
         try:
-            image, fault = maker.find_image(tag), ""
+            image, fault = overlay.find_image(place, tag), ""
         except StateError as error:
             image, fault = None, error.message
         found.append(

@@ -19,7 +19,7 @@ from vmtasks.errors import CommandTimeoutError, ConnectionLostError, SshError
 from vmtasks.guest import command as commands
 from vmtasks.guest import login
 from vmtasks.guest.channels import BROKEN, Channels, NotStartedError
-from vmtasks.guest.command import Command, Executed, OnData, OnLine, Wire
+from vmtasks.guest.command import Command, CommandResult, OnData, OnLine, Wire
 from vmtasks.guest.pump import Outcome, Pump, feed
 from vmtasks.guest.ssh import Target, end_group_script
 from vmtasks.guest.transport import Transport
@@ -86,7 +86,7 @@ class Connection:
         on_data: OnData | None = None,
         keep: bool = True,
         detached: bytes = b"",
-    ) -> Executed:
+    ) -> CommandResult:
         """Run a script (str) or a program with arguments (list) to its end; both streams are bytes, apart and exact.
 
         `on_line(line, stream)` is called for each line as it comes, `on_data(data, stream)` for each block; with
@@ -121,7 +121,7 @@ class Connection:
         *,
         detached: bytes,
         **more: Any,
-    ) -> Executed:
+    ) -> CommandResult:
         """One try of execute()."""
         deadline = time.monotonic() + timeout_s
         # What goes on without us gets a shell of its own, by whose command line it can be told from others later, see
@@ -153,19 +153,19 @@ class Connection:
         wire = commands.wire(text, secrets.token_hex(4), self._via, stdin=stdin)
         return self._channels.open(wire.line, deadline), wire
 
-    def _result(self, channel: Any, pump: Pump, detached: bytes, *, waited: bool) -> Executed:
+    def _result(self, channel: Any, pump: Pump, detached: bytes, *, waited: bool) -> CommandResult:
         if detached and pump.stdout.endswith(detached):
-            return Executed(pump.stdout, pump.stderr, 0)
+            return CommandResult(pump.stdout, pump.stderr, 0)
         name = getattr(channel, "exit_signal", "")
         over = channel.exit_status >= 0 or name != ""
         # An exit may also be that of a login shell that lets nobody run anything.
         if over and not pump.header.seen and (waited or name):
             raise NotStartedError("the shell that was to run the command in the guest was killed before it had begun")
         if channel.exit_status >= 0:
-            return Executed(pump.stdout, pump.stderr, channel.exit_status)
+            return CommandResult(pump.stdout, pump.stderr, channel.exit_status)
         if name:
             number = getattr(signal.Signals, f"SIG{name}", 0)
-            return Executed(pump.stdout, pump.stderr, 128 + number, name)
+            return CommandResult(pump.stdout, pump.stderr, 128 + number, name)
         if self._channels.gone():
             raise ConnectionLostError(
                 f"the connection to {self.target.name} was lost; how the command ended is not known",

@@ -37,7 +37,7 @@ OnData = Callable[[bytes, Stream], None]
 
 
 @dataclass(frozen=True)
-class Executed:
+class CommandResult:
     """A command that has ended. `status` is 128 + N after signal N; `signal` is its name, such as KILL, or empty."""
 
     stdout: bytes

@@ -23,7 +23,7 @@ from vmtasks.errors import CommandTimeoutError, ConfigError, ConnectionLostError
 from vmtasks.guest import boot, jobscript, jobview
 from vmtasks.guest import command as commands
 from vmtasks.guest.command import Command, Lines, OnData, OnLine, Stream
-from vmtasks.guest.jobview import View
+from vmtasks.guest.jobview import JobView
 from vmtasks.guest.link import Link
 from vmtasks.host import signals
 
@@ -44,7 +44,7 @@ class JobEnd:
     An sh prints nothing about SIGINT and SIGPIPE: these two are given as exit statuses, 130 and 141.
     """
 
-    view: View
+    view: JobView
     stdout: bytes
     stderr: bytes
 
@@ -152,7 +152,7 @@ def follow(
     return JobEnd(view, tap.kept("stdout"), tap.kept("stderr"))
 
 
-def _require_status(machine: str, job: str, view: View) -> None:
+def _require_status(machine: str, job: str, view: JobView) -> None:
     """Raise RebootedError or SshError for a job that is over without a status."""
     if view.state == "rebooted":
         raise RebootedError(f"{machine} has rebooted while job {job} ran; its log up to then is there")
@@ -191,12 +191,12 @@ def run(
         raise
 
 
-def listing(link: Link) -> list[View]:
+def listing(link: Link) -> list[JobView]:
     """All jobs that the guest knows, the oldest first."""
     return sorted(_show(link, f"{jobscript.JOBS}/*"), key=lambda view: view.started)
 
 
-def show(link: Link, job: str) -> View | None:
+def show(link: Link, job: str) -> JobView | None:
     """One job, or None when there is none of that name."""
     views = _show(link, f"{jobscript.JOBS}/{_valid(job)}")
     return views[0] if views else None
@@ -210,7 +210,7 @@ def read(link: Link, job: str) -> tuple[bytes, bytes]:
     return done.stdout, done.stderr
 
 
-def cancel(link: Link, job: str, *, grace_s: float = GRACE_S) -> View:
+def cancel(link: Link, job: str, *, grace_s: float = GRACE_S) -> JobView:
     """End a job: SIGTERM to its process group, SIGKILL after `grace_s`; returns it with its status.
 
     One that is over is left as it is. SshError when what runs there under its number cannot be proved to be the job.
@@ -281,7 +281,7 @@ def _follow_once(link: Link, tap: _Tap, deadline: float, idle_s: float | None) -
         raise SshError(f"job {tap.job} could not be followed: {done.stderr.decode(errors='replace')}")
 
 
-def _rest(link: Link, tap: _Tap) -> View:
+def _rest(link: Link, tap: _Tap) -> JobView:
     """Hand on what is in the log beyond what has come; returns how the job stood just before."""
     told = b""
 
@@ -327,7 +327,7 @@ def _end_late(link: Link, job: str, error: BaseException) -> None:
             error.message += f"; it was ended ({view.signal or view.status})"
 
 
-def _show(link: Link, which: str) -> list[View]:
+def _show(link: Link, which: str) -> list[JobView]:
     """Look at jobs, and look again when the connection broke meanwhile and stands again: nothing is changed by that."""
     for left in reversed(range(TRIES)):
         try:

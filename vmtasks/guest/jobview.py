@@ -17,7 +17,7 @@ STATUS = re.compile(r"(exit|signal) (\d{1,3}) (\d{1,11})", re.ASCII)
 
 
 @dataclass(frozen=True)
-class View:
+class JobView:
     """A job as it is now. Times are seconds since 1970 by the guest's clock, 0 where not known; `size` is its log's."""
 
     job: str
@@ -33,7 +33,7 @@ class View:
     group: int = 0
 
 
-def parse(text: str, boot_now: Callable[[], Boot]) -> list[View]:
+def parse(text: str, boot_now: Callable[[], Boot]) -> list[JobView]:
     """What jobscript.SHOW has printed. `boot_now` is asked only where a job's state depends on it."""
     jobs: list[dict[str, str]] = []
     for line in text.split("\n"):
@@ -45,7 +45,7 @@ def parse(text: str, boot_now: Callable[[], Boot]) -> list[View]:
     return [_view(facts, boot_now) for facts in jobs]
 
 
-def _view(facts: Mapping[str, str], boot_now: Callable[[], Boot]) -> View:
+def _view(facts: Mapping[str, str], boot_now: Callable[[], Boot]) -> JobView:
     """What a job's files say. Whatever they say: who can write them may have."""
     state = _state(facts, boot_now)
     found = STATUS.fullmatch(facts.get("status", "")) if state == "ended" else None
@@ -53,7 +53,7 @@ def _view(facts: Mapping[str, str], boot_now: Callable[[], Boot]) -> View:
     if found and status is not None and found[1] == "signal":
         name = signal.Signals(status).name.removeprefix("SIG") if status in signal.valid_signals() else str(status)
         status += 128
-    return View(
+    return JobView(
         job=facts["job"],
         title=facts.get("title", ""),
         state=state,

@@ -25,7 +25,7 @@ from vmtasks.errors import (
 from vmtasks.guest import boot, client, ssh
 from vmtasks.guest.boot import Boot, Verdict
 from vmtasks.guest.client import Connection, Console
-from vmtasks.guest.command import Command, Executed
+from vmtasks.guest.command import Command, CommandResult
 from vmtasks.guest.ssh import Target
 
 P = ParamSpec("P")
@@ -133,7 +133,7 @@ class Link:
             )
         return self._boot
 
-    def execute(self, command: Command, *, timeout_s: float, **more: Any) -> Executed:
+    def execute(self, command: Command, *, timeout_s: float, **more: Any) -> CommandResult:
         """As Connection.execute, with the same arguments.
 
         When the connection breaks meanwhile, it is opened again: RebootedError if the guest has booted since, else

@@ -8,7 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -23,13 +24,14 @@ Say = Callable[[str], None]
 class Step:
     """Work under way. `now()` names the milestone it has reached."""
 
-    def __init__(self, title: str, expected_s: float | None) -> None:
-        """`expected_s` is how long this took last time, if that is known."""
+    def __init__(self, title: str, expected_s: float | None = None, observer: "Observer | None" = None) -> None:
+        """`expected_s` is how long this took last time, if that is known. `observer` hears of milestones."""
         self.title = printable.line(title)
         self.expected_s = expected_s
         self.note = ""
         self.started = time.monotonic()
         self.milestones: list[tuple[str, float]] = []
+        self._observer = observer
 
     @property
     def elapsed_s(self) -> float:
@@ -40,6 +42,8 @@ class Step:
         """Say what is being done at this moment."""
         self.note = printable.line(note)
         self.milestones.append((self.note, self.elapsed_s))
+        if self._observer is not None:
+            self._observer.milestone(self)
 
     def line(self) -> str:
         """`phase 1-install: Format the disk, 12 s of about 30 s`."""
@@ -48,29 +52,101 @@ class Step:
         return f"{self.title}{note}, {seconds(self.elapsed_s)}{about}"
 
 
-class PlainStep(Step):
-    """A step whose milestones are lines: for pipes and log files."""
+class Observer:
+    """Hears what is told while work goes on. This one hears nothing; give one of your own to observing().
 
-    def now(self, note: str) -> None:
-        """Print the milestone."""
-        super().now(note)
-        say(f"{self.title}: {self.note}")
+    It may be called from several threads. What it raises ends the work.
+    """
+
+    def say(self, text: str) -> None:
+        """A note, a warning or the end of a step: one line or a few."""
+
+    def milestone(self, step: Step) -> None:
+        """`step` has reached `step.note`."""
+
+    def watching(self, _step: Step) -> AbstractContextManager[object]:
+        """Is entered for as long as a step takes."""
+        return nullcontext()
+
+
+class Lines(Observer):
+    """Hands each line to a function."""
+
+    def __init__(self, to: Say) -> None:
+        """`to` is called with the text."""
+        self._to = to
+
+    def say(self, text: str) -> None:
+        """Hand it on."""
+        self._to(text)
+
+    def milestone(self, step: Step) -> None:
+        """`title: note`."""
+        self._to(f"{step.title}: {step.note}")
+
+
+class CommandLine(Observer):
+    """A person at a terminal, where a live line shows the step; or a log, where milestones are lines."""
+
+    def say(self, text: str) -> None:
+        """On a terminal it scrolls above a live line; the terminal obeys none of it."""
+        if _talk["stderr"]:
+            to_stderr(text + "\n")
+            return
+        sys.stdout.write(printable.text(text) + "\n")
+        sys.stdout.flush()
+
+    def milestone(self, step: Step) -> None:
+        """A line where there is no live one."""
+        if not is_terminal():
+            self.say(f"{step.title}: {step.note}")
+
+    def watching(self, step: Step) -> AbstractContextManager[object]:
+        """Keep the live line up to date."""
+        return _live(step) if is_terminal() else nullcontext()
+
+
+_default: list[Observer] = [Observer()]
+_observer: ContextVar[Observer] = ContextVar("vmtasks observer")
+
+
+def talk() -> None:
+    """Have the command line's observer hear what nobody else does: for a front end, as soon as it is started."""
+    _default[0] = CommandLine()
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Have `observer` hear what is told in the block by this thread or task, and by the threads it starts for us."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def observer() -> Observer:
+    """Who hears what is told here."""
+    return _observer.get(_default[0])
+
+
+def say(text: str) -> None:
+    """Tell the observer one line."""
+    observer().say(text)
 
 
 @contextmanager
 def step(title: str, *, expected_s: float | None = None) -> Iterator[Step]:
     """Show `title` while the block runs, then how long it took, or that it failed and after how long."""
-    shown = Step(title, expected_s) if is_terminal() else PlainStep(title, expected_s)
+    told = observer()
+    shown = Step(title, expected_s, told)
     try:
-        if isinstance(shown, PlainStep):
+        with told.watching(shown):
             yield shown
-        else:
-            with _live(shown):
-                yield shown
     except BaseException:
-        say(f"{title}: failed after {seconds(shown.elapsed_s)}")
+        told.say(f"{title}: failed after {seconds(shown.elapsed_s)}")
         raise
-    say(f"{title}: done in {seconds(shown.elapsed_s)}")
+    told.say(f"{title}: done in {seconds(shown.elapsed_s)}")
 
 
 @contextmanager
@@ -118,15 +194,6 @@ class _Deaf(io.TextIOBase):
     def flush(self) -> None:
         with suppress(OSError):
             self._stream.flush()
-
-
-def say(text: str) -> None:
-    """One line to the person who watches. On a terminal it scrolls above a live line; the terminal obeys none of it."""
-    if _talk["stderr"]:
-        to_stderr(text + "\n")
-        return
-    sys.stdout.write(printable.text(text) + "\n")
-    sys.stdout.flush()
 
 
 def confirm(question: str, otherwise: str, done: str = "removed") -> None:
@@ -190,7 +257,8 @@ def tell_notes(error: BaseException | None) -> None:
 
 
 def talk_on_stderr() -> None:
-    """From now on standard output is for data alone."""
+    """As talk(), and from now on standard output is for data alone."""
+    talk()
     _talk["stderr"] = True
 
 

@@ -54,8 +54,8 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     store, `own` the machine's, `changing` either. `identity` says whose SSH host keys it shows: those of its `image`,
     its `own`, `changing` either; `shared`: those of its image for good. `mac` is empty for one that was made before
     machines had addresses of their own. `want_port` and `want_forwards` are what was asked for, `ssh_port` and
-    `forwards` what was given at the last start. `owner`: the process with which it goes. `throwaway`: nothing of it is
-    kept when it stops.
+    `forwards` what was given at the last start. `owner`: the process with which it goes. `lease_until`: when it goes,
+    in seconds since 1970, unless the lease is renewed; 0: never. `throwaway`: nothing of it is kept when it stops.
     """
 
     name: str
@@ -80,6 +80,7 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     throwaway: bool = False
     owner: int = 0
     owner_started: str = ""
+    lease_until: float = 0.0
     key: Literal["build", "changing", "own"] = "build"
     identity: Literal["image", "changing", "own", "shared"] = "image"
     mac: str = ""

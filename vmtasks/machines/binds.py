@@ -98,7 +98,7 @@ def _look(place: Place, bind: BindRecord) -> Rules:
     return Rules(walk.hidden, bind.exclude, size=size)
 
 
-def attach(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRecord:
+def mount(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRecord:
     """Have each bind in the guest; returns the record, which says how each is.
 
     BindError when one cannot be had, SshError when the guest is not reached.
@@ -171,7 +171,7 @@ def before(place: Place, record: MachineRecord) -> bool:
     if copied and (state := place.stuck()):
         raise BindError(
             f"machine {place.name}: {shown(copied[0])} cannot be brought up to date there: {qmp.STUCK[state]}",
-            hint=place.onward(state),
+            hint=place.remedy(state),
         )
     with _alone(place, record):
         for number, bind in enumerate(record.binds):

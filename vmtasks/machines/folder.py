@@ -151,16 +151,16 @@ class Place:
         QEMU is asked only where its events say so, or where the last one could not be written.
         """
         events = Events(self.events)
-        state = qmp.status(self.qmp) if events.stands() or events.cut() else ""
+        state = qmp.status(self.qmp) if events.cpu_stopped() or events.cut() else ""
         return state if state in qmp.STUCK else ""
 
-    def onward(self, state: str) -> str:
+    def remedy(self, state: str) -> str:
         """What to do about a machine that is stuck."""
         if state == qmp.FULL:
             return f"free some space in {self.folder}: the next command lets it go on"
         return f"vmtasks {'resume' if state == 'paused' else 'stop --force'} {self.name}"
 
-    def go_on(self, note: progress.Say) -> None:
+    def resume_if_full(self) -> None:
         """Let the machine go on if QEMU has stopped it as its disk could not be written; its guest notices nothing.
 
         MachineError when it cannot be written yet.
@@ -172,9 +172,9 @@ class Place:
             free = files.free_bytes(self.folder) >> 10
             raise MachineError(
                 f"machine {self.name} stands still: its disk cannot be written; {self.folder} has {free} KiB free",
-                hint=self.onward(qmp.FULL),
+                hint=self.remedy(qmp.FULL),
             )
-        note(f"machine {self.name}: its disk can be written again, and it goes on")
+        progress.say(f"machine {self.name}: its disk can be written again, and it goes on")
 
     def door_key(self, record: MachineRecord) -> Path:
         """The private key that the machine's image lets in: the store's, or the one that was saved with a snapshot."""

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,90 +17,89 @@ from vmtasks.errors import MissingToolError, VmTasksError
 from vmtasks.guest import alive
 from vmtasks.guest.alive import Alive, Layer, Verdict
 from vmtasks.host import files, process, processes, progress
-from vmtasks.host.progress import Say
 from vmtasks.images.workspace import MachineRecord, State
 from vmtasks.machines import start
-from vmtasks.machines.machine import Machine
+from vmtasks.machines.folder import Place
 from vmtasks.qemu import qmp
 from vmtasks.qemu.console import read_log
 from vmtasks.qemu.ports import port_free, port_holder
 from vmtasks.store.store import Store
 
 LAYER_S = 15.0
-STANDS_EVERY_S = 0.5
+STUCK_EVERY_S = 0.5
 LEAST_FREE = 2 << 30
 
 
-def is_alive(machine: Machine) -> Alive:
+def is_alive(place: Place) -> Alive:
     """The verdict on a machine, from its layers."""
-    return alive.judged(machine_layers(machine))
+    return alive.judged(machine_layers(place))
 
 
 @contextmanager
-def telling(machine: Machine, note: Say) -> Iterator[None]:
+def warn_when_stuck(place: Place) -> Iterator[None]:
     """Say once, while the block waits for the guest, that its CPU stands still, why, and what to do."""
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(STANDS_EVERY_S):
-            if state := machine.stuck():
-                note(f"machine {machine.name}: {qmp.STUCK[state]}; {machine.onward(state)}")
+        while not over.wait(STUCK_EVERY_S):
+            if state := place.stuck():
+                progress.say(f"machine {place.name}: {qmp.STUCK[state]}; {place.remedy(state)}")
                 return
 
-    threading.Thread(target=watch, name="vmtasks stands", daemon=True).start()
+    threading.Thread(target=copy_context().run, args=(watch,), name="vmtasks stuck", daemon=True).start()
     try:
         yield
     finally:
         over.set()
 
 
-def machine_layers(machine: Machine) -> Iterator[Layer]:
+def machine_layers(place: Place) -> Iterator[Layer]:
     """The layers of a machine, from its record to a command in the guest. Takes at most a minute."""
-    record = machine.state.machine(machine.name)
-    if record is None and (fault := machine.fault()):
-        runs = "its QEMU runs" if machine.runs() else "no QEMU of it was found"
-        says = f"it cannot be read: {fault}; {runs}; vmtasks stop {machine.name}, vmtasks rm {machine.name}"
-        yield Layer("record", passed=False, says=says, verdict="silent" if machine.runs() else "gone")
+    record = place.state.machine(place.name)
+    if record is None and (fault := place.fault()):
+        runs = "its QEMU runs" if place.runs() else "no QEMU of it was found"
+        says = f"it cannot be read: {fault}; {runs}; vmtasks stop {place.name}, vmtasks rm {place.name}"
+        yield Layer("record", passed=False, says=says, verdict="silent" if place.runs() else "gone")
         return
     if record is None:
-        yield Layer("record", passed=False, says=f"there is no machine {machine.name}", verdict="gone")
+        yield Layer("record", passed=False, says=f"there is no machine {place.name}", verdict="gone")
         return
-    yield Layer("record", passed=True, says=f"{record.guest}:{record.snapshot}, in {machine.folder}")
-    target = machine.target(record)
+    yield Layer("record", passed=True, says=f"{record.guest}:{record.snapshot}, in {place.folder}")
+    target = place.target(record)
     looks = {
-        "process": lambda: _process(machine, record),
-        "QMP": lambda: _cpu(machine),
-        "console": lambda: _console(machine),
+        "process": lambda: _process(place, record),
+        "QMP": lambda: _cpu(place),
+        "console": lambda: _console(place),
         **alive.network(target, LAYER_S),
     }
     for layer in alive.climb(looks):
-        if layer.name == "banner" and layer.passed is False and _booting(machine, record):
+        if layer.name == "banner" and layer.passed is False and _booting(place, record):
             up = progress.seconds(time.time() - record.started)
             yield replace(layer, says=f"{layer.says}: the guest has been booting for {up}")
         else:
             yield layer
 
 
-def _cpu(machine: Machine) -> tuple[Verdict, str]:
-    verdict, says = alive.cpu(machine.qmp)
+def _cpu(place: Place) -> tuple[Verdict, str]:
+    verdict, says = alive.cpu(place.qmp)
     state = says.partition(":")[0]
-    return verdict, f"{says}; {machine.onward(state)}" if state in qmp.STUCK else says
+    return verdict, f"{says}; {place.remedy(state)}" if state in qmp.STUCK else says
 
 
-def _process(machine: Machine, record: MachineRecord) -> tuple[Verdict, str]:
-    if machine.pid(record) is not None:
+def _process(place: Place, record: MachineRecord) -> tuple[Verdict, str]:
+    if place.pid(record) is not None:
         return "", f"QEMU is process {record.pid}, up {progress.seconds(time.time() - record.started)}"
     if not record.pid:
-        return "gone", f"it is stopped; {machine.command('start')}"
-    said = files.read_text(machine.qemu_log, "replace").strip() if machine.qemu_log.is_file() else ""
+        return "gone", f"it is stopped; {place.command('start')}"
+    said = files.read_text(place.qemu_log, "replace").strip() if place.qemu_log.is_file() else ""
     other = " (that number is another process's now)" if processes.started(record.pid) else ""
     last = said.splitlines()[-1] if said else "nothing"
     return "gone", f"QEMU, process {record.pid}, is gone: killed, or crashed{other}; it last said: {last}"
 
 
-def _console(machine: Machine) -> tuple[Verdict, str]:
-    transcript = read_log(machine.console_log, last_boot(machine.console_log))
-    for failure in machine.config.guest.failures:
+def _console(place: Place) -> tuple[Verdict, str]:
+    transcript = read_log(place.console_log, last_boot(place.console_log))
+    for failure in place.config.guest.failures:
         if failure.cause != "login" and transcript.match(failure.expect):
             return "silent", f"the guest {failure.says}"
     last = transcript.tail(1)
@@ -116,9 +116,9 @@ def last_boot(log: Path) -> int:
     return max(data.rfind(b"SeaBIOS"), data.rfind(b"Linux version"), 0)
 
 
-def _booting(machine: Machine, record: MachineRecord) -> bool:
+def _booting(place: Place, record: MachineRecord) -> bool:
     """Whether it has not let us in yet, and may still."""
-    wait_s = machine.config.guest.ssh.ready_timeout_s * machine.state.accel.factor
+    wait_s = place.config.guest.ssh.ready_timeout_s * place.state.accel.factor
     return not record.ready and time.time() - record.started < wait_s
 
 

@@ -102,7 +102,7 @@ def lacks(record: MachineRecord) -> bool:
     return bool(record.image) and not record.ready and record.identity in ("image", "changing")
 
 
-def settle(place: Place, record: MachineRecord) -> MachineRecord:
+def personalize(place: Place, record: MachineRecord) -> MachineRecord:
     """Give a machine that has let us in what it lacks of its own: login key, host name, host keys. The new record.
 
     May be repeated after a kill at any moment: until what is its own is known to work, the old keys are on record too,
@@ -127,9 +127,9 @@ def settle(place: Place, record: MachineRecord) -> MachineRecord:
         keys.admit(place, record)
         own = msgspec.structs.replace(own, key="own", ssh_user=record.login or record.ssh_user)
     if host:
-        own = _personalize(place, record, own, fresh, old)
+        own = _install_identity(place, record, own, fresh, old)
     ssh.detach(place.target(record))
-    return _proven(place, own, fallback=record.host_keys)
+    return _verify_login(place, own, fallback=record.host_keys)
 
 
 def _resume(place: Place, record: MachineRecord) -> tuple[MachineRecord, bool]:
@@ -178,7 +178,7 @@ def stream(fresh: Sequence[HostKey]) -> str:
     return "".join([*map(str, fresh), "end\n"])
 
 
-def _personalize(
+def _install_identity(
     place: Place, record: MachineRecord, own: MachineRecord, fresh: list[HostKey], old: list[str]
 ) -> MachineRecord:
     """Give the guest its host name and keys; returns `own` with what came of it."""
@@ -204,7 +204,7 @@ def _personalize(
     return own
 
 
-def _proven(place: Place, own: MachineRecord, fallback: list[str]) -> MachineRecord:
+def _verify_login(place: Place, own: MachineRecord, fallback: list[str]) -> MachineRecord:
     """Write down what a new connection has proved: that the machine shows its own keys and takes its own, and no other.
 
     A server that goes on with its old host keys reads the new ones when the guest boots; until then both are taken.

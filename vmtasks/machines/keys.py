@@ -116,7 +116,7 @@ def rotate(place: Place, record: MachineRecord) -> PublicKey:
     stale = [read_public(fresh).blob] if fresh.is_file() else []
     key = make_pair(fresh, f"vmtasks {place.name}")
     change(target, record.ssh_user, put=[str(key)], drop=stale or [key.blob])
-    prove(replace(target, key=fresh))
+    require_login(replace(target, key=fresh))
     # From here on the new key is the machine's. A kill before the last step leaves the old one in the guest; the next
     # rotation takes out all that the machine ever had, which `retired` lists.
     retired = place.own_key.with_name("retired")
@@ -180,7 +180,7 @@ def change(target: ssh.Target, user: str, *, put: list[str], drop: list[str], ev
         raise SshError(f"the keys of {user} in {target.name} could not be changed: {said}", hint="vmtasks doctor")
 
 
-def prove(target: ssh.Target) -> None:
+def require_login(target: ssh.Target) -> None:
     """SshError unless a new connection with the target's key, and no other, is let in."""
     folder = target.folder / "proof"
     folder.mkdir(mode=0o700, exist_ok=True)

@@ -8,15 +8,15 @@ from functools import partial
 from vmtasks.errors import CommandTimeoutError
 from vmtasks.guest import ssh
 from vmtasks.host import process, progress, signals
-from vmtasks.machines import health
-from vmtasks.machines.machine import Machine
+from vmtasks.machines import health, life
+from vmtasks.machines.folder import Place
 from vmtasks.machines.sessions import using
 
 END_S = 20.0
 
 
 def log_in(
-    machine: Machine,
+    place: Place,
     verb: str,
     command: str = "",
     *,
@@ -38,9 +38,9 @@ def log_in(
     `verb` and `shown` are for the list of sessions and the log of those that have ended. Where ssh failed, and
     meanwhile when the guest stands still, stderr says why.
     """
-    target = machine.wait()
+    target = life.wait_ready(place)
     mark = f"vmtasks-{secrets.token_hex(8)}"
-    with health.telling(machine, progress.say), using(machine, verb, shown, user) as outcome:
+    with health.warn_when_stuck(place), using(place, verb, shown, user) as outcome:
         argv = target.argv(options=[*options, *(["-tt"] if tty else [])])
         if command:
             argv = ssh.session_argv(target, mark, command, cwd=cwd, env=env, user=user, options=options, tty=tty)
@@ -50,25 +50,25 @@ def log_in(
             outcome.status = run(stdin=stdin, timeout_s=timeout_s)
         except CommandTimeoutError:
             outcome.status = process.TIMED_OUT
-            ended = "it was ended" if _end(machine, target, mark, user) else "it may still run in the guest"
+            ended = "it was ended" if _end(place, target, mark, user) else "it may still run in the guest"
             raise CommandTimeoutError(
                 f"the command did not end within {timeout_s:g} s; {ended}", which="overall"
             ) from None
         except KeyboardInterrupt:
             if command:
-                _end(machine, target, mark, user)
+                _end(place, target, mark, user)
             raise
         if outcome.status == process.UNREAD:
-            _end(machine, target, mark, user)
-    if outcome.status == ssh.FAILED and (why := health.is_alive(machine).reason):
-        progress.say(f"error: {why}\nhint: vmtasks doctor {machine.name}")
+            _end(place, target, mark, user)
+    if outcome.status == ssh.FAILED and (why := health.is_alive(place).reason):
+        progress.say(f"error: {why}\nhint: vmtasks doctor {place.name}")
         return failed
     return outcome.status
 
 
-def _end(machine: Machine, target: ssh.Target, mark: str, user: str) -> bool:
+def _end(place: Place, target: ssh.Target, mark: str, user: str) -> bool:
     """End in the guest what a command has started there; whether that worked, which is said if not."""
-    record = machine.record()
+    record = place.record()
     if record is None or record.owner == os.getpid():  # it goes with the machine
         return True
     with signals.cuttable():
@@ -76,5 +76,5 @@ def _end(machine: Machine, target: ssh.Target, mark: str, user: str) -> bool:
         done = process.run(target.argv(line), timeout_s=END_S, check=False)
     if done.status != 0:
         why = ssh.explain(done.stderr)
-        progress.say(f"warning: machine {machine.name}: the command may still run in the guest: {why}")
+        progress.say(f"warning: machine {place.name}: the command may still run in the guest: {why}")
     return done.status == 0

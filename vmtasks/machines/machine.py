@@ -1,461 +1,414 @@
-"""A machine by its name: start, stop, look, restore, snapshot, remove. A folder with a record; no daemon.
+"""A machine by its name: its life, commands and files in its guest, moments of its RAM, snapshots of its disk.
 
-.vm/run/<name>/machine.toml  its record        disk.qcow2   its disk, an overlay on an image of the store
-               <name>.pid, <name>.ports, <name>.log (the console), monitor and serial sockets, ssh_config (links)
-               id_ed25519    its own key, if it has one     sessions/   who uses it now
+It holds no state of its own that matters: what is true of a machine stands in its folder, which other processes use
+too. Any number of threads may use one object, and any number of objects one machine.
 """
 
 import contextlib
 import os
-import secrets
-import shutil
+import posixpath
+import socket
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Self
 
-import msgspec
-
-from vmtasks.config.load import show_size
-from vmtasks.errors import StateError
-from vmtasks.guest import ssh
-from vmtasks.host import processes, progress
-from vmtasks.host.locks import drop
-from vmtasks.host.progress import Say
-from vmtasks.images import prune, snapshots
-from vmtasks.images.workspace import CLEAN, MANUAL, MachineRecord, PhaseRecord
-from vmtasks.machines import binds, breakin, identity, start, stop
+from vmtasks import printable
+from vmtasks.config.load import Config
+from vmtasks.errors import CommandTimeoutError, ConnectionLostError, MachineError, SshError, WrongStatusError
+from vmtasks.guest import boot, files, listeners, ssh
+from vmtasks.guest.command import Command, CommandResult
+from vmtasks.host import process
+from vmtasks.host.progress import seconds
+from vmtasks.images.workspace import CLEAN
+from vmtasks.machines import life, login, overlay, start, state
 from vmtasks.machines.folder import Place
-from vmtasks.media import disk
-from vmtasks.qemu import checkpoint, qmp
+from vmtasks.machines.jobs import Jobs
+from vmtasks.machines.state import MachineState
+from vmtasks.qemu import checkpoint
 from vmtasks.qemu.console import read_log
 from vmtasks.qemu.events import Events
-from vmtasks.store import qcow2
-from vmtasks.store.store import ImageRecord, read_record
-
-WINDOW_S = 180.0
+from vmtasks.qemu.ports import port_free
+from vmtasks.qemu.vm import wait_until
+from vmtasks.store.store import ImageRecord
 
 if TYPE_CHECKING:
     from vmtasks.guest.link import Link
 
-Status = Literal["absent", "booting", "damaged", "running", "unreachable", "paused", "panicked", "stale", "stopped"]
-"""`damaged`: its record cannot be read, so that only `stop` and `rm` work. `unreachable`: SSH has answered since the
-start and does not now. `paused`: its CPU stands, whoever stopped it."""
+COMMAND_S = 60.0
+COPY_S = 600.0
+JOURNAL = 1000
+POLL_S = 0.3
+SHOWN_CHARS = 200
+WINDOW_S = 180.0
 
 
-@dataclass(frozen=True)
-class View:
-    """A machine as `status` shows it."""
+class Machine:
+    """One machine of a project, there or not. Times are in seconds and meant for this host: nothing is scaled.
 
-    name: str
-    status: Status
-    record: MachineRecord | None
-    ssh: str
-    fault: str = ""
-    """Why its record cannot be read."""
+    Raises StateError where the machine is not as it must be, MachineError for QEMU, SshError for the guest.
+    """
 
+    def __init__(self, config: Config, name: str = "") -> None:
+        """`name` is by default the configured one. Nothing is touched yet."""
+        self.place = Place(config, name)
+        self.jobs = Jobs(self._linked)
+        self._journal: deque[str] = deque(maxlen=JOURNAL)
+        self._began = time.monotonic()
+        self._lock = threading.RLock()
+        self._open = contextlib.ExitStack()
+        self._link: Link | None = None
+        self._link_to: tuple[int, str] = (0, "")
 
-class Machine(Place):
-    """One named machine of a project."""
+    def __enter__(self) -> Self:
+        """Close connections and forwards at the end of the block; the machine is left as it is."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close them."""
+        self.close()
+
+    def __repr__(self) -> str:
+        """`Machine(dev in /home/me/project/.vm/run/dev)`."""
+        return f"Machine({self.name} in {self.folder})"
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        return self.place.name
+
+    @property
+    def config(self) -> Config:
+        """The configuration that it is made by."""
+        return self.place.config
+
+    @property
+    def folder(self) -> Path:
+        """The folder that holds its record, disk and logs; it need not be there."""
+        return self.place.folder
+
+    @property
+    def journal(self) -> list[str]:
+        """What was done to it through this object: when, what, how long it took, how it ended. The last 1000."""
+        return list(self._journal)
+
+    def close(self) -> None:
+        """End forwards and the connection; the machine is left as it is, and the object can be used again."""
+        with self._lock:
+            self._open.close()
+            if self._link is not None:
+                self._link.close()
+            self._link = None
+
+    # -- commands
+
+    def execute(
+        self,
+        command: Command,
+        *,
+        timeout_s: float = COMMAND_S,
+        user: str = "",
+        cwd: str = "",
+        env: Mapping[str, str] | None = None,
+        stdin: bytes = b"",
+    ) -> CommandResult:
+        """Run a script (str) or a program with arguments (list): `.status`, `.stdout` and `.stderr` in bytes.
+
+        CommandTimeoutError after `timeout_s`: what it has started was ended. ConnectionLostError, RebootedError.
+        """
+        with self._noted(f"$ {_shown(command)[:SHOWN_CHARS]}") as note:
+            link = self._linked()
+            done = link.execute(command, timeout_s=timeout_s, user=user, cwd=cwd, env=env, stdin=stdin)
+            note(f"status {done.status}")
+        return done
+
+    def succeed(self, command: Command, **more: Any) -> str:
+        """What a command prints that must exit with 0. WrongStatusError with both of its streams when it does not."""
+        done = self.execute(command, **more)
+        if done.status != 0:
+            raise _wrong(command, done, "0")
+        return done.stdout.decode(errors="replace")
+
+    def fail(self, command: Command, **more: Any) -> str:
+        """What a command prints that must not exit with 0. WrongStatusError when it does."""
+        done = self.execute(command, **more)
+        if done.status == 0:
+            raise _wrong(command, done, "other than 0")
+        return done.stdout.decode(errors="replace")
+
+    def wait_until_succeeds(self, command: Command, *, timeout_s: float = COMMAND_S, **more: Any) -> str:
+        """Run a command again and again until it exits with 0. WrongStatusError with the last try after `timeout_s`."""
+        until = time.monotonic() + timeout_s
+        while True:
+            try:
+                done = self.execute(command, timeout_s=max(1.0, until - time.monotonic()), **more)
+            except CommandTimeoutError as error:
+                raise WrongStatusError(f"{command!r} did not succeed within {timeout_s:g} s: {error}") from None
+            if done.status == 0:
+                return done.stdout.decode(errors="replace")
+            if time.monotonic() > until:
+                raise _wrong(command, done, "0", f"within {timeout_s:g} s: ")
+            time.sleep(POLL_S)
+
+    def wait_for_port(self, port: int, *, host: str = "127.0.0.1", timeout_s: float = COMMAND_S) -> None:
+        """Wait until something in the guest listens on a TCP port of its address `host`; it is not called.
+
+        WrongStatusError with the ports that something listens on after `timeout_s`.
+        """
+        with self._noted(f"wait for port {port} of {host}"):
+            until = time.monotonic() + timeout_s
+            while True:
+                left = max(1.0, until - time.monotonic())
+                # Not by a call: what listens may take only one.
+                table = self._linked().execute(listeners.SCRIPT, timeout_s=min(COMMAND_S, left)).stdout
+                found = listeners.parse(table.decode(errors="replace"))
+                if any(one.serves(host, port) for one in found):
+                    return
+                if time.monotonic() > until:
+                    others = ", ".join(map(str, found)) or "no port"
+                    what = f"nothing listened on port {port} of {host} within {timeout_s:g} s"
+                    raise WrongStatusError(f"{what}; something listens on {others}")
+                time.sleep(POLL_S)
+
+    def shell(
+        self,
+        command: str = "",
+        *,
+        verb: str = "ssh",
+        user: str = "",
+        cwd: str = "",
+        env: Mapping[str, str] | None = None,
+        tty: bool = False,
+        stdin: bool = True,
+        timeout_s: float | None = None,
+        options: Sequence[str] = (),
+        failed: int = ssh.FAILED,
+        shown: str = "",
+    ) -> int:
+        """Log in on our own terminal and streams, or run a shell command there; returns its status. See login.log_in().
+
+        OpenSSH hands on the size of our terminal and each change of it.
+        """
+        with self._noted(shown or command or "log in") as note:
+            status = login.log_in(
+                self.place, verb, command, user=user, cwd=cwd, env=env, tty=tty, stdin=stdin, timeout_s=timeout_s,
+                options=options, failed=failed, shown=shown,
+            )  # fmt: skip
+            note(f"status {status}")
+        return status
+
+    # -- files and ports
+
+    def put(self, source: str | os.PathLike[str], dest: str) -> None:
+        """Copy a file into the guest, whole or not at all, or a folder; `dest` is relative to the login user's home.
+
+        Folders above it that are not there are made.
+        """
+        with self._noted(f"put {os.fspath(source)} {dest}"):
+            target = life.wait_ready(self.place)
+            if Path(source).is_dir():
+                folder = posixpath.dirname(dest.rstrip("/")) or "."
+                self._linked().execute(["mkdir", "-p", "--", folder], timeout_s=COMMAND_S)
+                words = ["-q", "-r", "-p", "--", str(Path(source).absolute()), f"{target.name}:{dest}"]
+                process.run(["scp", "-F", str(target.config), *words], timeout_s=COPY_S)
+            else:
+                files.put(target, Path(source), dest)
+
+    def get(self, source: str, dest: str | os.PathLike[str]) -> None:
+        """Copy a file out of the guest, whole or not at all. Folders above `dest` that are not there are made."""
+        with self._noted(f"get {source} {os.fspath(dest)}"):
+            Path(dest).parent.mkdir(parents=True, exist_ok=True)
+            files.get(life.wait_ready(self.place), source, Path(dest))
+
+    def forward(self, port: int, *, host: str = "127.0.0.1", timeout_s: float = 30.0) -> int:
+        """A loopback port of this host that leads to a TCP port in the guest, until close() or the machine's end."""
+        target = life.wait_ready(self.place)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            ours = int(probe.getsockname()[1])
+        options = ["-N", "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes"]
+        with self._noted(f"forward {ours} to port {port} of {host}"):
+            words = target.argv(options=[*options, "-L", f"127.0.0.1:{ours}:{host}:{port}"])
+            with self._lock:
+                child = self._open.enter_context(process.spawn(words, die_with_us=True))
+            # Not by a call: what listens in the guest may take only one.
+            wait_until(lambda: child.poll() is not None or not port_free(ours), timeout_s)
+            if child.poll() is not None or port_free(ours):
+                raise SshError(f"port {ours} could not be forwarded to port {port} of {host} in {self.name}")
+        return ours
+
+    # -- life
+
+    def start(self, *, die_with_us: bool = False) -> None:
+        """Have it running, and wait until it lets us in. It is made from its image where it is not there yet.
+
+        `die_with_us`: the kernel ends its QEMU with the thread that calls.
+        """
+        with self._noted("start"):
+            life.start_up(self.place, die_with_us=die_with_us)
+
+    def stop(self, *, gentle: bool = True, timeout_s: float | None = None) -> str:
+        """Stop it, gently first; returns the rung of the ladder that was needed. See life.stop()."""
+        with self._noted("stop") as note:
+            self.close()
+            rung = life.stop(self.place, gentle=gentle, timeout_s=timeout_s)
+            note(rung)
+            return rung
+
+    def crash(self) -> None:
+        """Cut its power. It stays off until start()."""
+        with self._noted("crash"):
+            self.close()
+            life.stop(self.place, gentle=False)
+
+    def reboot(self, *, timeout_s: float = 300.0) -> None:
+        """Have the guest reboot, and wait until it lets us in again. MachineError after `timeout_s`."""
+        with self._noted("reboot"):
+            link = self._linked()
+            before = link.boot()
+            with contextlib.suppress(ConnectionLostError, CommandTimeoutError):
+                link.open().execute("reboot", timeout_s=10.0, user="root")
+            until = time.monotonic() + timeout_s
+            while True:
+                link.close()
+                with contextlib.suppress(SshError):
+                    link.open(wait_s=max(1.0, until - time.monotonic()))
+                    if boot.compare(before, link.boot()) == "rebooted":
+                        ssh.close(life.require_running(self.place))
+                        return
+                if time.monotonic() > until:
+                    raise MachineError(
+                        f"{self.name} did not reboot within {seconds(timeout_s)}", console=self.console()
+                    )
+                time.sleep(POLL_S)
+
+    def renew(self, lease_s: float) -> None:
+        """Have its lease end `lease_s` from now: then the next command removes it. 0: it has no lease any more."""
+        life.renew(self.place, lease_s)
+
+    def remove(self, *, force: bool = False) -> list[Path]:
+        """Cut its power and remove it with its disk and key; returns what was removed. See life.destroy()."""
+        with self._noted("remove"):
+            self.close()
+            return life.destroy(self.place, force=force, tell=False)
+
+    # -- moments of RAM, snapshots of the disk
+
+    def checkpoint(self, tag: str) -> None:
+        """Keep this moment, RAM, devices and disk, under a name, inside its disk; the machine runs on."""
+        with self._noted(f"checkpoint {tag}"):
+            life.require_running(self.place)
+            checkpoint.save(self.place.qmp, tag)
+
+    def rollback(self, tag: str) -> None:
+        """Go back to the moment of checkpoint(): in a second or so, with all that ran then running again.
+
+        Connections are not part of it: ours, and those that OpenSSH shares, are ended.
+        """
+        with self._noted(f"rollback {tag}"):
+            target = life.require_running(self.place)
+            self.close()
+            checkpoint.load(self.place.qmp, tag)
+            ssh.close(target)
+            self._linked().open(wait_s=COMMAND_S)
+
+    def snapshot(self, name: str) -> ImageRecord:
+        """Save the disk of the stopped machine as a snapshot, which other machines can be made from."""
+        with self._noted(f"snapshot {name}"):
+            return life.snapshot(self.place, name)
+
+    def restore(self, snapshot: str = "") -> ImageRecord:
+        """Throw away what it has written, and go back to a snapshot, by default the one it came from. It is stopped."""
+        with self._noted(f"restore {snapshot}".rstrip()):
+            self.close()
+            return life.restore(self.place, snapshot)
+
+    def image(self) -> ImageRecord:
+        """The image that it stands on, or would: that of the snapshot it was restored to, or `clean`."""
+        record = self.place.record()
+        return overlay.find_image(self.place, record.snapshot if record else CLEAN)
+
+    def snapshots(self) -> list[str]:
+        """Names of its guest's snapshots."""
+        return overlay.names(self.place)
 
     # -- looking
 
-    def status(self) -> View:
-        """What the machine is doing now. Takes no lock and waits at most for one try of SSH."""
-        record = self.state.machine(self.name)
-        if record is None:
-            fault = self.fault()
-            return View(self.name, "damaged" if fault else "absent", None, "", fault)
-        if self.pid(record) is None:
-            return View(self.name, "stale" if record.pid else "stopped", record, "")
-        return View(self.name, self._running(record), record, self.ssh_line())
+    def status(self) -> MachineState:
+        """What it is doing now; takes no lock. A machine that has let us in before is not logged in to for that."""
+        return state.look(self.place)
 
-    def _running(self, record: MachineRecord) -> Status:
-        """What a machine is doing whose QEMU runs. Its CPU is asked first: SSH would only keep silent."""
-        if state := self.stuck():
-            return "panicked" if state == qmp.PANICKED else "paused"
-        if ssh.is_ready(self.target(record)):
-            return "running"
-        return "unreachable" if record.ready else "booting"
+    def console(self, lines: int = 30) -> list[str]:
+        """The last lines of its serial console."""
+        return read_log(self.place.console_log).tail(lines)
 
-    def running(self, note: Say = progress.say) -> ssh.Target:
-        """The target of a machine that runs. StateError, which tells them apart, when it does not.
+    def ssh_line(self) -> str:
+        """The command line that logs in, ready for a shell."""
+        return self.place.ssh_line()
 
-        One that had no space for its disk goes on, or MachineError says that there still is none.
-        """
-        record = self.record()
-        if record is None:
-            raise StateError(f"machine {self.name} is not running: there is none", hint=self.command("start"))
-        if self.pid(record) is None:
-            how = "its process has ended without being stopped" if record.pid else "it is stopped"
-            raise StateError(f"machine {self.name} is not running: {how}", hint=self.command("start"))
-        self.go_on(note)
-        return self.target(record)
+    def require_running(self) -> ssh.Target:
+        """How SSH reaches it. StateError when it does not run."""
+        return life.require_running(self.place)
 
     def link(self, window_s: float = WINDOW_S) -> "Link":
-        """A resilient connection to the running machine, for commands and jobs; see vmtasks.guest.link.
+        """A resilient connection of one's own to the running machine; see vmtasks.guest.link.
 
         `window_s`: how long the guest may take to come back. StateError when the machine does not run.
         """
         from vmtasks.guest.link import Link  # noqa: PLC0415 - paramiko takes 0.2 s
 
-        record = self.record()
-        target = self.running()
-        now = self.console_log.stat().st_size if self.console_log.exists() else 0
+        record = self.place.record()
+        target = life.require_running(self.place)
+        log = self.place.console_log
+        now = log.stat().st_size if log.exists() else 0
         return Link(
             target,
             window_s=window_s,
-            console=lambda: read_log(self.console_log).tail(),
-            alive=start.Watch(self, record, now, patient=True) if record is not None else lambda: False,
-            events=Events(self.events).boot,
+            console=lambda: read_log(log).tail(),
+            alive=start.Watch(self.place, record, now, patient=True) if record is not None else lambda: False,
+            events=Events(self.place.events).boot,
         )
-
-    def wait(self, note: Say = progress.say) -> ssh.Target:
-        """The target of a machine that runs, once it lets us in. Quick for one that has done so before."""
-        target = self.running()
-        record = self.record()
-        if record is None or record.ready:
-            return target
-        with self.lock():
-            record = self.record()
-            if record is None or self.pid(record) is None:
-                return self.running()
-            if not record.ready:
-                note(f"machine {self.name}: waiting until it lets us in")
-                return start.wait(self, record)
-            return self.target(record)
-
-    def image(self) -> ImageRecord:
-        """The image that this machine starts from: that of the snapshot it was restored to, or `clean`."""
-        record = self.record()
-        return self.find_image(record.snapshot if record else CLEAN)
-
-    def snapshots(self) -> list[str]:
-        """Names of this guest's snapshots."""
-        own = sorted(p.stem for p in (self.config.guest_state / "snapshots").glob("*.toml"))
-        return ([CLEAN] if self.state.snapshot_record(CLEAN).is_file() else []) + own
-
-    # -- doing
-
-    def start(self, note: Say = progress.say, *, die_with_us: bool = False) -> ssh.Target:
-        """Have the machine running and SSH answering. A machine made from an older image is made anew, and says so.
-
-        One that `vmtasks run` has made keeps its disk: only its maker knows what is on it.
-        """
-        with self.lock():
-            record = self.ours()
-            if record is not None and record.image and not record.own:
-                image = self.image()
-                if record.image_sha256 != image.sha256:
-                    note(f"machine {self.name}: its image was replaced by {image.digest[:12]}; it starts afresh")
-                    stop.stop(self, record, note)
-                    record = self.make(record.snapshot)
-            if record is not None and self.pid(record) is not None:
-                return self._attach(record, note)
-            if record is not None and record.pid:
-                note(f"machine {self.name} ended without being stopped; the next sync looks into every file")
-                self.crashed.touch()
-            if record is None or not self.disk.is_file():
-                if record is not None and record.started:
-                    note(f"machine {self.name}: its disk {self.disk} is gone, and what was on it; it starts afresh")
-                record = self.make(record.snapshot if record else CLEAN, record)
-            else:
-                self._require_image(record)
-            return start.boot(self, record, die_with_us=die_with_us)
-
-    def empty(self, user: str, note: Say = progress.say) -> None:
-        """Give the machine an empty disk, for a person to install on, and log in as `user` once that is done."""
-        with self.lock():
-            record = self.ours()
-            if record is not None:
-                stop.stop(self, record, note)
-            self.make_folder()
-            for old in (self.disk, self.folder / "ready", self.crashed):
-                old.unlink(missing_ok=True)
-            self.write(
-                MachineRecord(
-                    name=self.name,
-                    guest=self.config.label,
-                    snapshot=MANUAL,
-                    image="",
-                    image_sha256="",
-                    ssh_user=user,
-                    host_keys=[],
-                    mac=identity.mac(self.folder),
-                    changed=secrets.token_hex(8),
-                )
-            )
-            disk.create(self.disk, self.config.disk_size)
-
-    def attend(self, cds: Sequence[Path], *, boot: str, display: str, note: Say = progress.say) -> int:
-        """Boot the machine from `boot`, cd or disk, with its console on our terminal; returns QEMU's status.
-
-        A person is there, so there is no deadline. StateError when it was not installed by hand.
-        """
-        with self.lock():
-            record = self.ours()
-            if record is None or record.image or not self.disk.is_file():
-                raise StateError(f"machine {self.name} was not installed by hand", hint="doit install")
-            stop.stop(self, record, note)
-            # Whoever is at the console may make new host keys, which the next start learns.
-            record = self.write(msgspec.structs.replace(record, pid=0, pid_started="", host_keys=[]))
-            return start.on_terminal(self, record, display, cds=tuple(cds), boot=boot)
-
-    def amend(self, **values: Any) -> ssh.Target:
-        """Change values of the running machine's record, and what ssh knows of it; returns its new target."""
-        with self.lock():
-            record = self.ours()
-            if record is None or self.pid(record) is None:
-                raise StateError(f"machine {self.name} is not running", hint=self.command("start"))
-            ssh.close(self.target(record))
-            target = self.target(self.write(msgspec.structs.replace(record, **values)))
-            ssh.write_config(target)
-            return target
-
-    def stop(self, note: Say = progress.say, *, gentle: bool = True, timeout_s: float | None = None) -> str:
-        """Stop the machine, gently first; returns the rung of the ladder that was needed.
-
-        `timeout_s`: how long each gentle rung may take. What is newer in copied binds comes back first; what cannot is
-        said. Not `gentle`: another command that is at work on the machine is ended. Without a record that can be read,
-        what can be found of the machine is stopped.
-        """
-        with self._alone(force=not gentle) as cut:
-            record, fault = self.state.machine(self.name), self.fault()
-            if record is None and not fault:
-                if cut:  # who was at work on it has removed it
-                    return cut
-                raise StateError(f"there is no machine {self.name}", hint=self.command("start"))
-            if fault:
-                self._say_fault(fault)
-            if gentle and record is not None and self.pid(record) is not None:
-                gentle = stop.roused(self, note)
-                if gentle and record.ready:
-                    binds.after(self, record, last=record.throwaway)
-            rung = stop.stop(self, record, note, gentle=gentle, timeout_s=timeout_s)
-            return cut if rung == stop.AT_REST and cut else rung
-
-    def restore(self, snapshot: str = "", note: Say = progress.say) -> ImageRecord:
-        """Throw away what the machine has written and go back to `snapshot`, by default the one it came from."""
-        with self.lock():
-            record = self.ours()
-            name = snapshot or (record.snapshot if record else CLEAN)
-            image = self.find_image(name)
-            if record is not None:
-                stop.stop(self, record, note, gentle=False)
-            self.make(name, record)
-            return image
-
-    def snapshot(self, name: str) -> ImageRecord:
-        """Save the stopped machine's disk as a snapshot of its own, which needs no other image."""
-        with self.lock():
-            if self.state.snapshot_record(name) == self.state.clean_record:
-                raise StateError("'clean' is the image that the phases end in; save the machine under another name")
-            record = self.ours()
-            if record is None or not self.disk.is_file():
-                raise StateError(f"machine {self.name} has no disk to save", hint=self.command("start"))
-            if self.pid(record) is not None:
-                raise StateError(f"machine {self.name} is running: its disk is not at rest", hint=self.command("stop"))
-            image = self._require_image(record)
-            with self.state.store.explaining(image, self._lost()):
-                return snapshots.save(self.state, self.disk, record, name, self.keys_inside(record))
-
-    def keep_moment(self, tag: str) -> None:
-        """Keep RAM, devices and disk of the running machine under a name, inside its disk; it runs on."""
-        self.running()
-        checkpoint.save(self.qmp, tag)
-
-    def back_to_moment(self, tag: str) -> ssh.Target:
-        """Go back to what keep_moment() has kept. Connections are not part of it: those that OpenSSH shares are ended.
-
-        Who has a link() must close it.
-        """
-        target = self.running()
-        checkpoint.load(self.qmp, tag)
-        ssh.close(target)
-        return target
-
-    def destroy(self, note: Say = progress.say, *, force: bool = False) -> list[Path]:
-        """Stop the machine and remove all that belongs to it; returns what was removed.
-
-        Nothing is kept of its disk, so that its power is simply cut; what is newer in copied binds comes back first,
-        and what cannot is said. `force`: another command that is at work on the machine is ended. MachineError, and
-        nothing is removed, when something of it runs that is not ours to end.
-        """
-        if not self.folder.exists():
-            return []
-        with self._alone(force=force):
-            return self.remove(note, wait_s=breakin.LETS_GO_S if force else binds.COPY_S)
-
-    def remove(self, note: Say, *, wait_s: float = 0.0) -> list[Path]:
-        """As destroy(), for who holds the machine's lock. `wait_s`: how long others may still copy binds."""
-        if not self.folder.exists():  # somebody else was first
-            return []
-        record = self.state.machine(self.name)
-        if record is None and (fault := self.fault()):
-            self._say_fault(fault)
-        try:
-            # Nobody has tried yet where it was ours: not even if it has ended by itself.
-            there = record is not None and (record.owner == os.getpid() or self.pid(record) is not None)
-            if record is not None and record.ready and record.binds and there and stop.roused(self, note):
-                binds.after(self, record, last=True, wait_s=wait_s)
-        finally:  # who interrupts the copying is rid of the machine all the same
-            gone = self._remove(record, note)
-        return gone
-
-    def _remove(self, record: MachineRecord | None, note: Say) -> list[Path]:
-        """Cut its power, and remove all that belongs to it."""
-        stop.stop(self, record, note, gentle=False)
-        gone = sorted(self.folder.iterdir())
-        shutil.rmtree(self.sockets, ignore_errors=True)
-        # The record goes last: what a kill leaves half removed can still be listed, and removed again.
-        for path in sorted(gone, key=lambda path: path.name == "machine.toml"):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-        self.folder.rmdir()
-        return gone
 
     # -- parts
 
+    def _linked(self) -> "Link":
+        """The connection that all threads share; a new one where the machine was started anew, by whomever."""
+        with self._lock:
+            record = self.place.record()
+            now = (record.pid, record.pid_started) if record is not None else (0, "")
+            if self._link is None or self._link_to != now:
+                life.wait_ready(self.place)
+                if self._link is not None:
+                    self._link.close()
+                self._link, self._link_to = self.link(), now
+            return self._link
+
     @contextlib.contextmanager
-    def _alone(self, *, force: bool) -> Iterator[str]:
-        """Hold the machine's lock. Gives the rung that has ended the machine, where that was needed to have it."""
-        with contextlib.ExitStack() as stack:
-            if force:
-                cut = stack.enter_context(breakin.lock(self))
-            else:
-                cut = ""
-                stack.enter_context(self.lock())
-            try:
-                yield cut
-            finally:
-                if not self.folder.exists():
-                    drop(self.lock_file)
+    def _noted(self, what: str) -> Iterator[Callable[[str], None]]:
+        """An entry in the journal: when it began, what it was, how long it took, how it ended."""
+        began, ends = time.monotonic(), ["done"]
+        try:
+            yield ends.append
+        except BaseException as error:
+            ends.append(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
+            raise
+        finally:
+            took = time.monotonic() - began
+            entry = printable.line(f"{what}: {ends[-1]}")
+            self._journal.append(f"{began - self._began:8.1f} s  {entry} after {took:.1f} s")
 
-    def _say_fault(self, fault: str) -> None:
-        """What is not known without the record, and therefore not done."""
-        progress.say(
-            f"machine {self.name}: its record cannot be read: {fault}; what runs of it is looked for, and nothing is "
-            "copied back from its binds"
-        )
-        number, found = self.number_told(), self.process()
-        if number and processes.started(number) and (found is None or found.number != number):
-            progress.say(f"machine {self.name}: process {number}, which its pid file names, is not provably its QEMU")
 
-    def ours(self) -> MachineRecord | None:
-        """The record. StateError when the machine is of another guest or version, whose disk would be lost."""
-        record = self.record()
-        if record is not None and record.guest != self.config.label:
-            raise StateError(
-                f"machine {self.name} is of {record.guest}, and {self.config.label} was asked for; nothing was changed",
-                hint=f"name=OTHER for a second machine, or doit name={self.name} destroy",
-            )
-        return record
+def _shown(command: Command) -> str:
+    return command if isinstance(command, str) else process.quote(list(command))
 
-    def find_image(self, snapshot: str) -> ImageRecord:
-        """The image of a snapshot. StateError when there is none, or when it cannot be used."""
-        path = self.state.snapshot_record(snapshot)
-        named = read_record(path, PhaseRecord)
-        if named is None:
-            there = ", ".join(self.snapshots()) or "none"
-            what = f"there is no snapshot {snapshot!r} of {self.config.guest.name}; there is: {there}"
-            raise StateError(what, hint=self._image_hint(snapshot))
-        image, fault = self.state.store.find(named.digest, named.sha256, look="sample")
-        if image is None:
-            raise StateError(f"snapshot {snapshot!r} cannot be used: {fault}", hint=self._image_hint(snapshot))
-        return image
 
-    def _image_hint(self, snapshot: str) -> str:
-        """Only `clean` is something that a task makes."""
-        return "doit auto_install" if snapshot == CLEAN else f"vmtasks snapshots {self.config.guest.name}"
-
-    def make(self, snapshot: str, like: MachineRecord | None = None) -> MachineRecord:
-        """A fresh overlay and a record: a stopped machine that was never started. It keeps to what `like` was asked.
-
-        The record is there before the overlay, which appears whole: a machine without one gets it when it starts.
-        """
-        with prune.naming(self.state.store, self.config.vm_dir):
-            image, beside = self.find_image(snapshot), self.disk.with_suffix(".new")
-            self.make_folder()
-            for old in (self.disk, beside, self.folder / "ready", self.crashed, self.key_cd):
-                old.unlink(missing_ok=True)
-            record = self._write_fresh(snapshot, image, like)
-            size = max(image.virtual_size, self.config.disk_size)
-            with self.state.store.explaining(image, self._image_hint(snapshot)):
-                disk.overlay(beside, self.state.store.image(image), size=size)
-            beside.rename(self.disk)
-        return record
-
-    def _write_fresh(self, snapshot: str, image: ImageRecord, like: MachineRecord | None) -> MachineRecord:
-        fresh = MachineRecord(
-            name=self.name,
-            guest=self.config.label,
-            snapshot=snapshot,
-            image=image.digest,
-            image_sha256=image.sha256,
-            ssh_user=image.ssh_user,
-            host_keys=image.host_keys,
-            mac=identity.mac(self.folder),
-            family=self.config.guest.name,
-            version=self.config.version,
-            created=round(time.time(), 1),
-        )
-        if like is not None and like.own:
-            kept = ("own", "throwaway", "owner", "owner_started", "login", "authorized", "disk_size", "want_port")
-            more = ("binds", "memory", "cpus", "network", "created")
-            same = {name: getattr(like, name) for name in (*kept, *more)}
-            fresh = msgspec.structs.replace(fresh, **same, want_forwards=[*map(str, start.asked(like))])
-        return self.write(fresh)
-
-    def _require_image(self, record: MachineRecord) -> ImageRecord | None:
-        """The image that the machine's disk stands on; None if it was installed by hand.
-
-        StateError unless that still has the bytes that the disk was made on. A store that was moved is followed.
-        """
-        if not record.image:
-            return None
-        if not os.access(self.disk, os.R_OK | os.W_OK):
-            raise StateError(
-                f"machine {self.name} cannot use its disk {self.disk}: it is another user's, or its mode forbids it",
-                hint=f"look at it: ls -l {self.disk}; it is to belong to you, with mode 0600",
-            )
-        store, told = self.state.store, qcow2.header(self.disk)
-        image, fault = store.find(record.image, record.image_sha256, look="sample")
-        at = Path(told.backing) if told else None
-        if at is None:
-            fault = f"{self.disk.name} is no qcow2 image"
-        elif image is not None and at.name != store.image(image).name:
-            fault = f"{self.disk.name} stands on {at.name}"
-        if image is None or at is None or fault:
-            raise StateError(
-                f"machine {self.name} was made on image {record.image[:12]}, and that cannot be used: {fault}",
-                hint=self._lost(),
-            )
-        if at != store.image(image).absolute():
-            disk.reback(self.disk, store.image(image))
-        return image
-
-    def _lost(self) -> str:
-        """What to do when the image below a machine's disk is gone or damaged."""
-        record = self.record()
-        restore = f"vmtasks restore {self.name}" if record is not None and record.own else "doit restore"
-        return (
-            f"put the file back from a copy of the store, then vmtasks doctor --store; "
-            f"or {restore}, and what the machine has written is lost"
-        )
-
-    def keys_inside(self, record: MachineRecord) -> Path | None:
-        """The private key that the machine's disk lets in, if it is not the store's."""
-        key = self.own_key if record.key == "own" else self.door_key(record)
-        return None if key == self.state.key else key
-
-    def _attach(self, record: MachineRecord, note: Callable[[str], None]) -> ssh.Target:
-        """Use a machine that runs already; it may still be booting."""
-        self.go_on(note)
-        target = start.wait(self, record)
-        note(f"machine {self.name} is running (pid {record.pid}, port {record.ssh_port})")
-        has = {"memory": show_size(record.memory), "cpus": record.cpus, "network": record.network}
-        asked = {"memory": show_size(self.config.memory), "cpus": self.config.cpus, "network": self.config.network}
-        for key, value in has.items():
-            if value != asked[key]:
-                note(f"machine {self.name} keeps {key} {value} until it is stopped and started; asked was {asked[key]}")
-        return target
+def _wrong(command: Command, done: CommandResult, wanted: str, when: str = "") -> WrongStatusError:
+    streams = [
+        f"{name}:\n{text.decode(errors='replace').rstrip()}"
+        for name, text in (("stdout", done.stdout), ("stderr", done.stderr))
+        if text.strip()
+    ]
+    said = [f"{when}{_shown(command)}\nexited with {done.status}, not with a status {wanted}", *streams]
+    return WrongStatusError(printable.text("\n".join(said)), result=done)

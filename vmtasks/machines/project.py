@@ -1,56 +1,30 @@
 """The machines of one project, or of no project at all: list them, make one, find one, reap those left by the dead."""
 
 import errno
+import functools
 import os
-import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from vmtasks.config import arguments, load, rules
-from vmtasks.config.arguments import Bind, Forward, PublicKey
 from vmtasks.config.load import CONFIG_PATH, Config, show_size
 from vmtasks.config.mistakes import nearest
-from vmtasks.errors import BusyError, ConfigError, MachineError, StateError, VmTasksError
+from vmtasks.errors import BusyError, ConfigError, StateError
 from vmtasks.host import files, processes
-from vmtasks.host.locks import drop
-from vmtasks.host.progress import Say
 from vmtasks.images import prune
 from vmtasks.images.private import Private
 from vmtasks.images.workspace import CLEAN, MachineRecord, PhaseRecord, State
-from vmtasks.machines import binds, identity
+from vmtasks.machines import binds, identity, overlay, reap, spec
+from vmtasks.machines.folder import Place
 from vmtasks.machines.machine import Machine
-from vmtasks.qemu import vm
+from vmtasks.machines.spec import MachineSpec
 from vmtasks.store.store import read_record, write_record
-
-STAGED = ".new-"
-
-
-@dataclass(frozen=True)
-class Wants:
-    """What a machine of its own is to be. What is None or empty is as the project, or else the guest, has it.
-
-    `memory` and `disk_size` in bytes. `ssh_port` 0: 2222, or the first free one of 22220 to 22229, or else any.
-    """
-
-    image: str = ""
-    name: str = ""
-    memory: int | None = None
-    cpus: int | None = None
-    disk_size: int | None = None
-    network: str = ""
-    ssh_port: int = 0
-    forwards: tuple[Forward, ...] = ()
-    binds: tuple[Bind, ...] = ()
-    authorized: tuple[PublicKey, ...] = ()
-    user: str = ""
-    throwaway: bool = False
 
 
 class Project:
@@ -75,6 +49,11 @@ class Project:
         found = (folder for folder in (start, *start.parents) if (folder / CONFIG_PATH).is_file())
         return cls(next(found, None), environ)
 
+    @classmethod
+    def here(cls) -> "Project":
+        """The project that the current folder is in, or none: then there are the guests that come with vmtasks."""
+        return cls.find(Path.cwd())
+
     def config(self, guest: str = "", version: str = "") -> Config:
         """The configuration, for another guest than the configured one if one is named. ConfigError as always."""
         given = {name: value for name, value in self.variables.items() if not (guest and name in ("guest", "version"))}
@@ -93,8 +72,7 @@ class Project:
 
     def own_machines(self) -> list[Machine]:
         """The machines that `vmtasks run` has made. One whose record cannot be read may be anybody's."""
-        found = [self._open(name) for name in self.names()]
-        return [one for one in found if (record := one.state.machine(one.name)) is not None and record.own]
+        return [one for one in self.machines() if (record := one.place.state.machine(one.name)) and record.own]
 
     def guests(self) -> list[str]:
         """The names of the guests that this project has, or that come with vmtasks, sorted."""
@@ -103,7 +81,7 @@ class Project:
 
     def snapshots(self, guest: str = "") -> list[str]:
         """The snapshots of a guest, by default the configured one."""
-        return Machine(self.config(guest)).snapshots()
+        return overlay.names(Place(self.config(guest)))
 
     def machine(self, name: str = "") -> Machine:
         """The machine of this name, by default the configured one. StateError when there is none."""
@@ -121,41 +99,42 @@ class Project:
         """The configured machine, whether or not it is there yet."""
         base = self.config()
         machine = Machine(base)
-        if self.root is None and machine.record() is None:
-            adopt(base)
+        if self.root is None and machine.place.record() is None:
+            use_shipped(base)
         return machine
 
     def machines(self) -> Iterator[Machine]:
         """All machines whose guest is known here."""
-        for name in self.names():
+        config = functools.cache(self.config)  # many machines, few guests
+        for name in State(config()).machine_names():
             with suppress(ConfigError, StateError):
-                yield self._open(name)
+                yield self._open(name, config)
 
     # -- making
 
-    def create(self, wants: Wants, *, owner: int = 0) -> Machine:
+    def create(self, asked: MachineSpec, *, owner: int = 0) -> Machine:
         """A stopped machine with its record; it lives only as long as the process `owner`, if that is given.
 
         ConfigError for what it cannot be, StateError for a name that is taken. Nothing of it is left then.
         """
-        guest, snapshot = arguments.image(wants.image)
-        arguments.apart(wants.binds)
-        arguments.distinct(wants.ssh_port, wants.forwards)
+        guest, snapshot = arguments.image(asked.image)
+        arguments.apart(asked.binds)
+        arguments.distinct(asked.ssh_port, asked.forwards)
         base = self.config(guest)
         private = Private(base)
-        bound = [binds.check(bind, private) for bind in wants.binds]
-        possible(base, wants)
+        bound = [binds.check(bind, private) for bind in asked.binds]
+        spec.check(base, asked)
         snapshot = snapshot or CLEAN
         if self.root is None and snapshot == CLEAN:
-            adopt(base)
+            use_shipped(base)
         with prune.naming(State(base).store, base.vm_dir):
-            record = msgspec.structs.replace(self._first_record(base, wants, snapshot, owner), binds=bound)
-            return Machine(adapted(base, record), self._claim(wants.name, base, record))
+            record = msgspec.structs.replace(self._first_record(base, asked, snapshot, owner), binds=bound)
+            return Machine(spec.config_for(base, record), self._claim(asked.name, base, record))
 
-    def _first_record(self, base: Config, wants: Wants, snapshot: str, owner: int) -> MachineRecord:
+    def _first_record(self, base: Config, asked: MachineSpec, snapshot: str, owner: int) -> MachineRecord:
         """What is asked for, without a name yet."""
-        image = Machine(base).find_image(snapshot)
-        size = wants.disk_size or max(base.disk_size, image.virtual_size)
+        image = overlay.find_image(Place(base), snapshot)
+        size = asked.disk_size or max(base.disk_size, image.virtual_size)
         if size < image.virtual_size:
             raise ConfigError(
                 f"--disk {show_size(size)}: less than the image's {show_size(image.virtual_size)}; use that or more"
@@ -168,20 +147,21 @@ class Project:
             image_sha256=image.sha256,
             ssh_user=image.ssh_user,
             host_keys=image.host_keys,
-            memory=wants.memory or base.memory,
-            cpus=wants.cpus or base.cpus,
-            network=wants.network or base.network,
+            memory=asked.memory or base.memory,
+            cpus=asked.cpus or base.cpus,
+            network=asked.network or base.network,
             family=base.guest.name,
             version=base.version,
             own=True,
-            throwaway=wants.throwaway,
+            throwaway=asked.throwaway,
             owner=owner,
             owner_started=processes.started(owner) if owner else "",
-            authorized=[str(key) for key in wants.authorized],
-            login=wants.user,
+            lease_until=round(time.time() + asked.lease_s, 1) if asked.lease_s else 0.0,
+            authorized=[str(key) for key in asked.authorized],
+            login=asked.user,
             disk_size=size,
-            want_port=wants.ssh_port,
-            want_forwards=[str(forward) for forward in wants.forwards],
+            want_port=asked.ssh_port,
+            want_forwards=[str(forward) for forward in asked.forwards],
             created=round(time.time(), 1),
         )
 
@@ -190,7 +170,7 @@ class Project:
         run = self._run()
         files.private_folder(run.parent)
         run.mkdir(exist_ok=True)
-        staged = run / f"{STAGED}{os.getpid()}-{secrets.token_hex(4)}"
+        staged = run / f"{reap.STAGED}{os.getpid()}-{secrets.token_hex(4)}"
         staged.mkdir(mode=0o700)
         try:
             number = 0
@@ -199,7 +179,7 @@ class Project:
                 chosen = name or f"{base.guest.name}-{number}"
                 named = msgspec.structs.replace(record, name=chosen, mac=identity.mac(run / chosen))
                 write_record(staged / "machine.toml", named)
-                if self._take(staged, Machine(base, chosen)):
+                if self._take(staged, Place(base, chosen)):
                     return chosen
                 if name:
                     raise StateError(
@@ -208,11 +188,11 @@ class Project:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _take(self, staged: Path, machine: Machine) -> bool:
+    def _take(self, staged: Path, place: Place) -> bool:
         """Give what is staged the machine's name; False when it is taken, or somebody is at work on it."""
         try:
-            with machine.lock(0, say=False):
-                staged.rename(machine.folder)  # fails on a folder that is not empty
+            with place.lock(0, say=False):
+                staged.rename(place.folder)  # fails on a folder that is not empty
         except BusyError:
             return False
         except OSError as error:
@@ -234,7 +214,7 @@ class Project:
                 hint="name GUEST:SNAPSHOT; vmtasks snapshots lists them",
             )
         if tag not in self.snapshots(guest):
-            Machine(state.config).find_image(tag)  # says what there is
+            overlay.find_image(Place(state.config), tag)  # says what there is
         records = {name: state.machine(name) for name in self.names()}
         label = state.config.label
         users = [name for name, record in records.items() if record and (record.guest, record.snapshot) == (label, tag)]
@@ -250,122 +230,31 @@ class Project:
 
     # -- reaping
 
-    def reap(self, note: Say) -> list[str]:
-        """Remove machines that went with a process which is gone, and what half-made ones have left; their names.
-
-        What somebody is at work on is left alone. A machine that cannot be removed is a warning: nothing here may keep
-        a command from its own work.
-        """
-        with suppress(MachineError, OSError):
-            vm.reap_sockets()
-        run, gone = self._run(), []
-        for path in sorted(run.iterdir()) if run.is_dir() else ():
-            if path.name.startswith("."):
-                self._drop_leftover(path)
-                continue
-            try:
-                why = self._reap_machine(path)
-            except BusyError:
-                continue
-            except (VmTasksError, OSError) as error:
-                note(f"warning: machine {path.name} is over and could not be removed: {error}")
-                continue
-            if why:
-                gone.append(path.name)
-                note(f"machine {path.name}: removed, because {why}")
-        return gone
-
-    def _reap_machine(self, folder: Path) -> str:
-        """Remove a machine that is over; returns why it was, or nothing. An empty folder goes too."""
-        machine = self._open(folder.name)
-        if not why_over(machine) and not _empty(folder):
-            return ""
-        with machine.lock(0, say=False):  # and again: it may be another machine of that name by now
-            if why := why_over(machine):
-                machine.remove(lambda _: None)
-            elif _empty(folder):
-                folder.rmdir()
-            if not folder.exists():
-                drop(machine.lock_file)
-            return why
-
-    def _drop_leftover(self, path: Path) -> None:
-        """Remove what was staged by a process that is gone, or the lock of a machine that is."""
-        staged = re.fullmatch(rf"{re.escape(STAGED)}(\d+)-.*", path.name)
-        if staged is not None and not processes.started(int(staged[1])):
-            shutil.rmtree(path, ignore_errors=True)
-        if path.suffix != ".lock":
-            return
-        machine = Machine(self.config(), path.stem.removeprefix("."))
-        if machine.folder.exists():
-            return
-        with suppress(StateError, OSError), machine.lock(0, say=False):
-            if not machine.folder.exists():
-                drop(path)
+    def reap(self) -> list[str]:
+        """Remove the machines that are over, and what half-made ones have left; their names. See reap.py."""
+        return reap.reap(self._run(), self._place)
 
     # -- parts
 
     def _run(self) -> Path:
         return self.config().vm_dir / "run"
 
-    def _open(self, name: str) -> Machine:
-        base = self.config()
+    def _place(self, name: str, config: Callable[..., Config] | None = None) -> Place:
+        """The folder of a machine, with the configuration of its guest. `config` is ours, or what remembers it."""
+        config = config or self.config
+        base = config()
         record = State(base).machine(name)
         if record is not None and record.family and (record.family, record.version) != (base.guest.name, base.version):
             with suppress(ConfigError):  # a guest that is not there any more: the machine can still be removed
-                base = self.config(record.family, record.version)
-        return Machine(base if record is None else adapted(base, record), name)
+                base = config(record.family, record.version)
+        return Place(base if record is None else spec.config_for(base, record), name)
+
+    def _open(self, name: str, config: Callable[..., Config] | None = None) -> Machine:
+        place = self._place(name, config)
+        return Machine(place.config, name)
 
 
-def why_over(machine: Machine) -> str:
-    """Why a machine is of no more use, as its record tells; empty when it is, or when that cannot be known."""
-    record = machine.state.machine(machine.name)
-    if record is None:
-        return ""
-    if record.owner:
-        over = processes.started(record.owner) != record.owner_started
-        return "the command that it belonged to is gone" if over else ""
-    return "it has ended" if record.throwaway and record.pid and machine.pid(record) is None else ""
-
-
-def _empty(folder: Path) -> bool:
-    try:
-        return not any(folder.iterdir())
-    except OSError:
-        return False
-
-
-def possible(base: Config, wants: Wants) -> None:
-    """ConfigError, naming the option, for what this host cannot give or no guest can use."""
-    asked = (
-        ("memory", "memory", "--memory", wants.memory),
-        ("cpus", "cpus", "--cpus", wants.cpus),
-        ("disk", "disk_size", "--disk", wants.disk_size),
-        ("port", "ssh_port", "--ssh-port", wants.ssh_port or None),
-    )
-    given = [row for row in asked if row[-1] is not None]
-    made = msgspec.structs.replace(base, **{field: value for _, field, _, value in given})
-    names = {name: option for name, _, option, _ in given}
-    for problem in (*rules.forwards(wants.forwards), *rules.machine(made, names)):
-        raise ConfigError(problem)
-
-
-def adapted(base: Config, record: MachineRecord) -> Config:
-    """The configuration with what a machine of its own was asked to be."""
-    if not record.own:
-        return base
-    return msgspec.structs.replace(
-        base,
-        name=record.name,
-        memory=record.memory,
-        cpus=record.cpus,
-        network=record.network,
-        disk_size=record.disk_size,
-        ssh_port=record.want_port or None,
-    )
-
-
-def adopt(base: Config) -> None:
+def use_shipped(base: Config) -> None:
     """Without a project, `clean` is the image that the store has of the guest as it comes with vmtasks.
 
     StateError when the store does not have it: what somebody's project has made of the guest is that project's.

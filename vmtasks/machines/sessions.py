@@ -11,7 +11,7 @@ from pathlib import Path
 from vmtasks.config.load import Config
 from vmtasks.host import files, processes
 from vmtasks.machines import binds
-from vmtasks.machines.machine import Machine
+from vmtasks.machines.folder import Place
 
 LOG_BYTES = 1 << 20
 SHOWN_CHARS = 200
@@ -37,38 +37,36 @@ class Outcome:
 
 
 @contextlib.contextmanager
-def using(
-    machine: Machine, verb: str, command: str = "", user: str = "", *, goes_on: bool = False
-) -> Iterator[Outcome]:
+def using(place: Place, verb: str, command: str = "", user: str = "", *, goes_on: bool = False) -> Iterator[Outcome]:
     """Count as a session of the machine for the length of the block, and leave a line in the access log.
 
     Copied binds are brought up to date in the guest first, and what is newer there comes back afterwards: when the
     machine goes with this process, as the last thing before it does; when the command goes on after us, after the
     `attach` that sees its end, or any other session.
     """
-    record = machine.record()
+    record = place.record()
     bound = record is not None and verb in ("exec", "run", "ssh")
     back = verb == "attach" if not bound else not goes_on
     began, outcome = time.time(), Outcome()
     login = user or (record.ssh_user if record else "")
     use = Use(verb, login, command[:SHOWN_CHARS], os.getpid(), processes.started(os.getpid()), round(began, 1))
-    mark = machine.folder / "sessions" / f"{os.getpid()}-{time.monotonic_ns()}"
+    mark = place.folder / "sessions" / f"{os.getpid()}-{time.monotonic_ns()}"
     mark.parent.mkdir(exist_ok=True)
     files.write(mark, json.dumps(asdict(use)))
     try:
-        reached = record is None or not bound or binds.before(machine, record)
+        reached = record is None or not bound or binds.before(place, record)
         yield outcome
         if record is not None and back and reached and record.owner != os.getpid():
-            binds.after(machine, record)
+            binds.after(place, record)
     finally:
         mark.unlink(missing_ok=True)
-        _log(machine, use, outcome.status, time.time() - began)
+        _log(place, use, outcome.status, time.time() - began)
 
 
-def uses(machine: Machine) -> list[Use]:
+def uses(place: Place) -> list[Use]:
     """The sessions under way; marks of processes that are gone are removed."""
     found = []
-    for mark in sorted((machine.folder / "sessions").glob("[0-9]*")):
+    for mark in sorted((place.folder / "sessions").glob("[0-9]*")):
         with contextlib.suppress(OSError, ValueError, TypeError):
             use = Use(**json.loads(files.read(mark)))
             if processes.started(use.pid) == use.pid_started:
@@ -84,11 +82,11 @@ def access_log(config: Config) -> Path:
     return config.vm_dir / "access.log"
 
 
-def _log(machine: Machine, use: Use, status: int, took_s: float) -> None:
-    path = access_log(machine.config)
+def _log(place: Place, use: Use, status: int, took_s: float) -> None:
+    path = access_log(place.config)
     entry = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(use.since)),
-        "machine": machine.name,
+        "machine": place.name,
         "user": use.user,
         "verb": use.verb,
         "command": use.command,

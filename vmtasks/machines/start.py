@@ -65,8 +65,9 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
             target = wait(place, record, start)
         except BaseException as error:
             stuck = place.stuck()
-            end = partial(stop.stop, place, record, lambda _: None, gentle=False)
-            note_failure(error, end, f"machine {place.name} could not be stopped")
+            end = partial(stop.stop, place, record, gentle=False)
+            with progress.observing(progress.Observer()):
+                note_failure(error, end, f"machine {place.name} could not be stopped")
             if not isinstance(error, VmTasksError) or isinstance(error, BindError):  # which is none of the boot's
                 raise
             hint = error.hint if record.image else "doit install --disk: log in there and run key.sh from the CD"
@@ -108,9 +109,9 @@ def wait(place: Place, record: MachineRecord, console_from: int = 0) -> ssh.Targ
     ssh.write_config(target)
     links(place, record)
     ssh.wait_ready(target, timeout_s=deadline_s, alive=watch)
-    record = identity.settle(place, record)
+    record = identity.personalize(place, record)
     target = place.target(record)
-    record = binds.attach(place, target, record)
+    record = binds.mount(place, target, record)
     place.write(msgspec.structs.replace(record, ready=True))
     return target
 
@@ -134,7 +135,7 @@ class Watch:
             state = qmp.status(self.place.qmp)
             stuck = qmp.STUCK.get(state)
             if stuck is not None and not (self.patient and state == "paused"):
-                raise SshError(f"machine {self.place.name}: {stuck}", hint=self.place.onward(state))
+                raise SshError(f"machine {self.place.name}: {stuck}", hint=self.place.remedy(state))
         return self.place.pid(self.record) is not None
 
     def heed_console(self) -> None:

@@ -6,8 +6,7 @@ import msgspec
 
 from vmtasks.errors import MachineError, VmTasksError
 from vmtasks.guest import ssh
-from vmtasks.host import process
-from vmtasks.host.progress import Say
+from vmtasks.host import process, progress
 from vmtasks.images.workspace import MachineRecord
 from vmtasks.machines.folder import Place
 from vmtasks.qemu import argv, qmp, vm
@@ -18,9 +17,7 @@ GENTLE = ("power off in the guest", "ACPI power button")
 AT_REST = "already stopped"
 
 
-def stop(
-    place: Place, record: MachineRecord | None, note: Say, *, gentle: bool = True, timeout_s: float | None = None
-) -> str:
+def stop(place: Place, record: MachineRecord | None, *, gentle: bool = True, timeout_s: float | None = None) -> str:
     """Down the ladder; afterwards the record says that the machine is at rest. Returns the rung that was needed.
 
     Each gentle rung has `timeout_s`, by default what the guest needs on this host. Without a record that can be read,
@@ -29,14 +26,14 @@ def stop(
     """
     pid, rung = place.process(), AT_REST
     if pid is not None:
-        first = rungs(place, record, note, timeout_s) if gentle and roused(place, note) else []
+        first = rungs(place, record, timeout_s) if gentle and resume_if_paused(place) else []
         rung = vm.stop(pid, argv.PROGRAM, first, place.qmp)
         late = gentle and rung not in (*GENTLE, AT_REST)
         why = ": the guest did not power off, as if its power was cut" if late else ""
-        note(f"machine {place.name} stopped ({rung}){why}")
+        progress.say(f"machine {place.name} stopped ({rung}){why}")
     elif vm.end_stray(place.qmp):
         rung = "QMP quit"
-        note(f"machine {place.name} stopped ({rung}), though no process of it was found")
+        progress.say(f"machine {place.name} stopped ({rung}), though no process of it was found")
     if (record is None or record.pid) and rung not in GENTLE:
         place.crashed.touch()
     _tidy(place, record)
@@ -72,28 +69,28 @@ def _tidy(place: Place, record: MachineRecord | None) -> None:
         place.write(msgspec.structs.replace(now, pid=0, pid_started="", ready=False))
 
 
-def roused(place: Place, note: Say) -> bool:
+def resume_if_paused(place: Place) -> bool:
     """Whether the guest can power off: not one that panicked or whose disk is full. One that was paused goes on."""
     state = place.stuck()
     if state == qmp.FULL:
         with suppress(MachineError):
-            place.go_on(note)
+            place.resume_if_full()
             state = ""
     if state == "paused":
         with suppress(MachineError):
             vm.control(place.qmp, "cont")()
     elif state:
-        note(f"machine {place.name} cannot power off: {qmp.STUCK[state]}")
+        progress.say(f"machine {place.name} cannot power off: {qmp.STUCK[state]}")
         return False
     return True
 
 
-def rungs(place: Place, record: MachineRecord | None, note: Say, timeout_s: float | None) -> list[vm.Rung]:
+def rungs(place: Place, record: MachineRecord | None, timeout_s: float | None) -> list[vm.Rung]:
     """The rungs that let the guest put its file systems in order. What keeps one from being tried is said."""
     try:
         factor = place.state.accel.factor
     except VmTasksError as error:  # it is to stop all the same
-        note(f"machine {place.name}: {error.message}")
+        progress.say(f"machine {place.name}: {error.message}")
         factor = 1.0
     wait_s = POWEROFF_S * factor if timeout_s is None else timeout_s
     button_s = wait_s / 2 if timeout_s is None else wait_s

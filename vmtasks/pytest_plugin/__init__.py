@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from vmtasks.pytest_plugin.vm import Vm
+    from vmtasks.machines import Machine
 
 TAIL = 50
 """Lines of a console, and entries of a journal, that the report of a failed test shows."""
 
-OURS = pytest.StashKey[list["Vm"]]()
+OURS = pytest.StashKey[list["Machine"]]()
 KEPT = pytest.StashKey[list[str]]()
 
 
@@ -39,47 +39,47 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture
-def vm_factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Vm"]]:
+def vm_factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Machine"]]:
     """Makes machines: `vm_factory(image="", **wants)`; all are gone when the test has ended.
 
-    `wants` are the fields of vmtasks.machines.Wants: name, memory and disk_size in bytes, cpus, network, forwards.
+    `wants` as for temp_machine(): name, memory="512M" or in bytes, disk_size, cpus, network, forwards, binds.
     """
     yield from _factory(request)
 
 
 @pytest.fixture
-def vm(vm_factory: Callable[..., "Vm"]) -> "Vm":
+def vm(vm_factory: Callable[..., "Machine"]) -> "Machine":
     """A running machine of the test's own."""
     return vm_factory()
 
 
 @pytest.fixture(scope="session")
-def vm_session(request: pytest.FixtureRequest) -> Iterator["Vm"]:
+def vm_session(request: pytest.FixtureRequest) -> Iterator["Machine"]:
     """A running machine that all tests of this run share, whatever they leave in it."""
     for make in _factory(request):
         yield make()
 
 
-def _factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Vm"]]:
+def _factory(request: pytest.FixtureRequest) -> Iterator[Callable[..., "Machine"]]:
     """A function that makes machines, and their end after the yield."""
     from vmtasks.errors import VmTasksError  # noqa: PLC0415
-    from vmtasks.pytest_plugin.vm import opened  # noqa: PLC0415
+    from vmtasks.machines import Project, temp_machine  # noqa: PLC0415
 
     config = request.config
     known = request.node.stash.setdefault(OURS, [])
     with ExitStack() as stack:
 
-        def make(image: str = "", **wants: Any) -> "Vm":
+        def make(image: str = "", **wants: Any) -> "Machine":
             try:
                 keep = config.getoption("--vm-keep")
-                made = stack.enter_context(
-                    opened(config.rootpath, image or config.getoption("--vm-guest"), keep=keep, **wants)
-                )
+                image = image or config.getoption("--vm-guest")
+                project = Project.find(config.rootpath)
+                made = stack.enter_context(temp_machine(image, project=project, keep=keep, **wants))
             except VmTasksError as error:
                 pytest.fail(f"no machine could be made: {error}", pytrace=False)
             known.append(made)
             if keep:
-                config.stash[KEPT].append(made.line)
+                config.stash[KEPT].append(made.ssh_line())
             return made
 
         yield make

@@ -43,7 +43,7 @@ class Events:
         with self._lock:
             return f"{self._started}-{self._ended}" if self._look() and self._offset else ""
 
-    def stands(self) -> bool:
+    def cpu_stopped(self) -> bool:
         """Whether the guest's CPU stands still: somebody has paused it, its kernel has panicked, its disk is full."""
         with self._lock:
             return self._look() and self._stands

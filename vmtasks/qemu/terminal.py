@@ -16,7 +16,7 @@ AFTER_END_S = 2.0
 """How long answers to piped input may take to begin, or to go on."""
 
 
-def attach(path: Path, name: str) -> None:
+def attach_console(path: Path, name: str) -> None:
     """Pass bytes between our streams and the console's socket. MachineError when somebody else has the console.
 
     At the end of input that is no terminal, what still comes within two seconds is shown.

@@ -95,7 +95,7 @@ class Suites:
 
     def _alone(self) -> contextlib.AbstractContextManager[int]:
         """Be the only run that uses the tree in the machine. StateError when the machine does not run."""
-        self.machine.running()
+        self.machine.require_running()
         what = f"the tree in machine {self.machine.name}"
         path = self.machine.folder / "tree.lock"
         return lock(path, what, timeout_s=WAIT_S, waiting=lambda who: self.note(f"{what}: {who} uses it; waiting"))
@@ -117,7 +117,7 @@ class Suites:
         return held if held is not None and held.where == self.results.where else None
 
     def _sync(self) -> tuple[Synced, Tree]:
-        target, held = self.machine.running(), Tree(tree=self.results.tree, where=self.results.where)
+        target, held = self.machine.require_running(), Tree(tree=self.results.tree, where=self.results.where)
         self._ready.unlink(missing_ok=True)
         try:
             try:
@@ -141,7 +141,7 @@ class Suites:
         return f"doit ssh, and look at {self.config.sync.dest}"
 
     def _send(self, target: ssh.Target) -> Synced:
-        crashed = self.machine.crashed
+        crashed = self.machine.place.crashed
         done = send(self.results, target, self.note, thorough=crashed.exists())
         crashed.unlink(missing_ok=True)
         return done
@@ -266,12 +266,12 @@ class Suites:
                     raise  # it was a question to the guest that was not answered in time
                 if getattr(late, "__notes__", ()):
                     said = f"{name} did not end within {timeout_s:g} s, and could not be ended in the guest"
-                    raise SshError(said, log=self.machine.console_log, hint="doit status") from late
+                    raise SshError(said, log=self.machine.place.console_log, hint="doit status") from late
                 with contextlib.suppress(SshError):  # it is over; what is left of it is removed by the next run
                     _end_leftover(link, note)
                 return process.AT_DEADLINE
             except SshError as error:
-                raise error.but(log=self.machine.console_log, hint=error.hint or "doit status") from error
+                raise error.but(log=self.machine.place.console_log, hint=error.hint or "doit status") from error
         return process.Ended(end.status)
 
     def _collect(self, suite: SuiteTable, cwd: str, dest: Path) -> Fetched:
@@ -279,7 +279,7 @@ class Suites:
         if not suite.junit and not suite.artifacts:
             return Fetched()
         try:
-            target = self.machine.running()
+            target = self.machine.require_running()
         except StateError as error:
             return Fetched(left={"": error.message})
         return artifacts.fetch(

@@ -39,7 +39,7 @@ def task_install() -> Task:
             console.go_on(Builder(CONFIG), display=shown)
             return
         machine = the_machine()
-        if machine.disk.exists() and not yes:
+        if machine.place.disk.exists() and not yes:
             progress.confirm(f"Machine {machine.name} has a disk already. Install over it?", "doit install --yes")
         console.install(Builder(CONFIG), user=user, display=shown)
 

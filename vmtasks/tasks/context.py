@@ -16,7 +16,7 @@ from doit import cmd_base, doit_cmd
 from vmtasks.config import rules
 from vmtasks.config.load import Config, load
 from vmtasks.errors import ConfigError, VmTasksError, os_failure
-from vmtasks.host.progress import accept_any_text, open_streams, tell_notes, to_stderr
+from vmtasks.host.progress import accept_any_text, open_streams, talk, tell_notes, to_stderr
 from vmtasks.host.signals import unwind_on_signals
 
 P = ParamSpec("P")
@@ -109,5 +109,6 @@ if sys.stdout is None:  # it was closed, and doit's commands have it as it was t
     cmd_base.DoitCmdBase.outstream = property(lambda _: sys.stdout, lambda _, __: None)
 open_streams()
 accept_any_text()
+talk()
 CONFIG = read_config()
 """Read once, when doit loads the dodo file: tasks are made from it."""

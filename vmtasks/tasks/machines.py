@@ -34,7 +34,7 @@ YES_PARAM = {"name": "yes", "long": "yes", "short": "y", "type": bool, "default"
 
 
 if TYPE_CHECKING:
-    from vmtasks.machines import Machine, View
+    from vmtasks.machines import Machine, MachineState
 
 
 def the_machine(*, reap: bool = True) -> "Machine":
@@ -45,7 +45,7 @@ def the_machine(*, reap: bool = True) -> "Machine":
     from vmtasks.machines import Machine, Project  # noqa: PLC0415
 
     if reap:
-        Project(CONFIG.root, variables=VARIABLES).reap(progress.say)
+        Project(CONFIG.root, variables=VARIABLES).reap()
     return Machine(CONFIG)
 
 
@@ -94,8 +94,8 @@ def task_start() -> Task:
 
     def start() -> None:
         machine = the_machine()
-        target = machine.start()
-        progress.say(f"machine {machine.name}: ssh -F {machine.folder / 'ssh_config'} {target.name}")
+        machine.start()
+        progress.say(f"machine {machine.name}: ssh -F {machine.folder / 'ssh_config'} {machine.name}")
 
     return {"actions": [action(start)], "task_dep": images_needed(), "io": {"capture": False}}
 
@@ -157,7 +157,9 @@ def task_destroy() -> Task:
             return
         if not yes:
             progress.confirm(f"Remove machine {machine.name} and its disk?", "doit destroy --yes")
-        gone = machine.destroy()
+        from vmtasks.machines import life  # noqa: PLC0415
+
+        gone = life.destroy(machine.place)
         progress.say(f"machine {machine.name}: removed {', '.join(path.name for path in gone)}")
 
     return {"actions": [(action(destroy),)], "params": [YES_PARAM], "io": {"capture": False}}
@@ -173,9 +175,7 @@ def task_ssh() -> Task:
     """
 
     def login() -> None:
-        from vmtasks.machines.login import log_in  # noqa: PLC0415
-
-        status = log_in(the_machine(), "ssh")
+        status = the_machine().shell()
         if status != 0:
             raise SystemExit(status)
 
@@ -203,7 +203,7 @@ def task_status() -> Task:
     return {"actions": [action(status)], "io": {"capture": False}}
 
 
-def describe(view: "View") -> list[str]:
+def describe(view: "MachineState") -> list[str]:
     """The lines of `status`."""
     meaning = {
         "absent": "absent: no such machine yet; `doit start` makes it",

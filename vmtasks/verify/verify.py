@@ -20,7 +20,7 @@ from vmtasks.host.progress import Say, seconds
 from vmtasks.images.steps import Builder
 from vmtasks.installer.download.fetch import sums
 from vmtasks.installer.download.want import release
-from vmtasks.machines import Machine
+from vmtasks.machines import Machine, life
 from vmtasks.qemu import argv, vm
 from vmtasks.qemu.console import Transcript
 from vmtasks.suites.results import Results, describe
@@ -122,14 +122,14 @@ class Verification:
         return f"image of {image.size >> 20} MiB, {len(image.host_keys)} host keys" if image else ""
 
     def _start(self) -> str:
-        self.machine.start(self.note)
-        record = self.machine.record()
+        self.machine.start()
+        record = self.machine.place.record()
         self.findings.guest |= {"user": self.config.guest.ssh.user, "memory": show_size(self.config.memory)}
         return f"{record.cpus} CPU, {record.accel}" if record else ""
 
     def _ask(self) -> str:
         """Put the questions that the installed machine answers."""
-        target = self.machine.running()
+        target = self.machine.require_running()
         asked = [question for question in self.config.guest.questions if question.command]
         for question in asked:
             inside = ssh.script(f"{{ {question.command}\n}} 2>&1", cwd="/", env={}, user="root")
@@ -157,27 +157,27 @@ class Verification:
         return "; ".join(told)
 
     def _stop(self) -> str:
-        return f"by {self.machine.stop(self.note)}"
+        return f"by {self.machine.stop()}"
 
     def _button(self) -> str:
         """Press the ACPI power button of the running machine; whether that ends it answers a question."""
-        self.machine.start(self.note)
-        record = self.machine.record()
-        vm.control(self.machine.sockets / "qmp", "system_powerdown")()
+        self.machine.start()
+        record = self.machine.place.record()
+        vm.control(self.machine.place.qmp, "system_powerdown")()
         limit_s, began = BUTTON_S * self._factor, time.monotonic()
-        ended = vm.wait_until(lambda: record is None or self.machine.pid(record) is None, limit_s)
+        ended = vm.wait_until(lambda: record is None or self.machine.place.pid(record) is None, limit_s)
         took = time.monotonic() - began
         said = f"powered itself off {took:.1f} s after" if ended else f"was still running {took:.0f} s after"
         self._answer("power-button", [f"The guest {said} the button was pressed."])
-        self.machine.stop(self.note)
+        self.machine.stop()
         if not ended:
             raise StateError(f"the guest {said} the power button was pressed")
         return said
 
     def _restore(self) -> str:
-        image = self.machine.restore(note=self.note)
-        self.machine.start(self.note)
-        self.machine.stop(self.note)
+        image = self.machine.restore()
+        self.machine.start()
+        self.machine.stop()
         return f"to {image.digest[:12]}, and it started"
 
     # -- what the host knows
@@ -219,7 +219,7 @@ class Verification:
     def _read_consoles(self) -> None:
         for number in range(1, len(self.config.guest.phases) + 1):
             self._read_console(self.builder.phase(number).name, self.builder.log(number))
-        self._read_console("machine", self.machine.console_log)
+        self._read_console("machine", self.machine.place.console_log)
 
     def _read_console(self, name: str, log: Path) -> None:
         """Only of boots of this verification: the folder may be an older one's."""
@@ -230,7 +230,7 @@ class Verification:
 
     def _destroy(self) -> None:
         try:
-            self.machine.destroy(self.note)
+            life.destroy(self.machine.place)
         except VmTasksError as error:
             self.note(f"verify_guest: the machine could not be removed: {error.message}")
 

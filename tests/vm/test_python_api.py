@@ -1,0 +1,45 @@
+"""docs/python.md: each block of Python runs as it stands, and prints what stands under it."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, Project
+from machines import Cli
+
+EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCUMENT = (REPOSITORY / "docs/python.md").read_text()
+EXAMPLES = EXAMPLE.findall(DOCUMENT)
+
+
+@pytest.fixture(scope="module")
+def dev(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Cli]:
+    """A project with the machine that the document speaks of."""
+    project = Project(tmp_path_factory.mktemp("python") / "project", store)
+    cli = Cli(project)
+    cli.make("dev")
+    yield cli
+    cli("rm", "--all", "--force")
+    cli.nothing_left()
+    project.clean_up()
+
+
+def run(cli: Cli, code: str) -> subprocess.CompletedProcess[str]:
+    """A Python of its own, in the project."""
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=cli.project.root, env=cli.env(), capture_output=True, check=False, text=True,
+        stdin=subprocess.DEVNULL, timeout=240,
+    )  # fmt: skip
+
+
+def test_every_block_of_python_has_its_output_under_it() -> None:
+    assert len(EXAMPLES) == DOCUMENT.count("```python\n") > 5
+
+
+@pytest.mark.parametrize(("code", "output"), EXAMPLES, ids=range(len(EXAMPLES)))
+def test_an_example_prints_what_the_document_says(dev: Cli, code: str, output: str) -> None:
+    done = run(dev, code)
+    assert (done.returncode, done.stdout, done.stderr) == (0, output, ""), done.stderr

@@ -1,0 +1,63 @@
+"""Jobs of a machine: commands that outlive the connection and this process."""
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from vmtasks.errors import StateError
+from vmtasks.guest.command import Command
+
+if TYPE_CHECKING:
+    from vmtasks.guest.job import JobEnd
+    from vmtasks.guest.jobview import JobView
+    from vmtasks.guest.link import Link
+
+
+class Jobs:
+    """The jobs of one machine. A job is named by its id, or by the characters that it begins with."""
+
+    def __init__(self, link: "Callable[[], Link]") -> None:
+        """`link` gives the connection at each call."""
+        self._link = link
+
+    def start(
+        self, command: Command, *, title: str = "", cwd: str = "", env: Mapping[str, str] | None = None, user: str = ""
+    ) -> str:
+        """Start a script (str) or a program with arguments (list), and return its job's id."""
+        from vmtasks.guest import job  # noqa: PLC0415 - paramiko takes 0.2 s
+
+        return job.start(self._link(), command, title=title, cwd=cwd, env=env, user=user)
+
+    def list(self) -> "list[JobView]":
+        """All of them, also those that are over."""
+        from vmtasks.guest import job  # noqa: PLC0415
+
+        return job.listing(self._link())
+
+    def follow(self, which: str, *, timeout_s: float, **more: Any) -> "JobEnd":
+        """Wait for its end: `.status`, `.stdout`. See vmtasks.guest.job.follow(), which takes `more`."""
+        from vmtasks.guest import job  # noqa: PLC0415
+
+        link = self._link()
+        link.open(wait_s=min(timeout_s, link.window_s))  # as patient as with a loss later
+        return job.follow(link, self.find(which), timeout_s=timeout_s, **more)
+
+    def cancel(self, which: str) -> "JobView":
+        """End it with all that it has started: SIGTERM, then SIGKILL."""
+        from vmtasks.guest import job  # noqa: PLC0415
+
+        return job.cancel(self._link(), self.find(which))
+
+    def remove(self, which: str) -> None:
+        """Forget one that is over, with its output."""
+        from vmtasks.guest import job  # noqa: PLC0415
+
+        job.remove(self._link(), self.find(which))
+
+    def find(self, which: str) -> str:
+        """The id that begins with `which`. StateError when none does, or more than one."""
+        found = [view.job for view in self.list() if view.job.startswith(which)]
+        if len(found) != 1:
+            of = self._link().target.name
+            many = f"{len(found)} jobs of {of} begin" if found else f"no job of {of} begins"
+            raise StateError(f"{many} with {which!r}", hint=f"vmtasks jobs {of}")
+        return found[0]

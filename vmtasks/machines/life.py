@@ -1,0 +1,304 @@
+"""A machine's life, one command at a time: start, stop, restore, snapshot, remove, install by hand.
+
+Functions on the machine's folder. They hold its lock, tell the observer what a person must know, and leave the record
+true whenever they end.
+"""
+
+import contextlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from vmtasks.config.load import show_size
+from vmtasks.errors import StateError
+from vmtasks.guest import ssh
+from vmtasks.host import processes, progress
+from vmtasks.host.locks import drop
+from vmtasks.images.workspace import CLEAN, MANUAL, MachineRecord
+from vmtasks.machines import binds, breakin, identity, overlay, start
+from vmtasks.machines import stop as ladder
+from vmtasks.machines.folder import Place
+from vmtasks.media import disk
+from vmtasks.store.store import ImageRecord
+
+
+def require_running(place: Place) -> ssh.Target:
+    """The target of a machine that runs. StateError, which tells them apart, when it does not.
+
+    One that had no space for its disk goes on, or MachineError says that there still is none.
+    """
+    record = place.record()
+    if record is None:
+        raise StateError(f"machine {place.name} is not running: there is none", hint=place.command("start"))
+    if place.pid(record) is None:
+        how = "its process has ended without being stopped" if record.pid else "it is stopped"
+        raise StateError(f"machine {place.name} is not running: {how}", hint=place.command("start"))
+    place.resume_if_full()
+    return place.target(record)
+
+
+def wait_ready(place: Place) -> ssh.Target:
+    """The target of a machine that runs, once it lets us in. Quick for one that has done so before."""
+    target = require_running(place)
+    record = place.record()
+    if record is None or record.ready:
+        return target
+    with place.lock():
+        record = place.record()
+        if record is None or place.pid(record) is None:
+            return require_running(place)
+        if not record.ready:
+            progress.say(f"machine {place.name}: waiting until it lets us in")
+            return start.wait(place, record)
+        return place.target(record)
+
+
+def require_same_guest(place: Place) -> MachineRecord | None:
+    """The record. StateError when the machine is of another guest or version, whose disk would be lost."""
+    record = place.record()
+    if record is not None and record.guest != place.config.label:
+        raise StateError(
+            f"machine {place.name} is of {record.guest}, and {place.config.label} was asked for; nothing was changed",
+            hint=f"name=OTHER for a second machine, or doit name={place.name} destroy",
+        )
+    return record
+
+
+def start_up(place: Place, *, die_with_us: bool = False) -> ssh.Target:
+    """Have the machine running and SSH answering. A machine made from an older image is made anew, and says so.
+
+    One that `vmtasks run` has made keeps its disk: only its maker knows what is on it.
+    """
+    with place.lock():
+        record = require_same_guest(place)
+        if record is not None and record.image and not record.own:
+            image = overlay.find_image(place, record.snapshot)
+            if record.image_sha256 != image.sha256:
+                progress.say(f"machine {place.name}: its image was replaced by {image.digest[:12]}; it starts afresh")
+                ladder.stop(place, record)
+                record = overlay.make(place, record.snapshot)
+        if record is not None and place.pid(record) is not None:
+            return _use_running(place, record)
+        if record is not None and record.pid:
+            progress.say(f"machine {place.name} ended without being stopped; the next sync looks into every file")
+            place.crashed.touch()
+        if record is None or not place.disk.is_file():
+            if record is not None and record.started:
+                progress.say(
+                    f"machine {place.name}: its disk {place.disk} is gone, and what was on it; it starts afresh"
+                )
+            record = overlay.make(place, record.snapshot if record else CLEAN, record)
+        else:
+            overlay.require_image(place, record)
+        return start.boot(place, record, die_with_us=die_with_us)
+
+
+def _use_running(place: Place, record: MachineRecord) -> ssh.Target:
+    """Use a machine that runs already; it may still be booting."""
+    place.resume_if_full()
+    target = start.wait(place, record)
+    progress.say(f"machine {place.name} is running (pid {record.pid}, port {record.ssh_port})")
+    config = place.config
+    has = {"memory": show_size(record.memory), "cpus": record.cpus, "network": record.network}
+    asked = {"memory": show_size(config.memory), "cpus": config.cpus, "network": config.network}
+    for key, value in has.items():
+        if value != asked[key]:
+            kept = f"machine {place.name} keeps {key} {value} until it is stopped and started"
+            progress.say(f"{kept}; asked was {asked[key]}")
+    return target
+
+
+def stop(place: Place, *, gentle: bool = True, timeout_s: float | None = None) -> str:
+    """Stop the machine, gently first; returns the rung of the ladder that was needed.
+
+    `timeout_s`: how long each gentle rung may take. What is newer in copied binds comes back first; what cannot is
+    said. Not `gentle`: another command that is at work on the machine is ended. Without a record that can be read,
+    what can be found of the machine is stopped.
+    """
+    with _alone(place, force=not gentle) as cut:
+        record, fault = place.state.machine(place.name), place.fault()
+        if record is None and not fault:
+            if cut:  # who was at work on it has removed it
+                return cut
+            raise StateError(f"there is no machine {place.name}", hint=place.command("start"))
+        if fault:
+            _say_fault(place, fault)
+        if gentle and record is not None and place.pid(record) is not None:
+            gentle = ladder.resume_if_paused(place)
+            if gentle and record.ready:
+                binds.after(place, record, last=record.throwaway)
+        rung = ladder.stop(place, record, gentle=gentle, timeout_s=timeout_s)
+        return cut if rung == ladder.AT_REST and cut else rung
+
+
+def restore(place: Place, snapshot: str = "") -> ImageRecord:
+    """Throw away what the machine has written and go back to `snapshot`, by default the one it came from."""
+    with place.lock():
+        record = require_same_guest(place)
+        name = snapshot or (record.snapshot if record else CLEAN)
+        image = overlay.find_image(place, name)
+        if record is not None:
+            ladder.stop(place, record, gentle=False)
+        overlay.make(place, name, record)
+        return image
+
+
+def snapshot(place: Place, name: str) -> ImageRecord:
+    """Save the stopped machine's disk as a snapshot of its own, which needs no other image."""
+    with place.lock():
+        if place.state.snapshot_record(name) == place.state.clean_record:
+            raise StateError("'clean' is the image that the phases end in; save the machine under another name")
+        record = require_same_guest(place)
+        if record is None or not place.disk.is_file():
+            raise StateError(f"machine {place.name} has no disk to save", hint=place.command("start"))
+        if place.pid(record) is not None:
+            raise StateError(f"machine {place.name} is running: its disk is not at rest", hint=place.command("stop"))
+        return overlay.save(place, record, name)
+
+
+def update_record(place: Place, **values: Any) -> ssh.Target:
+    """Change values of the running machine's record, and what ssh knows of it; returns its new target."""
+    with place.lock():
+        record = require_same_guest(place)
+        if record is None or place.pid(record) is None:
+            raise StateError(f"machine {place.name} is not running", hint=place.command("start"))
+        ssh.close(place.target(record))
+        target = place.target(place.write(msgspec.structs.replace(record, **values)))
+        ssh.write_config(target)
+        return target
+
+
+def renew(place: Place, lease_s: float) -> None:
+    """Write down when the machine's lease ends: `lease_s` from now; 0: never. StateError when there is no machine."""
+    with place.lock():
+        record = place.record()
+        if record is None:
+            raise StateError(f"there is no machine {place.name}", hint=place.command("start"))
+        until = round(time.time() + lease_s, 1) if lease_s else 0.0
+        place.write(msgspec.structs.replace(record, lease_until=until))
+
+
+# -- by hand
+
+
+def prepare_install(place: Place, user: str) -> None:
+    """Give the machine an empty disk, for a person to install on, and log in as `user` once that is done."""
+    with place.lock():
+        record = require_same_guest(place)
+        if record is not None:
+            ladder.stop(place, record)
+        place.make_folder()
+        for old in (place.disk, place.folder / "ready", place.crashed):
+            old.unlink(missing_ok=True)
+        place.write(
+            MachineRecord(
+                name=place.name,
+                guest=place.config.label,
+                snapshot=MANUAL,
+                image="",
+                image_sha256="",
+                ssh_user=user,
+                host_keys=[],
+                mac=identity.mac(place.folder),
+                changed=secrets.token_hex(8),
+            )
+        )
+        disk.create(place.disk, place.config.disk_size)
+
+
+def boot_on_terminal(place: Place, cds: Sequence[Path], *, boot: str, display: str) -> int:
+    """Boot the machine from `boot`, cd or disk, with its console on our terminal; returns QEMU's status.
+
+    A person is there, so there is no deadline. StateError when it was not installed by hand.
+    """
+    with place.lock():
+        record = require_same_guest(place)
+        if record is None or record.image or not place.disk.is_file():
+            raise StateError(f"machine {place.name} was not installed by hand", hint="doit install")
+        ladder.stop(place, record)
+        # Whoever is at the console may make new host keys, which the next start learns.
+        record = place.write(msgspec.structs.replace(record, pid=0, pid_started="", host_keys=[]))
+        return start.on_terminal(place, record, display, cds=tuple(cds), boot=boot)
+
+
+# -- its end
+
+
+def destroy(place: Place, *, force: bool = False, tell: bool = True) -> list[Path]:
+    """Stop the machine and remove all that belongs to it; returns what was removed.
+
+    Nothing is kept of its disk, so that its power is simply cut; what is newer in copied binds comes back first,
+    and what cannot is said. `force`: another command that is at work on the machine is ended. MachineError, and
+    nothing is removed, when something of it runs that is not ours to end. `tell`: say how it was stopped.
+    """
+    if not place.folder.exists():
+        return []
+    with _alone(place, force=force):
+        return remove(place, wait_s=breakin.LETS_GO_S if force else binds.COPY_S, tell=tell)
+
+
+def remove(place: Place, *, wait_s: float = 0.0, tell: bool = False) -> list[Path]:
+    """As destroy(), for who holds the machine's lock. `wait_s`: how long others may still copy binds."""
+    if not place.folder.exists():  # somebody else was first
+        return []
+    record = place.state.machine(place.name)
+    if record is None and (fault := place.fault()):
+        _say_fault(place, fault)
+    hears = progress.observer() if tell else progress.Observer()
+    try:
+        # Nobody has tried yet where it was ours: not even if it has ended by itself.
+        there = record is not None and (record.owner == os.getpid() or place.pid(record) is not None)
+        if record is not None and record.ready and record.binds and there:
+            with progress.observing(hears):
+                answers = ladder.resume_if_paused(place)
+            if answers:
+                binds.after(place, record, last=True, wait_s=wait_s)
+    finally:  # who interrupts the copying is rid of the machine all the same
+        with progress.observing(hears):
+            gone = _cut_and_remove(place, record)
+    return gone
+
+
+def _cut_and_remove(place: Place, record: MachineRecord | None) -> list[Path]:
+    """Cut its power, and remove all that belongs to it."""
+    ladder.stop(place, record, gentle=False)
+    gone = sorted(place.folder.iterdir())
+    shutil.rmtree(place.sockets, ignore_errors=True)
+    # The record goes last: what a kill leaves half removed can still be listed, and removed again.
+    for path in sorted(gone, key=lambda path: path.name == "machine.toml"):
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    place.folder.rmdir()
+    return gone
+
+
+@contextlib.contextmanager
+def _alone(place: Place, *, force: bool) -> Iterator[str]:
+    """Hold the machine's lock. Gives the rung that has ended the machine, where that was needed to have it."""
+    with contextlib.ExitStack() as stack:
+        if force:
+            cut = stack.enter_context(breakin.lock(place))
+        else:
+            cut = ""
+            stack.enter_context(place.lock())
+        try:
+            yield cut
+        finally:
+            if not place.folder.exists():
+                drop(place.lock_file)
+
+
+def _say_fault(place: Place, fault: str) -> None:
+    """What is not known without the record, and therefore not done."""
+    progress.say(
+        f"machine {place.name}: its record cannot be read: {fault}; what runs of it is looked for, and nothing is "
+        "copied back from its binds"
+    )
+    number, found = place.number_told(), place.process()
+    if number and processes.started(number) and (found is None or found.number != number):
+        progress.say(f"machine {place.name}: process {number}, which its pid file names, is not provably its QEMU")

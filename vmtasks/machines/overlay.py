@@ -1,0 +1,137 @@
+"""A machine's disk: an overlay on the image of a snapshot, made afresh, held against its image, saved as a snapshot."""
+
+import os
+import time
+from pathlib import Path
+
+import msgspec
+
+from vmtasks.errors import StateError
+from vmtasks.images import prune, snapshots
+from vmtasks.images.workspace import CLEAN, MachineRecord, PhaseRecord
+from vmtasks.machines import identity, start
+from vmtasks.machines.folder import Place
+from vmtasks.media import disk
+from vmtasks.store import qcow2
+from vmtasks.store.store import ImageRecord, read_record
+
+KEPT = (
+    "own", "throwaway", "owner", "owner_started", "lease_until", "login", "authorized", "disk_size", "want_port",
+    "binds", "memory", "cpus", "network", "created",
+)  # fmt: skip
+"""What a machine of `vmtasks run` was asked to be, and is also on a fresh disk."""
+
+
+def names(place: Place) -> list[str]:
+    """The snapshots of the guest, `clean` first."""
+    own = sorted(path.stem for path in (place.config.guest_state / "snapshots").glob("*.toml"))
+    return ([CLEAN] if place.state.snapshot_record(CLEAN).is_file() else []) + own
+
+
+def find_image(place: Place, snapshot: str) -> ImageRecord:
+    """The image of a snapshot. StateError when there is none, or when it cannot be used."""
+    path = place.state.snapshot_record(snapshot)
+    named = read_record(path, PhaseRecord)
+    if named is None:
+        there = ", ".join(names(place)) or "none"
+        what = f"there is no snapshot {snapshot!r} of {place.config.guest.name}; there is: {there}"
+        raise StateError(what, hint=_image_hint(place, snapshot))
+    image, fault = place.state.store.find(named.digest, named.sha256, look="sample")
+    if image is None:
+        raise StateError(f"snapshot {snapshot!r} cannot be used: {fault}", hint=_image_hint(place, snapshot))
+    return image
+
+
+def make(place: Place, snapshot: str, like: MachineRecord | None = None) -> MachineRecord:
+    """A fresh overlay and a record: a stopped machine that was never started. It keeps to what `like` was asked.
+
+    The record is there before the overlay, which appears whole: a machine without one gets it when it starts.
+    """
+    with prune.naming(place.state.store, place.config.vm_dir):
+        image, beside = find_image(place, snapshot), place.disk.with_suffix(".new")
+        place.make_folder()
+        for old in (place.disk, beside, place.folder / "ready", place.crashed, place.key_cd):
+            old.unlink(missing_ok=True)
+        record = place.write(_first_record(place, snapshot, image, like))
+        size = max(image.virtual_size, place.config.disk_size)
+        with place.state.store.explaining(image, _image_hint(place, snapshot)):
+            disk.overlay(beside, place.state.store.image(image), size=size)
+        beside.rename(place.disk)
+    return record
+
+
+def save(place: Place, record: MachineRecord, name: str) -> ImageRecord:
+    """Save the disk of a stopped machine as a snapshot, which needs no other image."""
+    image = require_image(place, record)
+    with place.state.store.explaining(image, _remedy(place)):
+        return snapshots.save(place.state, place.disk, record, name, _key_inside(place, record))
+
+
+def require_image(place: Place, record: MachineRecord) -> ImageRecord | None:
+    """The image that the machine's disk stands on; None if it was installed by hand.
+
+    StateError unless that still has the bytes that the disk was made on. A store that was moved is followed.
+    """
+    if not record.image:
+        return None
+    if not os.access(place.disk, os.R_OK | os.W_OK):
+        raise StateError(
+            f"machine {place.name} cannot use its disk {place.disk}: it is another user's, or its mode forbids it",
+            hint=f"look at it: ls -l {place.disk}; it is to belong to you, with mode 0600",
+        )
+    store, told = place.state.store, qcow2.header(place.disk)
+    image, fault = store.find(record.image, record.image_sha256, look="sample")
+    at = Path(told.backing) if told else None
+    if at is None:
+        fault = f"{place.disk.name} is no qcow2 image"
+    elif image is not None and at.name != store.image(image).name:
+        fault = f"{place.disk.name} stands on {at.name}"
+    if image is None or at is None or fault:
+        raise StateError(
+            f"machine {place.name} was made on image {record.image[:12]}, and that cannot be used: {fault}",
+            hint=_remedy(place),
+        )
+    if at != store.image(image).absolute():
+        disk.reback(place.disk, store.image(image))
+    return image
+
+
+def _first_record(place: Place, snapshot: str, image: ImageRecord, like: MachineRecord | None) -> MachineRecord:
+    fresh = MachineRecord(
+        name=place.name,
+        guest=place.config.label,
+        snapshot=snapshot,
+        image=image.digest,
+        image_sha256=image.sha256,
+        ssh_user=image.ssh_user,
+        host_keys=image.host_keys,
+        mac=identity.mac(place.folder),
+        family=place.config.guest.name,
+        version=place.config.version,
+        created=round(time.time(), 1),
+    )
+    if like is None or not like.own:
+        return fresh
+    same = {name: getattr(like, name) for name in KEPT}
+    return msgspec.structs.replace(fresh, **same, want_forwards=[*map(str, start.asked(like))])
+
+
+def _image_hint(place: Place, snapshot: str) -> str:
+    """Only `clean` is something that a task makes."""
+    return "doit auto_install" if snapshot == CLEAN else f"vmtasks snapshots {place.config.guest.name}"
+
+
+def _remedy(place: Place) -> str:
+    """What to do when the image below a machine's disk is gone or damaged."""
+    record = place.record()
+    restore = f"vmtasks restore {place.name}" if record is not None and record.own else "doit restore"
+    return (
+        f"put the file back from a copy of the store, then vmtasks doctor --store; "
+        f"or {restore}, and what the machine has written is lost"
+    )
+
+
+def _key_inside(place: Place, record: MachineRecord) -> Path | None:
+    """The private key that the machine's disk lets in, if it is not the store's."""
+    key = place.own_key if record.key == "own" else place.door_key(record)
+    return None if key == place.state.key else key
