@@ -74,7 +74,9 @@ def test_unreadable_files(project: Path):
     with pytest.raises(ConfigError, match=r"^config/vm.toml: there is no such file; `vmtasks init DIR` writes one$"):
         read(project)
     vm.mkdir()
-    with pytest.raises(ConfigError, match=r"^config/vm.toml: cannot be read: Is a directory; mend its mode or name$"):
+    with pytest.raises(
+        ConfigError, match=r"^config/vm.toml: cannot be read: Is a directory; correct its mode or name$"
+    ):
         read(project)
 
 

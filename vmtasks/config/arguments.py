@@ -1,4 +1,4 @@
-"""PURE: what a user writes on a command line -> checked values: memory, sizes, ports, binds, images, public keys."""
+"""PURE: command-line arguments -> checked values: memory, ports, binds, images, public keys."""
 
 import base64
 import binascii
@@ -62,7 +62,7 @@ class Forward:
 
 
 def distinct(ssh_port: int, forwards: Iterable[Forward]) -> None:
-    """ConfigError when one port of this host is to lead to two places. 0 is any that is free, and never the same."""
+    """Raise ConfigError when a port of this host is forwarded twice. 0 is any free port."""
     given = {ssh_port: f"--ssh-port {ssh_port}"}
     for forward in forwards:
         if forward.host and forward.host in given:
@@ -124,13 +124,13 @@ class Bind:
 
 
 def pattern_fault(pattern: str) -> str:
-    """Why that is no pattern for rsync to exclude; empty when it is."""
+    """Why `pattern` is no exclude pattern of rsync, or ''."""
     empty = not pattern.removeprefix("+ ").removeprefix("- ").strip()
     return "an empty pattern or one with a line break; remove it" if empty or "\n" in pattern else ""
 
 
 def apart(binds: Sequence[Bind]) -> None:
-    """ConfigError when two binds have one path of the guest, or one of them is inside the other: they would mix."""
+    """Raise ConfigError when two binds have the same path in the guest, or one is inside the other."""
     for one, other in combinations(binds, 2):
         paths = [PurePosixPath(_one_way(bind.guest)) for bind in (one, other)]
         if paths[0] == paths[1]:
@@ -143,12 +143,12 @@ def apart(binds: Sequence[Bind]) -> None:
 
 
 def _one_way(guest: str) -> str:
-    """The one way to write a path of the guest. POSIX lets two slashes at its beginning mean something else."""
+    """Normalize a path of the guest. POSIX gives two slashes at its beginning another meaning."""
     return "/" + posixpath.normpath(guest).lstrip("/")
 
 
 def image(text: str) -> tuple[str, str]:
-    """`guest[:snapshot]` -> both; the snapshot may be left out, or all. ConfigError for what is neither."""
+    """Split `guest[:snapshot]`; either the snapshot or all may be absent. ConfigError."""
     guest, colon, snapshot = text.partition(":")
     for part, what in ((guest, "guest"), (snapshot, "snapshot")):
         _not_too_long(f"image: the {what}", part, NAME_CHARS)
@@ -161,7 +161,7 @@ def image(text: str) -> tuple[str, str]:
 
 
 def machine_name(text: str) -> str:
-    """The name of a machine, as it is. ConfigError when it cannot name a folder."""
+    """Return the name of a machine. ConfigError when it cannot name a folder."""
     _not_too_long("--name", text, NAME_CHARS)
     if not re.fullmatch(NAME, text):
         raise ConfigError(f"--name {text!r}: use letters, digits, '.', '_' and '-', beginning with a letter or digit")
@@ -169,7 +169,7 @@ def machine_name(text: str) -> str:
 
 
 def user(text: str) -> str:
-    """A user of the guest. ConfigError when it cannot be one."""
+    """Return the name of a user of the guest. ConfigError when it cannot be one."""
     _not_too_long("--user", text, USER_CHARS)
     if not re.fullmatch(USER, text):
         raise ConfigError(f"--user {text!r}: not a user's name; use lower-case letters, digits, '_' and '-'")
@@ -201,9 +201,9 @@ class PublicKey:
 
 
 def public_keys(text: str, where: str) -> list[PublicKey]:
-    """The keys of a public key file. ConfigError for a private key, for what is no key, and for a file without one.
+    """Parse a public key file. ConfigError for a private key, for what is no key, and for a file without one.
 
-    No message holds anything of the text: it may be a secret that was named by mistake.
+    No message quotes the text: it may be a secret that was named by mistake.
     """
     if "PRIVATE KEY" in text or "PuTTY-User-Key-File" in text:
         raise ConfigError(f"{where}: this is a private key; name the public half, which ends in .pub")
@@ -221,7 +221,7 @@ def public_keys(text: str, where: str) -> list[PublicKey]:
 
 
 def public_key(line: str) -> PublicKey | None:
-    """The key that a line holds; None when its type, its length fields or its characters are not those of a key."""
+    """Parse one line; None when its type, its length fields or its characters are not those of a key."""
     kind, _, rest = line.strip().partition(" ")
     blob, _, comment = rest.strip().partition(" ")
     if kind not in KEY_TYPES or not line.strip().isprintable():
@@ -235,7 +235,7 @@ def public_key(line: str) -> PublicKey | None:
 
 
 def _fields(raw: bytes) -> list[bytes]:
-    """What a key's blob is made of, each with its length before it (RFC 4253, 6.6); nothing of one that is cut."""
+    """The fields of a key's blob, each with its length before it (RFC 4253, 6.6); [] when it is cut."""
     found = []
     while raw:
         end = 4 + int.from_bytes(raw[:4], "big")

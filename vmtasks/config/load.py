@@ -1,4 +1,4 @@
-"""vm.toml + guest.toml + variables -> one frozen Config; everything that can be wrong with them is said here.
+"""vm.toml + guest.toml + variables -> one frozen Config, or ConfigError.
 
 Precedence, strongest first: doit variables (`memory=1G`), environment (`VM_MEMORY=1G`), vm.toml, guest.toml.
 """
@@ -28,7 +28,7 @@ F = TypeVar("F", VmFile, GuestFile)
 
 
 class Variable(msgspec.Struct, frozen=True):
-    """One thing that the command line and the environment can set: `name=...`, or any of `env`."""
+    """A setting of the command line, `name=...`, and of the environment, any of `env`."""
 
     name: str
     env: tuple[str, ...]
@@ -65,7 +65,7 @@ class Setting(msgspec.Struct, frozen=True):
 
 
 class Config(msgspec.Struct, frozen=True):
-    """All that is known before any work begins. Sizes are in bytes, paths absolute."""
+    """The configuration of a run. Sizes are in bytes, paths absolute."""
 
     root: Path
     file: Path
@@ -173,7 +173,7 @@ def without_project(variables: Mapping[str, str] | None = None, environ: Mapping
 
 
 def shipped() -> Path:
-    """The folder with the guests that come with vmtasks: in the package, or the repository around it."""
+    """The folder of the guests that come with vmtasks: in the package, or the repository around it."""
     package = Path(__file__).parent.parent
     return package / "share" if (package / "share").is_dir() else package.parent
 
@@ -236,7 +236,7 @@ def _assemble(
 
 
 def _machine_values(vm: VmFile, guest: GuestFile, path: Path, version: str) -> dict[str, tuple[str, str]]:
-    """What a machine is to be like, with where each value came from: the project's file, or what it leaves open."""
+    """Each setting of the machine, with its source: the project's file, or the default."""
     machine, hardware = vm.machine, guest.machine
     return {
         "accel": _from(machine.accel, "auto", path, "default"),
@@ -289,7 +289,7 @@ def _overrides(variables: Mapping[str, str], environ: Mapping[str, str]) -> tupl
 
 
 def _apply(raw: dict[str, Any], variable: Variable, text: str, source: str) -> None:
-    """Put an override into the parsed file, so that one set of rules checks both."""
+    """Put an override into the parsed file, so that the same rules check both."""
     if not variable.key:
         return
     if not text.isprintable():
@@ -317,7 +317,7 @@ def _read(path: Path) -> dict[str, Any]:
     except ValueError as error:  # also text that is not UTF-8, and a number of thousands of digits
         raise ConfigError(f"{show(path)}: not valid TOML: {error}; correct that line") from None
     except OSError as error:
-        raise ConfigError(f"{show(path)}: cannot be read: {error.strerror}; mend its mode or name") from None
+        raise ConfigError(f"{show(path)}: cannot be read: {error.strerror}; correct its mode or name") from None
 
 
 def _convert(raw: dict[str, Any], kind: type[F], path: Path, overrides: tuple[tuple[Variable, str, str], ...]) -> F:
@@ -337,12 +337,12 @@ def _convert(raw: dict[str, Any], kind: type[F], path: Path, overrides: tuple[tu
 
 
 def _source(key: str, overrides: tuple[tuple[Variable, str, str], ...]) -> str | None:
-    """How the user set `key`, if not in the file."""
+    """What set `key`, if not the file."""
     return next((f"{source.rstrip('=')} ({v.key})" for v, _, source in overrides if v.key == key and key), None)
 
 
 def _place(text: str, source: str, kind: str) -> Path:
-    """A folder or file that the user named."""
+    """The path of a folder or file that the user named. ConfigError."""
     where = source.rstrip("=")
     if not text.strip() or (kind == "file" and not text.isprintable()):
         raise ConfigError(f"{where} = {text!r}: names no {kind}; use one, as in {where}=/path")

@@ -1,4 +1,8 @@
-"""Why a parsed TOML file does not fit its model: the key, the value that stands there, and what to write instead."""
+"""Why a parsed TOML file does not fit its model: the key, its value, and what to write instead.
+
+msgspec's own message names no key in a table of tables (`$.suites[...]`), one bound of two, and no choices; so the
+types are walked here.
+"""
 
 import difflib
 import re
@@ -17,7 +21,7 @@ BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong at `key`. `remedy` ends the line; `value` is as the user wrote it, shortened; empty: none there."""
+    """A fault at `key`. `remedy` ends the line; `value` is what the user wrote, shortened, or '' for a missing key."""
 
     key: str
     value: str
@@ -29,7 +33,7 @@ class Fault:
 
 
 def explain(value: Any, kind: Any, keys: tuple[str | int, ...] = ()) -> Fault:
-    """Find the innermost part of `value` that is not what `kind` asks for there. `value` must not fit `kind`."""
+    """Find the innermost part of `value` that does not fit its type. `value` must not fit `kind`."""
     for key, part, part_kind in _parts(value, kind):
         if not _fits(part, part_kind):
             return explain(part, part_kind, (*keys, key))
@@ -50,7 +54,7 @@ def explain(value: Any, kind: Any, keys: tuple[str | int, ...] = ()) -> Fault:
 
 
 def nul(value: Any, keys: tuple[str | int, ...] = ()) -> Fault | None:
-    """A text or key that holds a NUL character: TOML can write it, no command line and no file name can hold it."""
+    """Find a text or key with a NUL character: TOML has it, command lines and file names do not."""
     if isinstance(value, str) and "\0" in value:
         return Fault(key_path(keys), show_value(value), "holds a NUL character; remove it")
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -81,7 +85,7 @@ def show_value(value: Any) -> str:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """What the user may have meant by `name`, or what there is to choose from."""
+    """A hint: what the user may have meant by `name`, or the choices."""
     names = sorted(known)
     close = nearest(name, names)
     if close:
@@ -90,7 +94,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The one of `known` that the user may have meant by `name`; empty when none is near."""
+    """The one of `known` that is nearest to `name`, or ''."""
     return next(iter(difflib.get_close_matches(name, sorted(known), 1)), "")
 
 
@@ -99,7 +103,7 @@ def _quoted(key: str) -> str:
 
 
 def _members(kind: Any) -> Iterator[Any]:
-    """The alternatives of a union, each still with its own constraints; a kind that is no union is the only one."""
+    """The alternatives of a union, each with its constraints; a kind that is no union is the only one."""
     bare = get_args(kind)[0] if get_origin(kind) is Annotated else kind
     if get_origin(bare) in (Union, types.UnionType):
         for member in get_args(bare):
@@ -122,7 +126,7 @@ def _fits(value: Any, kind: Any) -> bool:
 
 
 def _parts(value: Any, kind: Any) -> Iterator[tuple[str | int, Any, Any]]:
-    """(key, value, kind) of what `value` is made of, where `kind` says what that must be."""
+    """(key, value, kind) of the parts of `value` that `kind` describes."""
     table = _table(value, kind)
     if table is not None:
         fields = {f.encode_name: f.type for f in msgspec.structs.fields(table)}
@@ -138,7 +142,7 @@ def _parts(value: Any, kind: Any) -> Iterator[tuple[str | int, Any, Any]]:
 
 
 def _table(value: Any, kind: Any) -> type[msgspec.Struct] | None:
-    """The model for a table `value`: of several, the one whose tag it carries."""
+    """The model of a table `value`: of several, the one with its tag."""
     if not isinstance(value, dict):
         return None
     for member in map(_bare, _members(kind)):
@@ -155,7 +159,7 @@ def _names(table: type[msgspec.Struct]) -> list[str]:
 
 
 def _tags(kind: Any) -> dict[str, list[str]]:
-    """The key that tells the tables of a union apart, with the values that it may have."""
+    """The tag of a union of tables, with its values."""
     found: dict[str, list[str]] = {}
     for member in map(_bare, _members(kind)):
         if isinstance(member, type) and issubclass(member, msgspec.Struct):

@@ -1,4 +1,4 @@
-"""Rules across keys, files and this host that a configuration must keep; each breach is one line with a remedy."""
+"""Rules across keys, files and this host; each violation is one line with a remedy."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from vmtasks.errors import ConfigError
 PORTS = (1024, 65535)
 FIRST_UNPRIVILEGED = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 CPUS = 255
-"""More than that no machine type of QEMU takes without the kernel's help."""
+"""The most that a machine type of QEMU takes without the kernel's help."""
 DISK_BYTES = 1 << 51
-"""A qcow2 with clusters of 64 KiB, as qemu-img makes them, can be no larger."""
+"""The largest qcow2 with clusters of 64 KiB, as qemu-img makes them."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 ADDRESS = re.compile(r"https?://.|file:///|/|~", re.IGNORECASE)
@@ -35,9 +35,9 @@ def check(config: Config) -> None:
 
 
 def machine(config: Config, options: Mapping[str, str] | None = None) -> Iterator[str]:
-    """What this host cannot give, or no guest can use. These name the place themselves: not all stand in a file.
+    """Values that this host cannot give, or no guest can use. They name their source themselves: not all are in a file.
 
-    `options`: by variable, the option of the command line that gave the value instead.
+    `options`: variable -> the command-line option that gave its value instead.
     """
     low, high = max(PORTS[0], first_port()), PORTS[1]
     where = {setting.variable.name: f"{origin(setting)} =" for setting in config.settings} | dict(options or {})
@@ -63,7 +63,7 @@ def machine(config: Config, options: Mapping[str, str] | None = None) -> Iterato
 
 
 def forwards(wanted: Iterable[Forward]) -> Iterator[str]:
-    """Ports of this host that QEMU may not listen on: it has no capability, also when root starts it."""
+    """Ports of this host that QEMU may not listen on: it runs without capabilities, also under root."""
     low = first_port()
     for forward in wanted:
         if 0 < forward.host < low:
@@ -82,14 +82,14 @@ def first_port() -> int:
 
 
 def origin(setting: Setting) -> str:
-    """Where to change it: `config/vm.toml: machine.memory`, or `environment VM_MEMORY (machine.memory)`."""
+    """Where a setting is changed: `config/vm.toml: machine.memory`, or `environment VM_MEMORY (machine.memory)`."""
     if setting.source.endswith(".toml"):
         return f"{setting.source}: {setting.variable.key}"
     return f"{setting.source.rstrip('=')} ({setting.variable.key})"
 
 
 def tree(config: Config) -> Iterator[str]:
-    """What cannot be synced, and values that no template takes."""
+    """A tree that cannot be synced, and values that no template takes."""
     source = config.root / config.sync.source
     if not source.is_dir():
         yield f"sync.source = {config.sync.source!r}: there is no folder {show(source)}; name the tree to sync"
@@ -104,7 +104,7 @@ def tree(config: Config) -> Iterator[str]:
 
 
 def destination(dest: str) -> Iterator[str]:
-    """Places in the guest where `--delete` would remove the system or the way in."""
+    """Destinations where `--delete` would remove the system or the login."""
     path = PurePosixPath(dest)
     if not path.parts or path.parts == ("/",) or ".." in path.parts:
         yield f"sync.dest = {dest!r}: what is not in the source is deleted there; name a folder of its own, as in 'src'"
@@ -118,7 +118,7 @@ def build(config: Config) -> Iterator[str]:
 
 
 def variables(table: str, env: Iterable[str]) -> Iterator[str]:
-    """Names that no shell takes for a variable."""
+    """Names that are no shell variable."""
     for name in env:
         if not VARIABLE.fullmatch(name):
             yield f"{table}.{key_path(['env', name])}: not a variable's name; use letters, digits and '_'"
@@ -148,7 +148,7 @@ def paths(table: str, suite: SuiteTable) -> Iterator[str]:
 
 
 def guest(config: Config) -> Iterator[str]:
-    """What is wrong with a guest's folder as a whole."""
+    """Faults of a guest's folder as a whole."""
     file = config.guest
     if file.name != config.guest_dir.name:
         yield f"name = {file.name!r}: must be the folder's name, {config.guest_dir.name!r}"
@@ -171,14 +171,14 @@ def guest(config: Config) -> Iterator[str]:
 
 
 def questions(config: Config) -> Iterator[str]:
-    """Questions that nothing answers, or that two things do."""
+    """Questions with no answer, or two."""
     for question in config.guest.questions:
         if sum(map(bool, (question.observed, question.command, question.host))) != 1:
             yield f"questions.asks = {question.asks!r}: one way to answer it; set observed, command or host"
 
 
 def installer(config: Config) -> Iterator[str]:
-    """A download that could never be had, or that does not bring what a phase asks for."""
+    """A download that cannot work, or that lacks what a phase asks for."""
     made = config.guest.installer
     if not isinstance(made, Download):
         return
@@ -200,7 +200,7 @@ def installer(config: Config) -> Iterator[str]:
 
 
 def versions(made: Download, version: str) -> Iterator[str]:
-    """Texts in which a version is to be put that there is not, or something else."""
+    """Placeholders other than {version}, and {version} where the guest has none."""
     for key, text in (("file", made.file), *(("mirrors", mirror) for mirror in made.mirrors)):
         rest = text.replace("{version}", "")
         if "{" in rest or "}" in rest:
@@ -210,7 +210,7 @@ def versions(made: Download, version: str) -> Iterator[str]:
 
 
 def dialogues(config: Config) -> Iterator[str]:
-    """Answers that cannot be typed as they are wanted."""
+    """Answers that cannot be typed with echo."""
     for name, exchanges in config.guest.dialogue.items():
         for exchange in exchanges:
             line = exchange.send.removesuffix("\r")

@@ -1,4 +1,4 @@
-"""Start a project of somebody's own: dodo.py, config/vm.toml and a guest's phases, with schemas for the editor."""
+"""Write a new project: dodo.py, config/vm.toml and a guest's phases, with schemas for the editor."""
 
 import re
 import shutil
@@ -22,7 +22,7 @@ from vmtasks.tasks import *  # noqa: F403
 def scaffold(folder: Path, guest: str) -> list[Path]:
     """Write a project into `folder`; returns what was written.
 
-    ConfigError for a guest that does not exist, StateError when one of the files is there already.
+    ConfigError for a guest that does not exist, StateError when one of the files exists.
     """
     guests = {path.parent.name: path.parent for path in (shipped() / PHASES_PATH).glob("*/guest.toml")}
     if guest not in guests:

@@ -21,7 +21,6 @@ Size = Annotated[
     str, Meta(pattern=r"^[1-9][0-9]{0,14}[KMGT]?$(?!\n)", description='a number with K, M, G or T, as in "2G"')
 ]
 Seconds = Annotated[int, Meta(ge=1, le=86400, description="seconds")]
-Percent = Annotated[int, Meta(ge=1, le=100)]
 
 
 class Table(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -142,7 +141,7 @@ class SshTable(Table, frozen=True, kw_only=True):
         str,
         Meta(
             pattern=r"^(/.+)?$(?!\n)",
-            description="folder of the server's host keys, `ssh_host_TYPE_key`, which each machine gets anew; "
+            description="folder of the server's host keys, `ssh_host_TYPE_key`, which each machine gets new; "
             "empty: it keeps those of its image",
         ),
     ] = "/etc/ssh"

@@ -2,7 +2,7 @@
 
 The guest lists what the patterns match, and is then asked for a tar of the plain files among that. Neither is believed:
 only files that were listed and asked for are written, each once, below a folder that is new. Nothing else is made
-there: links, devices, sockets and FIFOs stay in the guest. What does not come is told.
+there: links, devices, sockets and FIFOs stay in the guest. What is left there is reported.
 """
 
 import errno
@@ -33,12 +33,12 @@ HEADERS_BYTES = 2048
 META_BYTES = 1 << 16
 """A longer header is refused: tarfile reads it into memory, and no name needs it."""
 TOLD = 5
-"""How many names that stayed for the same reason are told."""
+"""How many names that stayed for the same reason are listed."""
 BLOCK = 1 << 18
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 ODD_NAMES = (errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
-"""What a file system says of a name that it cannot have. Any other failure is the host's, as a full disk is."""
+"""Errors of a file system that refuses a name. All others are failures of this host, such as a full disk."""
 
 # All names begin with ./ and no marker does. Not every find has -printf, and not every tar reads names that end in NUL.
 LIST = r"""
@@ -57,7 +57,7 @@ SEND = "plain=; tar --help 2>&1 | grep -q no-unquote && plain=--no-unquote\nexec
 
 @dataclass
 class Fetched:
-    """What came, and what did not: why, by name or pattern, relative to the folder in the guest."""
+    """The files that came; `left`: why others did not, by name or pattern, relative to the folder in the guest."""
 
     files: set[str] = field(default_factory=set)
     left: dict[str, str] = field(default_factory=dict)
@@ -74,7 +74,7 @@ class Fetched:
 
 
 class _FullError(Exception):
-    """More came than may come."""
+    """The guest sent more than the limit."""
 
 
 def fetch(
@@ -137,7 +137,7 @@ def _list(target: Target, cwd: str, words: Sequence[str], limit: int, deadline: 
 
 
 class _Listing:
-    """Reads the guest's answer to LIST. What cannot come is put down at once."""
+    """Reads the guest's answer to LIST, and notes what cannot come."""
 
     def __init__(self, patterns: Sequence[str], limit: int, done: Fetched) -> None:
         self.files: dict[str, None] = {}
@@ -178,7 +178,7 @@ class _Listing:
 def _receive(
     target: Target, cwd: str, wanted: Mapping[str, None], archive: IO[bytes], limit: int, deadline: float
 ) -> str:
-    """Have the guest send a tar of these files, as far as it may be long; returns why it is not whole, or nothing."""
+    """Receive a tar of these files, up to the limit; returns why it is incomplete, or ''."""
     most, errors = limit + HEADERS_BYTES * (len(wanted) + 16), process.Head()
 
     def take(data: bytes) -> None:
@@ -208,7 +208,7 @@ class _Member(tarfile.TarInfo):
 
 
 def _unpack(archive: IO[bytes], dest: Path, wanted: Mapping[str, None], limit: int, done: Fetched) -> str:
-    """Write the files that were asked for; returns why there may be more, or nothing."""
+    """Write the files that were asked for; returns why some may be missing, or ''."""
     archive.seek(0)
     left = limit
     try:
@@ -258,7 +258,7 @@ def _write(members: tarfile.TarFile, member: tarfile.TarInfo, dest: Path, name: 
 
 @contextmanager
 def _naming(name: str, done: Fetched) -> Iterator[None]:
-    """Put down a name that this host's file system cannot have."""
+    """Note a name that this host's file system refuses."""
     try:
         yield
     except OSError as error:
@@ -272,7 +272,7 @@ def _cut(limit: int) -> str:
 
 
 def _why(ended: process.Ended, errors: process.Head) -> str:
-    """Why a command in the guest has failed, or nothing."""
+    """Why a command in the guest failed, or ''."""
     said = [printable.line(line) for line in errors.text.splitlines() if line.strip()]
     if ended.timed_out:
         return "there was no time left (artifacts_timeout_s)"

@@ -37,7 +37,7 @@ exec cat @PLACE@
 def put(target: Target, source: Path, dest: str, *, mode: int | None = None, timeout_s: float = TIMEOUT_S) -> None:
     """Copy a local file to `dest` in the guest, absolute or relative to the login user's home; `/` at its end: into it.
 
-    Folders that are not there are made.
+    Missing folders are made.
     `mode` is by default that of `source`. OSError when `source` cannot be read, CommandError when `dest` cannot be
     written, ConnectionLostError when the connection broke; then `dest` is as it was, or complete.
     """

@@ -2,7 +2,7 @@
 
 The runner holds the fifo `alive` open as long as it lives: who reads from it waits without polling, and learns of the
 runner's end whatever ended it. A process is taken for the job's only if its command line holds the job's id, which
-nobody can guess; nothing else is ever signalled.
+cannot be guessed; nothing else is ever signalled.
 """
 
 import shlex

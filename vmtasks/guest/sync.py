@@ -18,11 +18,11 @@ from vmtasks.host import process
 from vmtasks.host.progress import Say
 
 ASK_BYTES = 32 << 20
-"""A tree that takes less is sent without asking whether there is room for it."""
+"""A smaller tree is sent without checking the guest's free space."""
 ROOM_S = 60.0
 TIMEOUT_S = 3600.0
 ERROR_BYTES = 1 << 20
-"""So much of what rsync says is wrong is looked at."""
+"""How much of rsync's stderr is kept."""
 PARTIAL = 23
 """rsync's status when it could not copy some files, but all others."""
 VANISHED = 24
@@ -35,15 +35,15 @@ ROOM = 'd=$dest; while [ ! -d "$d" ]; do d=$(dirname "$d"); done; df -Pk "$d"'
 FULL = "No space left on device"
 DENIED = re.compile("Permission denied|Operation not permitted")
 SENDER = re.compile(r"\[sender\]|send_files failed")
-"""In a line that the side has said which reads."""
+"""Marks a line of the side that reads."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What is not copied, and how much the rest may be.
+    """What is not copied, and the size of the rest.
 
-    `hidden` and `left` are paths of the tree as bytes, of which folders end in `/`; no pattern can let `hidden` in.
-    `exclude` as rsync takes it. `size`: bytes that all takes which may be copied.
+    `hidden` and `left` are paths of the tree as bytes, folders with `/` at the end; no pattern overrides `hidden`.
+    `exclude` as rsync takes it. `size`: bytes that may be copied in all.
     """
 
     hidden: Sequence[bytes] = ()
@@ -52,13 +52,13 @@ class Rules:
     size: int = 0
 
     def argv(self) -> list[str]:
-        """Options for rsync. What is left goes through its standard input, for there may be much."""
+        """Options for rsync. `left` goes through its standard input, because it may be long."""
         hidden = [f"--exclude={os.fsdecode(literal(path))}" for path in self.hidden]
         exclude = [f"--exclude={pattern}" for pattern in effective(self.exclude)]
         return [*hidden, *exclude, "--from0", "--exclude-from=-"]
 
     def stdin(self, more: Iterable[bytes] = ()) -> bytes:
-        """What to give to its standard input; `more`: paths that are left too."""
+        """Its standard input; `more`: further paths to leave."""
         return b"".join(literal(path) + b"\0" for path in (*self.left, *more))
 
 
@@ -82,18 +82,18 @@ class Synced:
 
 
 class Told:
-    """Says how many files were sent, every ten seconds. Its argument is what rsync has said, a line for each."""
+    """Reports how many files were sent, every ten seconds. Its argument is rsync's output, a line for each file."""
 
     EVERY_S = 10.0
 
     def __init__(self, say: Say, total: int = 0) -> None:
-        """`total` 0: it is not known how many there are."""
+        """`total` 0: the number is not known."""
         self.say = say
         self.total = total
         self.last = time.monotonic()
 
     def __call__(self, out: bytes | bytearray) -> None:
-        """Say it, if it is time."""
+        """Report, if it is time."""
         if time.monotonic() - self.last >= self.EVERY_S:
             self.last = time.monotonic()
             count = out.count(b"\n")
@@ -101,7 +101,7 @@ class Told:
 
 
 class NoRoomError(CommandError):
-    """What was to be copied is more than the guest has room for. Nothing was copied."""
+    """The guest has no room for the files. Nothing was copied."""
 
 
 def sync(
@@ -117,7 +117,7 @@ def sync(
 ) -> Synced:
     """Make `dest` in the guest equal to `source`, but for what `rules` leave out.
 
-    `keep` tells which paths that only the guest has are not deleted. `say` is told how far a long one is.
+    `keep` tells which paths that only the guest has are not deleted. `say` gets the progress of a long one.
     `thorough` is for a guest that lost its power: contents are compared, and what was built there is removed.
     Files keep mode and time and belong to the login user; hard links become files of their own. SshError when the guest
     is not reached, CommandError when not all could be copied; both say why on one line.
@@ -163,7 +163,7 @@ def copy(
 
 
 def require_room(target: Target, source: Path, dest: str, names: Iterable[str]) -> int:
-    """What these files of `source` take; NoRoomError when less is free in the guest where `dest` is, or is to be."""
+    """The size of these files of `source`; NoRoomError when the guest has less free space at `dest`."""
     need = 0
     for name in names:
         with contextlib.suppress(OSError):
@@ -190,7 +190,7 @@ def taken(info: os.stat_result) -> int:
 
 
 def outermost(paths: Iterable[bytes]) -> list[bytes]:
-    """Those that are in none of the others; folders end in `/`."""
+    """The paths that are below none of the others; folders end in `/`."""
     found: list[bytes] = []
     for path in sorted(paths):
         if not (found and found[-1].endswith(b"/") and path.startswith(found[-1])):
@@ -199,13 +199,13 @@ def outermost(paths: Iterable[bytes]) -> list[bytes]:
 
 
 def refused(error: CommandError) -> bool:
-    """Whether the side that writes was not allowed to, and the side that reads has nothing to say."""
+    """Whether the writing side was denied, and the reading side reports no error."""
     said = [line for line in error.stderr.splitlines() if DENIED.search(line)]
     return bool(said) and not unreadable(error)
 
 
 def unreadable(error: CommandError) -> bool:
-    """Whether the side that reads could not."""
+    """Whether the reading side failed."""
     return any(SENDER.search(line) for line in error.stderr.splitlines())
 
 
@@ -227,7 +227,7 @@ def _name(text: str) -> str:
 
 
 def _rsync(target: Target, there: str) -> list[str]:
-    """The words that all copying begins with; `there` is what starts rsync in the guest."""
+    """The common argv of all copies; `there` starts rsync in the guest."""
     return [
         "rsync",
         "-rlpts",  # s: names go past the remote shell; how they are quoted for it differs between versions
@@ -246,7 +246,7 @@ def _dry(argv: Sequence[str]) -> list[str]:
 
 
 def _run(target: Target, argv: Sequence[str], stdin: bytes, told: Told | None = None) -> str:
-    """Run rsync, once more where files went while it ran; returns what it has said."""
+    """Run rsync, once more when files vanished while it ran; returns its output."""
     ended, said, stderr = _once(argv, stdin, told)
     if ended.status == VANISHED:
         ended, again, stderr = _once(argv, stdin, told)
@@ -279,5 +279,5 @@ def _once(argv: Sequence[str], stdin: bytes, told: Told | None) -> tuple[process
 
 
 def _words(line: str) -> str:
-    """A line of rsync's without the part of it that spoke."""
+    """A line of rsync's without its prefix."""
     return re.sub(r"\Arsync: (\[\w+\] )?", "", line.strip())

@@ -15,24 +15,24 @@ from io import BufferedReader
 from pathlib import Path
 
 NAME_BYTES = 200
-"""How much of the name that a temporary file is going to have is in its own, which has room for 255 bytes."""
+"""How many bytes of the final name a temporary name repeats; a name has room for 255."""
 
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.new")
 FORMER = re.compile(r"\..+\.[a-z0-9_]{8}|\.(?:fetch|new)-.+")
-"""As former versions named them. These held no lock."""
+"""Temporary names of former versions, which held no lock."""
 FORMER_S = 24 * 3600.0
-"""After so long nobody writes to one of those any more."""
+"""The age from which one of those counts as abandoned."""
 
 RECORD_BYTES = 64 << 20
-"""No record and no key is larger."""
+"""The largest record or key that is read."""
 
 
 @contextmanager
 def temporary(path: Path, *, folder: bool = False) -> Iterator[Path]:
-    """Give a new file or folder beside `path`. It is removed at the end, unless it was renamed.
+    """Make a new file or folder beside `path`. It is removed at the end, unless it was renamed.
 
-    While the block runs a lock on it is held, by which abandoned() tells it from one whose maker was killed. So a
-    program that writes it must not put another file in its place: give it a name in a temporary folder.
+    A lock on it is held while the block runs, which tells abandoned() that its maker lives. So a program that writes it
+    must not put another file in its place: give that one a name in a temporary folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, handle = _make(path, folder=folder)
@@ -62,17 +62,17 @@ def _make(path: Path, *, folder: bool) -> tuple[Path, int]:
             pass  # a file system without locks: abandoned() finds nothing there
         if ours and os.path.lexists(beside):
             return beside, handle
-        os.close(handle)  # somebody tidied up between two lines of ours
+        os.close(handle)  # another process removed it before it was locked
         remove(beside)
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a file or folder of this name is one that is not finished."""
+    """Whether this is the name of an unfinished file or folder."""
     return bool(TEMPORARY.fullmatch(name) or FORMER.fullmatch(name))
 
 
 def abandoned(root: Path) -> Iterator[Path]:
-    """What is temporary below `root` and nobody writes to any more. Each may be removed until the next is asked for."""
+    """Yield temporary files below `root` whose maker is gone. Each may be removed until the next is asked for."""
     for folder, folders, files in os.walk(root):
         for name in sorted(filter(is_temporary, [*folders, *files])):
             path = Path(folder, name)
@@ -84,7 +84,7 @@ def abandoned(root: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """OSError where it is in use, and where that cannot be known."""
+    """Lock a file. OSError when it is in use, or that cannot be known."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +94,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a folder with all that is in it, if it is there."""
+    """Remove a file, or a folder with its contents, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -136,7 +136,7 @@ def sha256(path: Path | bytes) -> str:
 
 
 def read(path: Path) -> bytes:
-    """All of a record or key. OSError, also for what is no file or larger than any of these is."""
+    """Read a whole record or key. OSError, also for what is no file or larger than RECORD_BYTES."""
     with opened(path) as file:
         data = file.read(RECORD_BYTES + 1)
     if len(data) > RECORD_BYTES:
@@ -145,7 +145,7 @@ def read(path: Path) -> bytes:
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """As read(), of a text in UTF-8. ValueError where it is not, unless `errors` says otherwise."""
+    """As read(), of a UTF-8 text. ValueError for other bytes, unless `errors` says otherwise."""
     return read(path).decode(errors=errors)
 
 
@@ -161,7 +161,7 @@ def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
 
 
 def publish(beside: Path, path: Path, mode: int = 0o644) -> None:
-    """Make a file that is complete durable, and give it its name."""
+    """Make a complete file durable, and rename it to `path`."""
     with beside.open("rb+") as done:
         os.fchmod(done.fileno(), mode)
         os.fsync(done.fileno())
@@ -170,7 +170,7 @@ def publish(beside: Path, path: Path, mode: int = 0o644) -> None:
 
 
 def write(path: Path, data: bytes | str, mode: int = 0o644) -> None:
-    """Put `data` at `path`, all of it or nothing. OSError that names it, also where writing itself fails."""
+    """Write `data` to `path`, all of it or nothing. OSError that names the path."""
     try:
         with replacing(path, mode) as beside:
             beside.write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -199,7 +199,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def private_folder(path: Path) -> None:
-    """Have a folder that nobody else may enter: disks and logs hold host keys. One that is there keeps its mode.
+    """Make a folder that only its owner may enter: disks and logs hold host keys. An existing one keeps its mode.
 
     OSError as the file system raises it; NotADirectoryError for what is no folder.
     """

@@ -1,4 +1,4 @@
-"""One writer at a time, across processes: a lock that dies with its holder, and tells who that is."""
+"""File locks across processes: the kernel drops one when its holder dies, and a note beside it names the holder."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,7 @@ POLL_S = 0.1
 
 @dataclass(frozen=True)
 class Holder:
-    """Who said that it holds a lock: the number and the start of its process, and the digest of its command line."""
+    """The process that a lock's note names: its pid, its start, and the digest of its command line."""
 
     pid: int
     started: str
@@ -28,17 +28,17 @@ class Holder:
 
     @classmethod
     def of(cls, pid: int) -> "Holder":
-        """What can be known of a process."""
+        """Identify a running process."""
         return cls(pid, processes.started(pid), hashlib.sha256(processes.command_line(pid).encode()).hexdigest())
 
     def holds(self, path: Path) -> bool:
-        """Whether this is provably still the process that wrote so; on Linux also whether it has the lock file open."""
+        """Whether this process still runs and, on Linux, has the lock file open."""
         if not self.started or self != Holder.of(self.pid):
             return False
         return sys.platform != "linux" or _has_open(self.pid, path)
 
     def signal(self, path: Path, number: signal.Signals) -> bool:
-        """Send a signal, if it provably holds the lock `path`. False when it does not, or when we may not."""
+        """Signal the process, if it provably holds the lock `path`. False when it does not, or is another user's."""
         if self.pid == os.getpid() or not self.holds(path):
             return False
         try:
@@ -77,7 +77,7 @@ def lock(path: Path, what: str, *, timeout_s: float, waiting: Waiting | None = N
                             )
                         time.sleep(POLL_S)
             if not _is_at(handle, path):
-                continue  # its holder has removed it: whoever comes now makes and locks another file
+                continue  # its holder has removed it, and the next one to come makes another file
             _note(path)
             try:
                 yield handle
@@ -109,7 +109,7 @@ def _try(handle: int) -> bool:
 
 
 def sweep(folder: Path) -> None:
-    """Remove the lock files in a folder that nobody holds: whoever comes next makes one anew."""
+    """Remove the lock files in a folder that no process holds."""
     for path in folder.glob("*.lock"):
         with contextlib.suppress(StateError), lock(path, path.name, timeout_s=0):
             drop(path)
@@ -128,7 +128,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def holder(path: Path) -> Holder | None:
-    """Who has written that it holds the lock `path`; Holder.holds() tells whether it does. None: nobody did."""
+    """The process that the note of the lock `path` names, or None; Holder.holds() tells whether it is true."""
     try:
         first, started, digest = files.read_text(owner_file(path)).split("\n")[:3]
         return Holder(int(first.removeprefix("process ")), started, digest)
@@ -137,18 +137,18 @@ def holder(path: Path) -> Holder | None:
 
 
 def drop(path: Path) -> None:
-    """Remove a lock file with what belongs to it; for who holds it, when what it guards is gone."""
+    """Remove a lock file and its note; only its holder may, when what it guards is gone."""
     for leftover in (owner_file(path), path):
         leftover.unlink(missing_ok=True)
 
 
 def owner_file(path: Path) -> Path:
-    """Where the holder of the lock `path` writes who it is."""
+    """The note that names the holder of the lock `path`."""
     return path.with_suffix(".owner")
 
 
 def _note(path: Path) -> None:
-    """Write who we are, where that can be written: it only advises others, and a full disk must not keep us waiting."""
+    """Write the note. It only informs others, so that a full disk is no failure."""
     us = Holder.of(os.getpid())
     with contextlib.suppress(OSError):
         owner_file(path).unlink(missing_ok=True)
@@ -156,7 +156,7 @@ def _note(path: Path) -> None:
 
 
 def _told(path: Path) -> str:
-    """Who holds the lock, as a message has it."""
+    """The holder of the lock, for a message."""
     try:
         return files.read_text(owner_file(path)).partition("\n")[0].strip() or "another process"
     except (OSError, ValueError):
@@ -164,7 +164,7 @@ def _told(path: Path) -> str:
 
 
 def _user_of(path: Path) -> str:
-    """The name of the user who owns a file or the folder that it would be in; its number where it has no name."""
+    """The owner of a file, or of its folder: a name, or a number where there is no name."""
     there = path if path.exists() else path.parent
     try:
         return there.owner()

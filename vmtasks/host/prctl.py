@@ -1,4 +1,4 @@
-"""What a child asks of the kernel before it becomes another program: to end with us, to be unprivileged. Linux only."""
+"""Requests of a child to the kernel before exec: to end with its parent, to be unprivileged. Linux only."""
 
 import ctypes
 import os
@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
 CAPABILITIES = 64
-"""More than there are: to drop one that the kernel does not know is an error that changes nothing."""
+"""More than exist: dropping an unknown one fails and changes nothing."""
 
 
 def before_exec(*, die_with_us: bool, unprivileged: bool = False) -> Callable[[], None] | None:
-    """For `preexec_fn`; None where there is nothing to ask, or nobody.
+    """The function for `preexec_fn`; None where there is nothing to ask, or no Linux.
 
     `die_with_us`: SIGKILL reaches the child when the thread that started it ends, however that happens. `unprivileged`:
     also for root the program has no capability, and can gain none. See prctl(2) and capabilities(7). Both survive

@@ -37,14 +37,14 @@ REQUIRED = tuple(sorted(PACKAGES.keys() - {"apt-get"}))
 """What each host needs; apt-get is for guests that are composed of packages."""
 
 Child = subprocess.Popen[bytes]
-"""A process of ours that must be reaped."""
+"""A child process; it must be reaped."""
 
 BLOCK = 1 << 18
 GRACE_S = 2.0
 """How long a process may take to end after SIGTERM."""
 
 UNREAD = 128 + signal.SIGPIPE
-"""The status of a command that was ended because nobody reads its output any more."""
+"""The status of a command that was ended because its output is no longer read."""
 
 TIMED_OUT = 124
 """The status that stands for our deadline, as timeout(1) has it. A command may end with it by itself: see Ended."""
@@ -59,7 +59,7 @@ class Ended:
 
 
 class Head:
-    """A sink that keeps what comes first: whoever speaks may never stop."""
+    """A sink that keeps the first bytes: the output may be endless."""
 
     def __init__(self, limit: int = 4096) -> None:
         """Keep `limit` bytes."""
@@ -104,6 +104,13 @@ def quote(argv: Sequence[str]) -> str:
     return shlex.join(argv)
 
 
+def _found(argv: Sequence[str | Path], how: str) -> list[str]:
+    """`argv` with the path of its program, logged. MissingToolError."""
+    words = [find(str(argv[0])), *map(str, argv[1:])]
+    log.debug("%s %s", how, quote(words))
+    return words
+
+
 def shell_status(returncode: int) -> int:
     """A subprocess return code as the shell states it: 128 + N for death by signal N."""
     return 128 - returncode if returncode < 0 else returncode
@@ -118,7 +125,7 @@ def run(
     env: Mapping[str, str] | None = None,
     stdin: str | bytes | None = None,
 ) -> Result:
-    """Run a helper to its end and return its output.
+    """Run a program to its end and return its output.
 
     `env` is added to the environment of this process. Raises MissingToolError, and with `check` CommandError on a
     status other than 0 or at the deadline (status 124).
@@ -154,13 +161,10 @@ def attach(argv: Sequence[str | Path], *, stdin: bool = True, timeout_s: float |
     """Run a program on our own terminal and streams, to its end; returns its status.
 
     Without `stdin` it reads nothing of ours. CommandTimeoutError after `timeout_s`; without that there is no deadline:
-    a person is there. The kernel ends it when we are killed and cannot (Linux only). Where our stdout is a pipe that is
-    read no more, as by `| head`, it is ended, and the status is that of SIGPIPE: ssh would wait for ever for somebody
-    who reads.
+    a person is there. The kernel ends it when we are killed (Linux only). When our stdout is a pipe that is no longer
+    read, as by `| head`, it is ended with the status of SIGPIPE: ssh would wait for ever.
     """
-    words = [str(word) for word in argv]
-    words[0] = find(words[0])
-    log.debug("attach %s", quote(words))
+    words = _found(argv, "attach")
     pipe = subprocess.PIPE if _stdout_is_pipe() else None
     source = None if stdin else subprocess.DEVNULL
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
@@ -192,7 +196,7 @@ def _stdout_is_pipe() -> bool:
 
 
 def _hand_on(source: int, deadline: float | None) -> None:
-    """Copy to our stdout until the end, or the deadline. BrokenPipeError when nobody reads it any more."""
+    """Copy to our stdout until the end, or the deadline. BrokenPipeError when it is no longer read."""
     with selectors.DefaultSelector() as ready:
         ready.register(source, selectors.EVENT_READ)
         while ready.select(_left(deadline)):
@@ -213,7 +217,7 @@ def stream(
     errors: Callable[[bytes], object] | None = None,
     stdin: IO[bytes] | None = None,
 ) -> Ended:
-    """Run a helper and hand what it writes to `sink` as it comes, both streams in one unless `errors` takes stderr.
+    """Run a program and pass its output to `sink` as it comes, both streams in one unless `errors` takes stderr.
 
     Returns how it ended; after `timeout_s` it is ended.
     """
@@ -251,7 +255,7 @@ def spawn(
     stdin: bool | IO[bytes] = False,
     unprivileged: bool = False,
 ) -> Iterator[Child]:
-    """Start a helper and see to it that it is gone when the block ends.
+    """Start a program, and end it when the block ends.
 
     Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`), and
     otherwise nowhere. Input comes from a file, through a pipe with `stdin=True`, and otherwise from nowhere. The child
@@ -259,13 +263,11 @@ def spawn(
     With `die_with_us` the kernel ends it when we are killed and cannot; `unprivileged` leaves it no capability, also
     when we are root (both Linux only).
     """
-    words = [str(word) for word in argv]
-    words[0] = find(words[0])
-    log.debug("run %s", quote(words))
+    words = _found(argv, "run")
     sink = subprocess.PIPE if pipe else (output or subprocess.DEVNULL)
     child: Child | None = None
     try:
-        with signals.whole():
+        with signals.deferred():
             child = subprocess.Popen(
                 words,
                 cwd=cwd,
@@ -289,17 +291,15 @@ def spawn(
 def detach(
     argv: Sequence[str | Path], output: IO[bytes], *, die_with_us: bool = False, unprivileged: bool = False
 ) -> Child:
-    """Start a process in a session of its own, which outlives us; what it says goes to `output`.
+    """Start a process in a session of its own, which outlives us; its output goes to `output`.
 
     With `die_with_us` the kernel ends it when the calling thread ends, however that happens; `unprivileged` as for
     spawn() (both Linux only).
     """
-    words = [str(word) for word in argv]
-    words[0] = find(words[0])
-    log.debug("detach %s", quote(words))
+    words = _found(argv, "detach")
     child: Child | None = None
     try:
-        with signals.whole():
+        with signals.deferred():
             child = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
@@ -316,7 +316,7 @@ def detach(
 
 
 def reap_when_over(child: Child) -> None:
-    """Reap a child that outlives what started it as soon as it ends, if we are there still: it is never a zombie."""
+    """Reap a child in the background as soon as it ends, so that it is never a zombie."""
     threading.Thread(target=child.wait, name=f"reap {child.pid}", daemon=True).start()
 
 
@@ -330,7 +330,7 @@ def wait(child: Child, timeout_s: float) -> bool:
 
 
 def end(child: Child, grace_s: float = GRACE_S) -> int:
-    """Make sure that a child and its process group are gone: SIGTERM, `grace_s`, SIGKILL. Returns its status."""
+    """End a child and its process group: SIGTERM, `grace_s`, SIGKILL. Returns its status."""
     if child.poll() is None:
         _signal(child, signal.SIGTERM)
         try:
@@ -341,7 +341,7 @@ def end(child: Child, grace_s: float = GRACE_S) -> int:
 
 
 def _signal(child: Child, number: signal.Signals) -> None:
-    """Signal the process group that `child` leads. Not after it was reaped: its number may be somebody else's then."""
+    """Signal the process group that `child` leads. Not after it was reaped: the pid may be another's then."""
     if child.returncode is None:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, number)

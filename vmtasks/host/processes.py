@@ -10,9 +10,9 @@ PS_S = 10.0
 
 
 def started(pid: int) -> str:
-    """When a process started, in a form that only serves to compare; empty when there is no such process.
+    """When a process started, as a text to compare, or '' when there is no such process.
 
-    A pid names a process only together with this: pids are used again. Source: proc(5), field 22 of stat; ps elsewhere.
+    Only pid and start together identify a process, because pids recur. Source: proc(5), field 22 of stat; ps elsewhere.
     """
     if sys.platform == "linux":
         try:
@@ -26,7 +26,7 @@ def started(pid: int) -> str:
 
 
 def numbers() -> list[int]:
-    """The numbers of all processes that can be seen."""
+    """The pids of all visible processes."""
     if sys.platform == "linux":
         return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     listed = _ps("-axo", "pid=")
@@ -34,7 +34,7 @@ def numbers() -> list[int]:
 
 
 def user(pid: int) -> int | None:
-    """The number of the user that a process runs as; None when it is gone."""
+    """The uid of a process; None when it is gone."""
     if sys.platform == "linux":
         try:
             status = Path(f"/proc/{pid}/status").read_text()
@@ -47,7 +47,7 @@ def user(pid: int) -> int | None:
 
 
 def words(pid: int) -> list[str]:
-    """The argv of a process; empty when it is gone. Elsewhere than on Linux a word is what stands between spaces."""
+    """The argv of a process; [] when it is gone. Elsewhere than on Linux it is split at spaces."""
     if sys.platform == "linux":
         try:
             return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
@@ -57,7 +57,7 @@ def words(pid: int) -> list[str]:
 
 
 def command_line(pid: int) -> str:
-    """The argv of a process, joined by spaces; empty when it is gone or not ours to read."""
+    """The argv of a process, joined by spaces; '' when it is gone or unreadable."""
     if sys.platform == "linux":
         try:
             return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
@@ -67,5 +67,5 @@ def command_line(pid: int) -> str:
 
 
 def _ps(*words: str) -> str:
-    """What ps(1) says, on systems that have no /proc."""
+    """The output of ps(1), for systems without /proc."""
     return process.run(["ps", *words], timeout_s=PS_S, check=False).stdout

@@ -1,7 +1,7 @@
-"""The signals that ask us to end, as an exception that unwinds every `with` block: once, and never within an import.
+"""SIGINT, SIGTERM and SIGHUP as an exception that unwinds every `with` block: once, and never within an import.
 
-In the end we die by that signal: a shell that runs us in a loop ends its loop only then. A second signal cuts short
-what clean-up may leave undone; see cuttable().
+Finally we die by that signal: a shell that runs us in a loop ends its loop only then. A second signal interrupts
+optional clean-up; see cuttable().
 """
 
 import atexit
@@ -17,11 +17,11 @@ from types import FrameType
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 AGAIN_S = 0.02
 SECOND_S = 0.3
-"""A signal that comes sooner is the first one once more: timeout(1), and a shell that loses its terminal, send two."""
+"""A signal that comes sooner is a repetition: timeout(1), and a shell that loses its terminal, send two."""
 
 
 class _Clean:
-    """Where clean-up stands: when the first signal came, whether a second has, and whether that may cut it short."""
+    """State of clean-up: when the first signal came, whether a second has, and whether that may interrupt it."""
 
     began = 0.0
     hurry = False
@@ -29,10 +29,10 @@ class _Clean:
 
 
 def unwind_on_signals() -> list[int]:
-    """Have the first of these signals raise KeyboardInterrupt in the main thread, and end the process in the end.
+    """Make the first of these signals raise KeyboardInterrupt in the main thread, and kill the process at exit.
 
-    What follows is interrupted by a second one only where it is cuttable(). One that is ignored stays so, as nohup(1)
-    wants it. Returns the list that will hold the number of what has come.
+    A second one interrupts clean-up only where it is cuttable(). An ignored signal stays ignored, as nohup(1) wants it.
+    Returns a list that will hold the number of the signal.
     """
     caught: list[int] = []
 
@@ -62,7 +62,7 @@ def unwind_on_signals() -> list[int]:
 
 
 def _die_of(caught: list[int]) -> None:
-    """End by the signal that came, if one did: an exit status of 130 tells a shell that we have dealt with it."""
+    """Die by the signal that came, if one did: an exit status of 130 tells a shell that we have handled it."""
     if not caught:
         return
     for stream in (sys.stdout, sys.stderr):
@@ -73,16 +73,16 @@ def _die_of(caught: list[int]) -> None:
 
 
 def ignore() -> None:
-    """Nothing may interrupt us from now on."""
+    """Ignore these signals from now on."""
     for number in ENDING:
         signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def cuttable() -> Iterator[None]:
-    """Have a second signal raise KeyboardInterrupt within the block, at once if it has come already.
+    """Let a second signal raise KeyboardInterrupt within the block, at once if it has come already.
 
-    For work of clean-up that may take long and need not be done, such as copying back.
+    For clean-up that may take long and is optional, such as copying back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -97,8 +97,8 @@ def cuttable() -> Iterator[None]:
 
 
 @contextmanager
-def whole() -> Iterator[None]:
-    """Hold back what these signals would raise, for a moment in which something is there that nobody could undo yet."""
+def deferred() -> Iterator[None]:
+    """Defer signals while a resource exists that no clean-up handler owns yet."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

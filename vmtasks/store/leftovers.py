@@ -1,4 +1,4 @@
-"""What processes that were killed have left in a store: unfinished files and folders, locks that nobody holds."""
+"""Leftovers of killed processes in a store: unfinished files and folders, stale locks."""
 
 import os
 from collections.abc import Iterator
@@ -10,10 +10,10 @@ from vmtasks.host import files, locks
 
 
 def sweep(root: Path, *, dry_run: bool = False) -> Iterator[tuple[Path, int]]:
-    """Remove the leftovers of the store `root`; gives each with its bytes. Of locks nothing is told: they hold nothing.
+    """Remove the leftovers of the store `root`; yields each with its bytes, but for locks, which are empty.
 
-    With `dry_run` nothing is removed. What somebody is writing at this moment is left alone, and so is what has arrived
-    of a download, which goes on there.
+    With `dry_run` nothing is removed. Files that are being written stay, and so do partial downloads, which are
+    resumed.
     """
     for path in files.abandoned(root):
         yield path, _size(path)

@@ -1,4 +1,4 @@
-"""What an image file shows without a program: the header of a qcow2, and a digest of samples of its bytes."""
+"""Reads a qcow2 file without qemu-img: its header, and a digest of samples of its bytes."""
 
 import hashlib
 import os
@@ -13,18 +13,18 @@ MAGIC = b"QFI\xfb"
 LONGEST_NAME = 1023
 
 EDGE, BLOCK, BLOCKS = 64 << 10, 4 << 10, 24
-"""Bytes read at each end of a file, and the blocks between, which lie evenly."""
+"""Bytes read at each end of a file; size and number of the evenly spaced blocks between."""
 
 
 class Header(msgspec.Struct, frozen=True):
-    """`backing` is the name of the file below as it is written there; empty: there is none."""
+    """`backing` is the name of the backing file as the header has it, or ''."""
 
     backing: str
     virtual_size: int
 
 
 def header(path: Path) -> Header | None:
-    """The header; None for a file that is absent, cut, or no qcow2."""
+    """Read the header; None for a file that is absent, cut, or no qcow2."""
     try:
         with path.open("rb") as data:
             magic, version, offset, length, _, size = HEAD.unpack(data.read(HEAD.size))

@@ -1,4 +1,4 @@
-"""PURE: what a verification of a guest has found -> a report in Markdown for a person to read and send on."""
+"""PURE: the findings of a verification -> a report in Markdown."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ OBSERVED = re.compile(r"observed ([^:]+): ?(.*)")
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the verification: its name, how it ended, seconds, and what there is to say about it."""
+    """A part of the verification: its name, its outcome, seconds, and a note."""
 
     name: str
     outcome: Literal["passed", "failed", "not reached"]
@@ -29,7 +29,7 @@ class Stage:
 
 @dataclass
 class Findings:
-    """All that is known so far. `host` and `guest` are facts by name; `consoles` whole lines by the name of a boot."""
+    """The findings so far. `host` and `guest` are facts by name; `consoles` whole lines by the name of a boot."""
 
     guest: dict[str, str] = field(default_factory=dict)
     host: dict[str, str] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Findings:
 
 
 def observed(lines: Iterable[str]) -> dict[str, list[str]]:
-    """What phase scripts said with `observe`, by name, in order."""
+    """What phase scripts printed with `observe`, by name, in order."""
     found: dict[str, list[str]] = {}
     for line in lines:
         match = OBSERVED.fullmatch(line.rstrip())
@@ -65,7 +65,7 @@ def answer(question: Question, answers: Mapping[str, Sequence[str]], seen: Mappi
 
 
 def markdown(title: str, findings: Findings, questions: Sequence[Question]) -> str:
-    """The report. It has no name of a host, of a user or of a folder of theirs in it that the guest has not printed."""
+    """The report. It names no host, user or folder that the guest has not printed."""
     seen = observed(line for lines in findings.consoles.values() for line in lines)
     replies = [(question, answer(question, findings.answers, seen)) for question in questions]
     open_points = sum(not lines for _, lines in replies)

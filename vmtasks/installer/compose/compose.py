@@ -1,4 +1,4 @@
-"""A recipe and an overlay -> an installer CD: packages, initramfs and loader put together, driven by data only."""
+"""A recipe and an overlay -> an installer CD of packages, initramfs and loader."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ def compose(
     """Write the installer CD of `recipe` to `out`.
 
     `cache` keeps lists, packages and their contents for the next time. Same packages and overlay files: same bytes, on
-    any host. FetchError when packages cannot be had, ImageError when the recipe does not fit them.
+    any host. FetchError when packages cannot be fetched, ImageError when the recipe does not fit them.
     """
     apt = debian.Apt(cache, archive or archive_of(recipe))
     packages = debian.resolve(apt.index(), recipe.packages, recipe.omit)
@@ -46,7 +46,7 @@ def compose(
 def local_packages(
     recipe: Recipe, names: Sequence[str], cache: Path, *, archive: debian.Archive | None = None
 ) -> list[Path]:
-    """The .deb files that a phase carries to add `names` to a guest made by `recipe`, what they need included.
+    """The .deb files that a phase carries to add `names`, and their dependencies, to a guest made by `recipe`.
 
     What the installer brings already, and what the recipe omits, is left out. The files keep Debian's names.
     """
@@ -57,12 +57,12 @@ def local_packages(
 
 
 def archive_of(recipe: Recipe) -> debian.Archive:
-    """Where the recipe's packages come from, the environment considered."""
+    """The archive of the recipe's packages, or the one that the environment names."""
     return debian.Archive(recipe.mirror, recipe.suite, recipe.security).here()
 
 
 def write(recipe: Recipe, guest_dir: Path, contents: Sequence[Sequence[Entry]], out: Path) -> None:
-    """Put the CD together from what the packages hold; no network, no apt."""
+    """Write the CD from the packages' contents; no network, no apt."""
     names = [entry for group in recipe.links for entry in tree.links(group.target, group.folder, group.names)]
     overlay = tree.overlay(guest_dir / recipe.files) if recipe.files else []
     brought = tree.merge(names, *contents)
@@ -76,7 +76,7 @@ def write(recipe: Recipe, guest_dir: Path, contents: Sequence[Sequence[Entry]], 
 
 
 def _root(recipe: Recipe, brought: list[Entry], modules: Modules) -> list[Entry]:
-    """What packages bring, without what the recipe drops and with just those kernel modules that it names."""
+    """The packages' files without what the recipe drops, and with the kernel modules that it names only."""
     kept = modules.order(recipe.modules)
     plain = [entry for entry in tree.drop(brought, recipe.drop) if not is_module(entry)]
     return tree.merge(plain, kept, modules.listing(kept))

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 APT_HINT = "install apt and debian-archive-keyring: other distributions than Debian have packages of these names too"
 ARCHITECTURE = "amd64"
 FRESH_S = 6 * 3600.0
-"""For so long are the lists of an archive not asked for again."""
+"""How long the lists of an archive are used before they are fetched again."""
 HELPERS = ("/usr/lib/apt/apt-helper", "/usr/libexec/apt/apt-helper")
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 MIRROR = "http://deb.debian.org/debian"
@@ -124,7 +124,7 @@ class Apt:
         return cleared + "".join(f'{name} "{value}";\n' for name, value in values.items())
 
     def run(self, program: str, *words: str | Path) -> str:
-        """One apt program with our settings; its output. CommandError as apt fails, FetchError without apt."""
+        """Run an apt program with our settings; returns its output. CommandError, or FetchError without apt."""
         if shutil.which(program) is None:
             raise FetchError(f"{program}, which fetches Debian's packages, is not installed", hint=APT_HINT)
         return process.run(
@@ -132,13 +132,13 @@ class Apt:
         ).stdout
 
     def update(self) -> None:
-        """Fetch the lists unless they are fresh. Without a network older lists are used, and that is said."""
+        """Fetch the lists unless they are fresh. Without a network use older ones, with a warning."""
         with self._alone():
             self._update()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process at a time: apt itself gives up at once where another holds its lock."""
+        """Let one process at a time in: apt gives up at once when another holds its lock."""
         with (self.folder / "busy").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield
@@ -161,7 +161,7 @@ class Apt:
             stamp.touch()
 
     def index(self) -> "Index":
-        """All packages that the lists know."""
+        """All packages in the lists."""
         self.update()
         found = Index()
         out = self.run("apt-get", "indextargets", "--format", "$(REPO_URI)\t$(FILENAME)", "Created-By: Packages")
@@ -171,7 +171,7 @@ class Apt:
         return found
 
     def download(self, packages: Sequence[Package]) -> list[Path]:
-        """The .deb files, in the order of `packages`, from the cache where it has them; each has its digest."""
+        """Return the .deb files, in the order of `packages`, from the cache where it has them; checks each digest."""
         store = self.folder.parent.parent / "debs"
         places = [store / package.sha256 / package.file_name for package in packages]
         missing = [pair for pair in zip(packages, places, strict=True) if not _intact(pair[1], pair[0])]
@@ -200,7 +200,7 @@ class Apt:
 
 
 def lost_hint(folder: Path) -> str:
-    """What to do where apt has failed: apt says of a full disk only that a file could not be written, if that."""
+    """The hint after a failure of apt, whose own message hardly tells that the disk is full."""
     free = files.free_bytes(folder)
     if free < LEAST_FREE:
         return f"{free >> 10} KiB are free at {folder}: free some space, or put the store elsewhere with VMTASKS_STORE"
@@ -208,7 +208,7 @@ def lost_hint(folder: Path) -> str:
 
 
 class Index:
-    """Package names -> what the lists say, parsed only where it is looked at: the lists hold 60,000 packages."""
+    """Package names -> their entries, parsed on demand: the lists hold 60,000 packages."""
 
     def __init__(self) -> None:
         self._texts: dict[str, list[tuple[str, str]]] = {}
@@ -248,7 +248,7 @@ class Index:
 def resolve(index: Index, names: Iterable[str], omit: Iterable[str] = ()) -> list[Package]:
     """`names` and all that they depend on, sorted by name, without `omit` and what only those need.
 
-    Of alternatives one that is there or omitted anyway satisfies, otherwise the first that can be had counts. Versions
+    Of alternatives one that is there or omitted anyway satisfies, otherwise the first that exists counts. Versions
     are not compared, since an archive is one whole.
     FetchError names a package that no list has.
     """

@@ -1,7 +1,6 @@
-"""Linux kernel modules: which depend on which, as the .ko files themselves say, and the order to load them in.
+"""Linux kernel modules: their dependencies, read from the .ko files, and the order to load them in.
 
-They may be compressed in their package, as distributions have them now. What loads them in a guest need not know of it:
-they are unpacked here.
+Distributions compress them. They are unpacked here, so that the guest's loader need not.
 """
 
 import re
@@ -32,7 +31,7 @@ def is_module(entry: Entry) -> bool:
 
 
 def plain(entry: Entry) -> Entry:
-    """A module as it is without compression, under a name without it. ImageError for what cannot be unpacked."""
+    """Decompress a module, and its name. ImageError for what cannot be unpacked."""
     found = MODULE.fullmatch(entry.path)
     if found is None or not found[2]:
         return entry
@@ -64,10 +63,10 @@ def _unzstd(entry: Entry) -> bytes:
 
 
 def depends(entry: Entry) -> list[str]:
-    """What a module says that it needs: the `depends=` line among the zero-terminated ones of its .modinfo."""
+    """The modules that a module needs: the `depends=` line among the zero-terminated ones of its .modinfo."""
     found = DEPENDS.search(entry.read())
     if found is None:
-        raise ImageError(f"the kernel module {entry.path} has no depends= line: it is none, or it is compressed")
+        raise ImageError(f"the kernel module {entry.path} has no depends= line: it is no module, or it is compressed")
     return [name(word) for word in found[1].decode("ascii").split(",") if word]
 
 
@@ -101,7 +100,7 @@ class Modules:
     def order(self, roots: Iterable[str]) -> list[Entry]:
         """Files of `roots` and their dependencies, plain, each after what it needs, otherwise in the order asked for.
 
-        What is built into the kernel is passed over. ImageError for a module that the tree has not.
+        What is built into the kernel is skipped. ImageError for a module that the tree lacks.
         """
         ordered: dict[str, Entry] = {}
 

@@ -62,7 +62,7 @@ def report(
     """Say as JUnit XML how the suite `name` went, and count its cases.
 
     `own_xml` is the JUnit file that the suite wrote, if any: it is believed before `output`. `problem`: why it is not
-    there although there should be one, or, with `ended` None, why nobody knows how the suite ended. The counts are
+    missing, or, with `ended` None, why the suite's end is not known. The counts are
     never green when the suite has not ended with 0, nor when what it left behind says that something is missing. The
     same arguments give the same bytes.
     """
@@ -92,7 +92,7 @@ def report(
 
 
 def detect(log: str) -> Format:
-    """Tell what the output of a suite looks like; the first line that only one format has decides.
+    """Detect the format of a suite's output; the first line that only one format has decides.
 
     Or, of TAP, a plan and a test point.
     """
@@ -109,7 +109,7 @@ def detect(log: str) -> Format:
 
 
 def _or_plain(case: Case) -> Case:
-    """Say of a case that TAP makes of output that may not be meant as TAP what to do then."""
+    """Add a hint to an error case of output that may not be meant as TAP."""
     if case.outcome != "error":
         return case
     return replace(case, message=f'{case.message} (if this is no TAP: format = "plain")')
@@ -127,14 +127,14 @@ def _own(data: bytes | None, log: str) -> tuple[ET.Element, Counter[Outcome], li
 
 
 def _plain(status: int, log: str) -> Case:
-    """Make the one test case of a suite that says nothing but its exit status."""
+    """The one test case of a suite that has only an exit status."""
     if status == 0:
         return Case("exit status", "passed")
     return Case("exit status", "failed", f"exited with status {status}", _tail(log))
 
 
 def _meaning(ended: Ended, duration_s: float) -> str:
-    """Say why a suite that did not end with 0 is an error although no test failed."""
+    """Explain a status other than 0 of a suite in which no test failed."""
     status = ended.status
     if ended.timed_out:
         return f"timed out after {seconds(duration_s):g} s"
@@ -144,7 +144,7 @@ def _meaning(ended: Ended, duration_s: float) -> str:
 
 
 def _tail(log: str, lines: int = 30) -> str:
-    """Take the end of the output, where the reason of a failure most often stands."""
+    """The end of the output, which most often has the reason of a failure."""
     return "\n".join(log.rstrip("\n").split("\n")[-lines:])
 
 
@@ -160,7 +160,7 @@ def _document(root: ET.Element, suite: ET.Element, totals: Counts) -> bytes:
 
 
 def _suite(name: str, cases: Sequence[Case], log: str, duration_s: float) -> ET.Element:
-    """Make the <testsuite> of the cases that were found, with the output."""
+    """Make the <testsuite> of these cases, with the output."""
     counts = Counter(case.outcome for case in cases)
     suite = ET.Element("testsuite", name=name)
     own.set_counts(suite, len(cases), counts["failed"], counts["error"], counts["skipped"])

@@ -1,4 +1,4 @@
-"""The JUnit file that a suite wrote itself -> the same, with its shape and its counts set right."""
+"""The JUnit file that a suite wrote -> the same as <testsuites>, with true counts."""
 
 import math
 import re
@@ -55,7 +55,7 @@ def _parse(data: bytes) -> ET.Element:
 
 
 def _tidy(element: ET.Element) -> None:
-    """Take away what readers and terminals trip over: namespaces, endless texts, false times, controls."""
+    """Remove namespaces and control characters, shorten long texts, drop times that are no number."""
     element.tag = element.tag.rpartition("}")[2]
     element.text, element.tail = shorten(clean(element.text or ""), TEXT_LIMIT), clean(element.tail or "") or None
     for key, value in element.attrib.items():
@@ -65,7 +65,7 @@ def _tidy(element: ET.Element) -> None:
 
 
 def _outcome(case: ET.Element) -> Outcome:
-    """Tell how a <testcase> ended. One that was not run (GoogleTest's way to say disabled) is marked as skipped."""
+    """How a <testcase> ended. One that was not run (disabled, in GoogleTest) is marked as skipped."""
     tags = {child.tag for child in case}
     if "error" in tags or "failure" in tags:
         return "error" if "error" in tags else "failed"

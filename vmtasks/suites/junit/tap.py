@@ -24,7 +24,7 @@ _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (("sure", _SURE), ("plan", _P
 
 
 def kind(line: str) -> Kind | None:
-    """Tell what part of TAP `line` looks like; `sure`: hardly anything else prints such a line.
+    """Classify a line of TAP; `sure`: hardly anything else prints such a line.
 
     Programs do print `1..5` or `ok 3 files` by chance.
     """
@@ -93,7 +93,7 @@ class _Stream:
         return self.plan is not None and len(self.points) >= self.plan and number == 1
 
     def problems(self) -> Iterator[str]:
-        """In which ways the stream is not a complete one."""
+        """Why the stream is incomplete."""
         ran, numbers = len(self.points), Counter(point.number for point in self.points)
         twice = [number for number, times in numbers.items() if times > 1]
         if twice:
@@ -101,7 +101,7 @@ class _Stream:
         if self.bailed is not None:
             yield f"bailed out: {self.bailed}".rstrip(": ")
         elif self.plan is None:
-            yield f"no plan (1..N): nobody knows whether the tests that ran, {ran}, were all"
+            yield f"no plan (1..N): whether the tests that ran, {ran}, were all is not known"
         elif ran != self.plan:
             yield f"planned {self.plan} tests, ran {ran}"
         elif any(not 1 <= number <= self.plan for number in numbers):
