@@ -243,14 +243,14 @@ def test_restore_asks_first(here: Here) -> None:
     here.machine("a", own=True)
     done = here("restore", "a", "one")
     assert done.returncode == 1
-    assert "nothing was changed: nobody is there to ask\nhint: vmtasks restore --yes" in done.stderr
+    assert "nothing was changed: there is no terminal to ask on\nhint: vmtasks restore --yes" in done.stderr
     assert "there is no snapshot 'one' of tiny" in here("restore", "--yes", "a", "one").stderr
 
 
 def test_snapshots_are_removed_with_what_they_hold(here: Here) -> None:
     gone, used = here.snapshot("one"), here.snapshot("two")
     here.machine("a", snapshot="two", own=True)
-    assert "nobody is there to ask" in here("snapshot", "rm", "tiny:one").stderr
+    assert "there is no terminal to ask on" in here("snapshot", "rm", "tiny:one").stderr
     assert here.state.store.made(gone)
     done = here("snapshot", "rm", "--force", "tiny:two", "tiny:nosuch", "tiny:one")
     assert done.returncode == 1

@@ -1,14 +1,14 @@
-"""What a person does at a guest's console: install the system by hand, and look at a phase from inside."""
+"""A person at a guest's console: install the system by hand, and look at a phase from inside."""
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from vmtasks.config.load import show_size
 from vmtasks.errors import MachineError, MissingToolError, StateError
 from vmtasks.host import files, process, progress
 from vmtasks.host.locks import lock
+from vmtasks.host.progress import Say
 from vmtasks.images import make
 from vmtasks.images.steps import Builder
 from vmtasks.images.workspace import State
@@ -24,11 +24,9 @@ WINDOWS = ("gtk", "sdl", "cocoa")
 LABEL = "VMTASKS_KEY"
 KEYS = "Ctrl-A X ends the machine, Ctrl-A C is QEMU's monitor"
 
-Say = Callable[[str], None]
-
 
 def window(*, wanted: bool) -> str:
-    """What `-display` is to be: a window if one is `wanted`. MissingToolError or StateError when there can be none."""
+    """The value for `-display`: a window if `wanted`, else 'none'. MissingToolError, StateError when none can open."""
     if not wanted:
         if not (sys.stdin.isatty() and sys.stdout.isatty()):
             raise StateError(
@@ -51,7 +49,7 @@ def window(*, wanted: bool) -> str:
 
 
 def key_cd(state: State, user: str, out: Path) -> None:
-    """Write the CD that lets our key in as `user`: authorized_keys, key.sh and a README. It has no pfi.conf."""
+    """Write the CD that authorizes our key for `user`: authorized_keys, key.sh and a README. It has no pfi.conf."""
     public = files.read_text(state.public_key).strip()
     texts = {
         "README": (how_to(user), 0o444),
@@ -63,7 +61,7 @@ def key_cd(state: State, user: str, out: Path) -> None:
 
 
 def how_to(user: str) -> str:
-    """What to do with the key's CD, for its README and for the person at the console."""
+    """Instructions for the key's CD, for its README and for the person at the console."""
     return (
         f"The CD {LABEL} lets the key of `doit` log in as {user}. On the installed system, as root:\n"
         "    DragonFlyBSD   mount_cd9660 /dev/cd0 /mnt && sh /mnt/key.sh\n"
@@ -76,7 +74,7 @@ def how_to(user: str) -> str:
 
 
 def install(builder: Builder, *, user: str, display: str, say: Say = progress.say) -> None:
-    """Boot the installer on an empty disk of the configured machine, for a person. What was on the machine is lost."""
+    """Boot the installer on a new disk of the configured machine, for a person. The old disk is removed."""
     place, installer = Place(builder.config), builder.installer()
     life.prepare_install(place, user)
     builder.make_key()
@@ -107,7 +105,7 @@ def _boot(place: Place, cds: list[Path], boot: str, display: str, say: Say) -> N
 
 
 def look(builder: Builder, number: int, *, cd: bool, live: bool, display: str, say: Say = progress.say) -> None:
-    """Boot what phase `number` boots, on a throw-away copy of the disk that it starts from, for a person to look.
+    """Boot as phase `number` does, on a throw-away copy of its disk, for a person to look.
 
     `cd`: with the phase's CD, so that the phase runs; nothing is published. `live`: the installer's live system instead
     of the disk, which is attached.

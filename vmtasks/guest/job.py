@@ -39,7 +39,7 @@ GONE = 4
 
 @dataclass(frozen=True)
 class JobEnd:
-    """A job that is over. `status` is 128 + N after signal N; `signal` is its name, or empty after an exit.
+    """The end of a job. `status` is 128 + N after signal N; `signal` is its name, or empty after an exit.
 
     An sh prints nothing about SIGINT and SIGPIPE: these two are given as exit statuses, 130 and 141.
     """
@@ -75,7 +75,7 @@ def start(
     user: str = "",
     split: bool = False,
 ) -> str:
-    """Start a command and return its job's id; `job` is one from new_id(), for who must write it down before.
+    """Start a command and return its job's id; `job` is one from new_id(), for callers that must record it first.
 
     The command's arguments are those of Connection.execute. With `split` stderr has a file of its own.
     When the connection breaks meanwhile the job is looked for: it is started once, or RebootedError or
@@ -119,7 +119,7 @@ def follow(
     on_line: OnLine | None = None,
     keep: bool = True,
 ) -> JobEnd:
-    """Hand on what a job has written from byte `offset` on, and what it writes, until it is over.
+    """Pass on a job's output from byte `offset` on, until it is over.
 
     Each byte comes once, in order, whatever happens to the connection, from the first one on. CommandTimeoutError after
     `timeout_s`, or after `idle_s` without output; the job goes on. RebootedError when the guest has rebooted, SshError
@@ -192,7 +192,7 @@ def run(
 
 
 def listing(link: Link) -> list[JobView]:
-    """All jobs that the guest knows, the oldest first."""
+    """All jobs of the guest, oldest first."""
     return sorted(_show(link, f"{jobscript.JOBS}/*"), key=lambda view: view.started)
 
 
@@ -203,7 +203,7 @@ def show(link: Link, job: str) -> JobView | None:
 
 
 def read(link: Link, job: str) -> tuple[bytes, bytes]:
-    """All that a job has written until now: its log, and its stderr if that is kept apart."""
+    """A job's output until now: its log, and its stderr if that is kept apart."""
     done = link.execute(jobscript.fill(jobscript.READ, ID=_valid(job), OUT=1, ERR=1), timeout_s=READ_S)
     if done.status == GONE:
         raise _none(link, job)
@@ -237,7 +237,7 @@ def remove(link: Link, job: str) -> None:
 
 
 class _Tap:
-    """Where a job's bytes go: counted, handed on, and kept if asked."""
+    """Takes a job's bytes: counts them, passes them on, and keeps them if asked."""
 
     def __init__(
         self, job: str, offsets: dict[Stream, int], on_data: OnData | None, on_line: OnLine | None, *, keep: bool
@@ -258,7 +258,7 @@ class _Tap:
             self._lines[stream].feed(data)
 
     def script(self, text: str) -> str:
-        """A script that goes on where this stands; tail counts bytes from 1."""
+        """A script that goes on at these offsets; tail counts bytes from 1."""
         out, err = self.offsets["stdout"] + 1, self.offsets["stderr"] + 1
         return jobscript.fill(text, ID=self.job, OUT=out, ERR=err, WHICH=f"{jobscript.JOBS}/{self.job}")
 
@@ -282,7 +282,7 @@ def _follow_once(link: Link, tap: _Tap, deadline: float, idle_s: float | None) -
 
 
 def _rest(link: Link, tap: _Tap) -> JobView:
-    """Hand on what is in the log beyond what has come; returns how the job stood just before."""
+    """Pass on the rest of the log; returns the job's state just before."""
     told = b""
 
     def hand_on(data: bytes, stream: Stream) -> None:
@@ -316,7 +316,7 @@ def _settled(link: Link, job: str) -> str:
 
 
 def _end_late(link: Link, job: str, error: BaseException) -> None:
-    """End a job that nobody waits for any more. What goes wrong with that must not hide why."""
+    """End a job that is no longer awaited. A failure to do so must not hide the reason."""
     try:
         with signals.cuttable():
             view = cancel(link, job)
@@ -328,7 +328,7 @@ def _end_late(link: Link, job: str, error: BaseException) -> None:
 
 
 def _show(link: Link, which: str) -> list[JobView]:
-    """Look at jobs, and look again when the connection broke meanwhile and stands again: nothing is changed by that."""
+    """Read the state of jobs, again after a broken connection: reading changes nothing."""
     for left in reversed(range(TRIES)):
         try:
             done = link.execute(jobscript.fill(jobscript.SHOW, WHICH=which), timeout_s=ASK_S)

@@ -1,4 +1,4 @@
-"""PURE: what a job's files say of it, whoever has written them. See job.py for what a job is."""
+"""PURE: a job's files, which are not trusted -> its state. See job.py for what a job is."""
 
 import re
 import signal
@@ -10,8 +10,8 @@ from vmtasks.guest import boot
 from vmtasks.guest.boot import Boot
 
 State = Literal["starting", "running", "ended", "lost", "rebooted", "damaged"]
-"""`lost`: its runner was killed, so that nobody knows how the command ended; `rebooted`: by a boot of the guest.
-`damaged`: what stands in its folder tells nothing."""
+"""`lost`: its runner was killed, and how the command ended is not known; `rebooted`: a boot of the guest ended it;
+`damaged`: its status is unreadable."""
 
 STATUS = re.compile(r"(exit|signal) (\d{1,3}) (\d{1,11})", re.ASCII)
 
@@ -34,7 +34,7 @@ class JobView:
 
 
 def parse(text: str, boot_now: Callable[[], Boot]) -> list[JobView]:
-    """What jobscript.SHOW has printed. `boot_now` is asked only where a job's state depends on it."""
+    """Parse the output of jobscript.SHOW. `boot_now` is called only when a job's state depends on it."""
     jobs: list[dict[str, str]] = []
     for line in text.split("\n"):
         name, _, value = line.partition(" ")
@@ -46,7 +46,7 @@ def parse(text: str, boot_now: Callable[[], Boot]) -> list[JobView]:
 
 
 def _view(facts: Mapping[str, str], boot_now: Callable[[], Boot]) -> JobView:
-    """What a job's files say. Whatever they say: who can write them may have."""
+    """Convert a job's files. Any value is possible: users of the guest can write them."""
     state = _state(facts, boot_now)
     found = STATUS.fullmatch(facts.get("status", "")) if state == "ended" else None
     status, name = (int(found[2]), "") if found else (None, "")

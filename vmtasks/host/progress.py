@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 from vmtasks import printable
 from vmtasks.errors import StateError
@@ -103,7 +103,11 @@ class CommandLine(Observer):
 
     def watching(self, step: Step) -> AbstractContextManager[object]:
         """Keep the live line up to date."""
-        return _live(step) if is_terminal() else nullcontext()
+        if not is_terminal():
+            return nullcontext()
+        from vmtasks.host.live import live_line  # noqa: PLC0415 - rich takes 60 ms
+
+        return live_line(step.line, _stream(), color=not no_color())
 
 
 _default: list[Observer] = [Observer()]
@@ -149,57 +153,10 @@ def step(title: str, *, expected_s: float | None = None) -> Iterator[Step]:
     told.say(f"{title}: done in {seconds(shown.elapsed_s)}")
 
 
-@contextmanager
-def _live(shown: Step) -> Iterator[None]:
-    """Keep one line of the terminal up to date with `shown`, and clear it at the end."""
-    from rich.console import Console  # noqa: PLC0415
-    from rich.live import Live  # noqa: PLC0415
-    from rich.spinner import Spinner  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
-
-    stream = _stream()
-    out = cast("TextIO", _Deaf(stream)) if stream else None
-    console = Console(file=out, no_color=no_color(), highlight=False)
-    spinner = Spinner("dots", style="" if no_color() else "cyan")
-
-    def render() -> Any:
-        spinner.update(text=Text(shown.line(), overflow="ellipsis", no_wrap=True))
-        return spinner
-
-    with Live(get_renderable=render, console=console, refresh_per_second=8, transient=True, redirect_stdout=False):
-        yield
-
-
-class _Deaf(io.TextIOBase):
-    """A terminal that may be closed at any moment: what can no longer be shown must not end the work, or its undoing.
-
-    The kernel refuses to write (EIO) before SIGHUP arrives, which is what ends us then.
-    """
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-
-    def isatty(self) -> bool:
-        return self._stream.isatty()
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return self._stream.encoding
-
-    def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
-
-
 def confirm(question: str, otherwise: str, done: str = "removed") -> None:
-    """Ask a person. StateError, that nothing was `done`, when there is none to ask, or the answer is not yes."""
+    """Ask a person. StateError, that nothing was `done`, without a terminal or when the answer is not yes."""
     if not sys.stdin or sys.stdin.closed or not sys.stdin.isatty():
-        raise StateError(f"nothing was {done}: nobody is there to ask", hint=otherwise)
+        raise StateError(f"nothing was {done}: there is no terminal to ask on", hint=otherwise)
     to_stderr(f"{question} [y/N] ")
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):
         raise StateError(f"nothing was {done}")

@@ -1,4 +1,4 @@
-"""Verify a guest on real media, from download to removal, and report what was seen: for guests that few have run."""
+"""Verify a guest on real media, from download to removal, and report: for guests that few have run."""
 
 import os
 import platform
@@ -35,7 +35,7 @@ NAME = "verify"
 
 
 class Verification:
-    """One verification: everything is made anew, in a state folder and a machine of its own."""
+    """One verification: everything is built again, in a state folder and a machine of its own."""
 
     def __init__(self, config: Config, note: Say) -> None:
         """`config` is the project's; only its guest, sizes, suites and store are used."""
@@ -55,7 +55,7 @@ class Verification:
         self._stopped = False
 
     def run(self, *, allow_unverified: bool = False) -> Findings:
-        """Carry out all stages and write the report after each: also one that is killed leaves what it has seen.
+        """Run all stages and write the report after each, so that a killed run leaves one too.
 
         A stage that fails ends the ones that build on it; the rest of the questions is still asked.
         """

@@ -1,0 +1,52 @@
+"""A live line on a terminal: owns rich, which takes long to import and is needed for a person only."""
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import TextIO, cast
+
+from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.text import Text
+
+
+@contextmanager
+def live_line(text: Callable[[], str], stream: TextIO | None, *, color: bool) -> Iterator[None]:
+    """Keep one line of the terminal `stream` up to date with `text()`, and clear it at the end."""
+    out = cast("TextIO", _Unbreakable(stream)) if stream else None
+    console = Console(file=out, no_color=not color, highlight=False)
+    spinner = Spinner("dots", style="cyan" if color else "")
+
+    def render() -> Spinner:
+        spinner.update(text=Text(text(), overflow="ellipsis", no_wrap=True))
+        return spinner
+
+    with Live(get_renderable=render, console=console, refresh_per_second=8, transient=True, redirect_stdout=False):
+        yield
+
+
+class _Unbreakable(io.TextIOBase):
+    """A terminal that may be closed at any moment: a failure to write must not end the work, or its clean-up.
+
+    The kernel refuses to write (EIO) before SIGHUP arrives, which is what ends us then.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return self._stream.isatty()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return self._stream.encoding
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
