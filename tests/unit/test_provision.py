@@ -1,18 +1,22 @@
 """provision.sh, run by this host's sh, and what the host makes of what it says."""
 
+import io
 import os
 import shutil
 import signal
 import subprocess
+import tarfile
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from vmtasks.byhand.provision import _judge
+from unit.shellserver import serving
+from vmtasks.byhand.provision import _judge, _remove, _run, _send
 from vmtasks.errors import PhaseError, SshError, VmTasksError
-from vmtasks.guest import ssh
-from vmtasks.host import process
+from vmtasks.guest.link import Link
 from vmtasks.qemu.console import Account
 
 SHIPPED = Path(__file__).parents[2] / "vmtasks/media/phase"
@@ -79,32 +83,56 @@ def test_lines_of_others_are_not_taken_for_ours() -> None:
     assert heard.status is None
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="the script is run as root")
 @pytest.mark.parametrize(
-    ("output", "ended", "kind", "says"),
+    ("script", "kind", "says"),
     [
-        (f"::vmtasks:{TOKEN}:step a\n+ 3: ls /x\n::vmtasks:{TOKEN}:exit 2 a\n", 2, PhaseError, "2 (line 3: ls /x) at"),
-        (
-            f"::vmtasks:{TOKEN}:step a\n",
-            process.AT_DEADLINE,
-            PhaseError,
-            "did not end within 5.0 s and was ended at step 'a'",
-        ),
-        (f"::vmtasks:{TOKEN}:step a\n", ssh.FAILED, SshError, "the connection was lost at step 'a'; how"),
-        (
-            f"::vmtasks:{TOKEN}:step a\n",
-            process.TIMED_OUT,
-            PhaseError,
-            "ended with 124 and without a verdict at step 'a'",
-        ),
-        ("", 0, PhaseError, "ended with 0 and without a verdict"),
-        ("no doas here\n", 126, PhaseError, "ended with 126 and without a verdict"),
+        ("step a\nls /no/such\n", PhaseError, "its script exited with 2 ("),
+        ("step a\nsleep 60\n", PhaseError, "did not end within 5.0 s; it was ended at step 'a'"),
+        ("step a\nkill -KILL $PPID $$\n", PhaseError, "and without a verdict at step 'a'"),
+        ("step a\necho cut\nsleep 60\n", SshError, "the connection was lost at step 'a'; how the script ended"),
     ],
 )
 def test_the_cause_of_each_failure(
-    output: str, ended: process.Ended | int, kind: type[VmTasksError], says: str, tmp_path: Path
+    media: Path, script: str, kind: type[VmTasksError], says: str, tmp_path: Path
 ) -> None:
-    how = process.Ended(ended) if isinstance(ended, int) else ended
+    (media / "phase.sh").write_text(script)
+    home, log, heard = tmp_path / "home", tmp_path / "log", Account(TOKEN, lambda _: None)
+    over = threading.Event()
+    with serving(home) as target, Link(target, window_s=5) as link:
+
+        def cut() -> None:
+            while not over.wait(0.05):
+                if log.exists() and b"\ncut" in log.read_bytes():
+                    link.close()
+                    return
+
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(cut)
+            try:
+                end = _run(link, str(media), heard, log, 5.0)
+            finally:
+                over.set()
     with pytest.raises(kind) as caught:
-        _judge("provision", hear(output.encode()), how, tmp_path / "log", 5.0)
+        _judge("provision", heard, end, log)
     assert says in caught.value.message
-    assert caught.value.log == tmp_path / "log"
+    assert caught.value.log == log
+    assert b"step a" in log.read_bytes()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the script is run as root")
+def test_what_is_sent_is_run_and_removed(media: Path, tmp_path: Path) -> None:
+    (media / "phase.sh").write_text("step a\necho hello\n")
+    archive, heard = io.BytesIO(), Account(TOKEN, lambda _: None)
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for path in media.iterdir():
+            tar.add(path, path.name)
+    with serving(tmp_path / "home") as target, Link(target) as link:
+        folder = _send(link, archive.getvalue())
+        end = _run(link, folder, heard, tmp_path / "log", 20.0)
+        _judge("provision", heard, end, tmp_path / "log")
+        _remove(link, folder)
+        assert not Path(folder).exists()
+        with pytest.raises(SshError, match=r"the script could not be sent to .*tar"):
+            _send(link, b"no archive")
+    assert b"hello" in (tmp_path / "log").read_bytes()

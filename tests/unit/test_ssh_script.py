@@ -199,37 +199,6 @@ def test_a_guest_where_nobody_can_be_become(tmp_path: Path, plain_path: str):
     assert done.stderr == "the guest has neither doas nor sudo: cannot become root\n"
 
 
-# ---- the end of a script
-
-
-@pytest.mark.parametrize("shell", [shell for shell in ("sh", "csh") if shell in LOGIN_SHELLS])
-def test_end_script_ends_all_that_a_script_has_started(shell: str, tmp_path: Path):
-    pidfile = tmp_path / "it's a file"
-    text = ssh.script(
-        f"sleep 60 & echo $! >{tmp_path}/sleep; trap '' TERM; wait; sleep 60", cwd=".", env={}, pidfile=str(pidfile)
-    )
-    environ = {**os.environ, "HOME": str(tmp_path)}
-    with subprocess.Popen([*LOGIN_SHELLS[shell], ssh.remote_line(text)], env=environ, start_new_session=True) as child:
-        while not (tmp_path / "sleep").exists() or not (tmp_path / "sleep").read_text():
-            time.sleep(0.02)
-        group = int(pidfile.read_text())
-        assert os.getpgid(int((tmp_path / "sleep").read_text())) == group
-        began = time.monotonic()
-        ended = login(shell, ssh.remote_line(ssh.end_script(str(pidfile))), home=tmp_path)
-        assert ended.stderr == ""
-        assert process.shell_status(child.wait(5)) == 128 + signal.SIGKILL
-        assert time.monotonic() - began < 6
-    assert not processes.started(int((tmp_path / "sleep").read_text()))
-    assert not pidfile.exists()
-
-
-def test_end_script_without_anything_to_end(tmp_path: Path):
-    began = time.monotonic()
-    done = login("sh", ssh.remote_line(ssh.end_script(str(tmp_path / "none"))), home=tmp_path)
-    assert done.returncode == 0
-    assert time.monotonic() - began < 1.5
-
-
 # ---- sessions
 
 

@@ -3,17 +3,17 @@
 import io
 import re
 import secrets
-import shlex
 import tarfile
 from pathlib import Path
 
 from vmtasks.config.load import Config
-from vmtasks.errors import CommandError, ConfigError, PhaseError, SshError, finally_do
+from vmtasks.errors import CommandTimeoutError, ConfigError, ConnectionLostError, PhaseError, SshError, finally_do
 from vmtasks.guest import ssh
-from vmtasks.host import process, progress
+from vmtasks.guest.link import Link
+from vmtasks.host import progress
 from vmtasks.host.locks import lock
 from vmtasks.images.steps import Builder
-from vmtasks.machines import life
+from vmtasks.machines import Machine, life
 from vmtasks.machines.folder import Place
 from vmtasks.media import template
 from vmtasks.qemu.console import Account
@@ -49,13 +49,13 @@ def provision(config: Config, number: int = 0) -> Path:
         builder = Builder(config)
         builder.render(number)
         step.now("send the script")
-        target = life.require_running(place)
-        folder = _send(target, _archive(builder, number))
-        with finally_do(lambda: _remove(target, folder), f"{folder} in the guest could not be removed"):
-            said = Account(secrets.token_hex(8), step.now)
-            timeout_s = phases[number - 1].timeout_s * builder.accel.factor
-            ended = _run(target, folder, said, log, timeout_s)
-        _judge(what, said, ended, log, timeout_s)
+        said = Account(secrets.token_hex(8), step.now)
+        timeout_s = phases[number - 1].timeout_s * builder.accel.factor
+        with Machine(config).link() as link:
+            folder = _send(link, _archive(builder, number))
+            with finally_do(lambda: _remove(link, folder), f"{folder} in the guest could not be removed"):
+                end = _run(link, folder, said, log, timeout_s)
+        _judge(what, said, end, log)
         _learn(place, said.host_keys)
     return log
 
@@ -75,56 +75,56 @@ def _archive(state: Builder, number: int) -> bytes:
     return out.getvalue()
 
 
-def _send(target: ssh.Target, archive: bytes) -> str:
+def _send(link: Link, archive: bytes) -> str:
     """Unpack the archive in a folder of its own in the guest; returns that folder."""
     text = (
         'umask 077; folder=$(mktemp -d /tmp/vmtasks.XXXXXX) && cd "$folder" && tar -xf - && printf \'%s\\n\' "$folder"'
     )
-    try:
-        said = process.run(target.argv(ssh.remote_line(text)), timeout_s=SEND_S, stdin=archive).stdout.split()
-    except CommandError as error:
-        raise SshError(f"the script could not be sent to {target.name}: {error.message}", hint="doit status") from None
-    if not said or not re.fullmatch(r"/tmp/vmtasks\.\w+", said[-1]):  # noqa: S108 - in the guest
-        raise SshError(f"the script could not be sent to {target.name}: it answered {' '.join(said) or 'nothing'}")
+    done = link.execute(text, stdin=archive, timeout_s=SEND_S)
+    said = done.stdout.decode(errors="replace").split()
+    if done.status or not said or not re.fullmatch(r"/tmp/vmtasks\.\w+", said[-1]):  # noqa: S108 - in the guest
+        why = done.stderr.decode(errors="replace").strip() or " ".join(said) or "nothing"
+        raise SshError(f"the script could not be sent to {link.target.name}: it answered {why}", hint="doit status")
     return said[-1]
 
 
-def _run(target: ssh.Target, folder: str, said: Account, log: Path, timeout_s: float) -> process.Ended:
-    """Run the wrapper as root to its end or the deadline; returns how ssh ended."""
+def _run(link: Link, folder: str, said: Account, log: Path, timeout_s: float) -> tuple[str, str]:
+    """Run the wrapper as root; returns what ended it, should it have given no verdict: a cause and a few words."""
     env = {"VMTASKS_MEDIA": folder, "VMTASKS_TOKEN": said.token}
-    pidfile = f"{folder}/pid"
-    text = ssh.script(f"exec /bin/sh {folder}/{WRAPPER}", cwd="/", env=env, user="root", pidfile=pidfile)
+    text = f"exec /bin/sh {folder}/{WRAPPER} 2>&1"
     with log.open("wb") as record:
 
-        def both(data: bytes) -> None:
+        def both(data: bytes, _: object) -> None:
             record.write(data)
             record.flush()
             said.feed(data)
 
-        return ssh.execute(target, text, both, timeout_s=timeout_s, at_deadline=ssh.end_script(pidfile, "root"))
+        try:
+            done = link.execute(text, cwd="/", env=env, user="root", timeout_s=timeout_s, on_data=both, keep=False)
+        except CommandTimeoutError as error:
+            then = error.message.rpartition("; ")[2]  # whether it could be ended
+            return "timeout", f"the script did not end within {progress.seconds(timeout_s)}; {then}"
+        except ConnectionLostError:
+            return "lost", "the connection was lost"
+    return "no-verdict", f"the script ended with {done.status} and without a verdict"
 
 
-def _remove(target: ssh.Target, folder: str) -> None:
-    text = ssh.script(f"rm -rf {shlex.quote(folder)}", cwd="/", env={}, user="root")
-    process.run(target.argv(ssh.remote_line(text)), timeout_s=60, check=False)
-
-
-def _judge(what: str, said: Account, ended: process.Ended, log: Path, timeout_s: float) -> None:
-    """Nothing when the script said 0; otherwise the failure, with its cause."""
+def _judge(what: str, said: Account, end: tuple[str, str], log: Path) -> None:
+    """Nothing when the script said 0; otherwise the failure, with its cause. `end` is what _run() returns."""
     if said.status == 0:
         return
-    where, tail, hint = said.where, said.transcript.tail(), "doit ssh"
-    if said.status is not None:
-        told = f"{what}: {said.verdict}{where}"
-        raise PhaseError(told, cause="verdict", log=log, console=tail, hint=hint)
-    if ended.timed_out:
-        told = f"{what}: the script did not end within {progress.seconds(timeout_s)} and was ended{where}"
-        raise PhaseError(told, cause="timeout", log=log, console=tail, hint=hint)
-    if ended.status == ssh.FAILED:
-        told = f"{what}: the connection was lost{where}; how the script ended is not known"
+    cause, told = end
+    where, tail = said.where, said.transcript.tail()
+    if said.status is not None and cause != "timeout":  # at the deadline the script is ended, and says so
+        cause, told = "verdict", said.verdict
+    if cause == "lost":
+        told = f"{what}: {told}{where}; how the script ended is not known"
         raise SshError(told, log=log, console=tail, hint="doit status")
-    told = f"{what}: the script ended with {ended.status} and without a verdict{where}"
-    raise PhaseError(told, cause="no-verdict", log=log, console=tail, hint=hint)
+    raise PhaseError(f"{what}: {told}{where}", cause=cause, log=log, console=tail, hint="doit ssh")
+
+
+def _remove(link: Link, folder: str) -> None:
+    link.execute(["rm", "-rf", folder], cwd="/", user="root", timeout_s=60)
 
 
 def _learn(place: Place, host_keys: list[str]) -> None:

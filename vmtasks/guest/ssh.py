@@ -229,22 +229,12 @@ def detach(target: Target) -> None:
         target.control.unlink(missing_ok=True)
 
 
-def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "", pidfile: str = "") -> str:
+def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "") -> str:
     """A POSIX sh script that runs `command` in `cwd`, or where it is, with `env`, as `user` if not who logged in.
 
-    Another user is reached through doas, sudo or, from root, su, whichever the guest has. `pidfile`: where the id of
-    the process group is written, for end_script().
+    Another user is reached through doas, sudo or, from root, su, whichever the guest has.
     """
-    body = become(user, _prepared(command, cwd, env, home='"$0"'))
-    if not pidfile:
-        return body
-    # A group of its own: OpenSSH's server makes one for each command, dropbear does not, and not every system has
-    # setsid. In the background it need not fork, so that the shell can wait for it.
-    return (
-        "if command -v setsid >/dev/null 2>&1; then\n"
-        f"setsid /bin/sh -c {shlex.quote(body)} & echo $! >{shlex.quote(pidfile)}; wait $!\n"
-        f"else echo $$ >{shlex.quote(pidfile)}\n{body}\nfi"
-    )
+    return become(user, _prepared(command, cwd, env, home='"$0"'))
 
 
 def _prepared(command: str, cwd: str, env: Mapping[str, str], home: str) -> str:
@@ -252,28 +242,6 @@ def _prepared(command: str, cwd: str, env: Mapping[str, str], home: str) -> str:
     exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
     place = shlex.quote(cwd) if cwd.startswith("/") else f"{home}/{shlex.quote(cwd)}"
     return f"{exports}{f'cd {place} && ' if cwd else ''}{{ {command}\n}}"
-
-
-def end_script(pidfile: str, user: str = "") -> str:
-    """A script that ends the process group which script() started: SIGTERM, 2 s, SIGKILL."""
-    inner = (
-        f"group=$(cat {shlex.quote(pidfile)} 2>/dev/null) || exit 0; "  # no `--` before a group: dash takes none
-        f"kill -TERM -$group 2>/dev/null && sleep 2; kill -KILL -$group 2>/dev/null; rm -f {shlex.quote(pidfile)}"
-    )
-    return become(user, inner)
-
-
-def execute(
-    target: Target, text: str, sink: Callable[[bytes], None], *, timeout_s: float, at_deadline: str = ""
-) -> process.Ended:
-    """Run a script in the guest; output goes to `sink` as it comes. Returns how it ended, at the latest `timeout_s`.
-
-    `at_deadline` is a script that ends in the guest what `text` has started.
-    """
-    ended = process.stream(target.argv(remote_line(f"{{ {text}\n}} 2>&1 </dev/null")), sink, timeout_s=timeout_s)
-    if ended.timed_out and at_deadline:
-        process.run(target.argv(remote_line(at_deadline)), timeout_s=30, check=False)
-    return ended
 
 
 def end_group_script(group: int, user: str = "") -> str:

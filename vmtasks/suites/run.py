@@ -125,8 +125,9 @@ class Suites:
             except CommandError as error:
                 if not refused(error):
                     raise
-                take = ssh.script(f"chown -R -h {target.user} .", cwd=self.config.sync.dest, env={}, user="root")
-                process.run(target.argv(ssh.remote_line(take)), timeout_s=CHOWN_S, check=False)
+                with contextlib.suppress(SshError), self.machine.link() as link:
+                    take = ["chown", "-R", "-h", target.user, "."]
+                    link.execute(take, cwd=self.config.sync.dest, user="root", timeout_s=CHOWN_S)
                 done = self._send(target)
         except CommandError as error:
             raise error.but(message=f"sync: {error.message}", hint=self._sync_hint(error)) from error

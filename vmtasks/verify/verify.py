@@ -13,8 +13,8 @@ import msgspec
 from vmtasks import __version__
 from vmtasks.config.load import Config, show_size
 from vmtasks.config.tables import Download
-from vmtasks.errors import StateError, VmTasksError, finally_do
-from vmtasks.guest import ssh
+from vmtasks.errors import CommandTimeoutError, StateError, VmTasksError, finally_do
+from vmtasks.guest.link import Link
 from vmtasks.host import files, process
 from vmtasks.host.progress import Say, seconds
 from vmtasks.images.steps import Builder
@@ -129,14 +129,21 @@ class Verification:
 
     def _ask(self) -> str:
         """Put the questions that the installed machine answers."""
-        target = self.machine.require_running()
         asked = [question for question in self.config.guest.questions if question.command]
-        for question in asked:
-            inside = ssh.script(f"{{ {question.command}\n}} 2>&1", cwd="/", env={}, user="root")
-            done = process.run(target.argv(ssh.remote_line(inside)), timeout_s=COMMAND_S * self._factor, check=False)
-            status = [f"(status {done.status})"] if done.status else []
-            self.findings.answers[question.asks] = [*done.stdout.splitlines(), *done.stderr.splitlines(), *status]
+        with self.machine.link() as link:
+            for question in asked:
+                self.findings.answers[question.asks] = self._put(link, question.command)
         return f"{len(asked)} put to the machine"
+
+    def _put(self, link: Link, command: str) -> list[str]:
+        """What a command in the machine, run as root, says; and its status, unless that is 0."""
+        limit_s = COMMAND_S * self._factor
+        try:
+            done = link.execute(f"{{ {command}\n}} 2>&1", cwd="/", user="root", timeout_s=limit_s)
+        except CommandTimeoutError as error:
+            return [*error.stdout.decode(errors="replace").splitlines(), f"({error.message})"]
+        status = [f"(status {done.status})"] if done.status else []
+        return [*done.stdout.decode(errors="replace").splitlines(), *status]
 
     def _suites(self) -> str:
         results = Results(self.config)
