@@ -10,14 +10,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from vmtasks.errors import SshError
-from vmtasks.guest import banner, client
+from vmtasks.guest import banner
 from vmtasks.guest.banner import HOST
-from vmtasks.guest.client import Console
 from vmtasks.guest.ssh import Target
 from vmtasks.qemu import qmp
+
+if TYPE_CHECKING:
+    from vmtasks.guest.client import Console
 
 Verdict = Literal["ready", "ssh", "no-ssh", "silent", "paused", "panicked", "gone", ""]
 
@@ -73,7 +75,7 @@ def is_alive(
     timeout_s: float = 10.0,
     process: Callable[[], bool] | None = None,
     control: Path | None = None,
-    console: Console | None = None,
+    console: "Console | None" = None,
 ) -> Alive:
     """Ask a machine, each layer for at most `timeout_s`.
 
@@ -119,8 +121,10 @@ def cpu(control: Path) -> tuple[Verdict, str]:
     return ("panicked" if state == qmp.PANICKED else "paused"), f"{state}: {qmp.STUCK.get(state, 'see QEMU')}"
 
 
-def network(target: Target, timeout_s: float, console: Console | None = None) -> dict[str, Look]:
+def network(target: Target, timeout_s: float, console: "Console | None" = None) -> dict[str, Look]:
     """The layers from the port to a command in the guest, each for at most `timeout_s`."""
+    from vmtasks.guest import client  # noqa: PLC0415 - paramiko takes 0.2 s, and most who import this never look
+
     opened: list[client.Connection] = []
 
     def port() -> tuple[Verdict, str]:

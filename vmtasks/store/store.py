@@ -384,7 +384,7 @@ def load_record(path: Path, kind: type[R]) -> R:
     return msgspec.convert(_parsed(files.read_text(path)), kind)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def _parsed(text: str) -> dict[str, Any]:
     """A record's text as TOML; a run with nothing to do reads most of them twice or more."""
     return tomllib.loads(text)
