@@ -66,7 +66,9 @@ def _boot(root: Path, work: Path, order: Order) -> Outcome:
     )
     digest = hashlib.sha256(repr(order).encode()).hexdigest()
     builder = Builder(config)
-    job = builder._job(order.number, digest, builder.below(order.number))
+    texts = builder.read(order.number)
+    job = builder.job(order.number, texts, builder.nodes({order.number: texts}), builder.below(order.number))
+    job = replace(job, digest=digest)
     phase = changed(job.phase, cds=[*job.phase.cds, "told"], timeout_s=TIMEOUT_S, silence_timeout_s=SILENCE_S)
     talk = {
         name: [changed(exchange, timeout_s=PROMPT_S) for exchange in exchanges]
@@ -86,5 +88,6 @@ def _boot(root: Path, work: Path, order: Order) -> Outcome:
     records = [path.with_suffix(".toml") for path in images]
     for path in (job.store.failed(digest), job.store.partial(digest), *records, *images):
         path.unlink(missing_ok=True)
+    job.store.drop_key(digest)
     seen = transcript.read(job.console_log)
     return Outcome(order, cause, message, published, seen.made_to_fail, seen.findings, seen.text)

@@ -11,9 +11,8 @@ import pytest
 from bootsector import ask, cd, phase, power_off, say, sector, wait_ticks, write_disk
 from vmtasks.config.load import load
 from vmtasks.errors import PhaseError
-from vmtasks.images import plan
-from vmtasks.images.steps import Builder
-from vmtasks.installer.installer import recipe_digest
+from vmtasks.images.steps import Builder, iso_token
+from vmtasks.installer.installer import recipe as recipe_of
 from vmtasks.media import disk
 from vmtasks.qemu import argv
 from vmtasks.qemu.accel import Accel
@@ -75,7 +74,10 @@ class Guest:
         return self.builder
 
     def token(self, number: int) -> str:
-        return plan.token(self.builder._iso_files(self.builder.sources(number)))
+        builder = self.builder
+        private = builder.key_of(number, builder.nodes())
+        made = builder.render_files(number, builder.read(number), builder.public_line(private))
+        return iso_token(builder.iso_entries(number, made))
 
     def prepare(self, *, second: bytes | None = None, verdict: str = "0 done", ticks: int = 0) -> None:
         """Do all that comes before the phases. `second` is what the disk does in phase 2, by default what is right.
@@ -104,8 +106,8 @@ class Guest:
         path = self.builder.store.download(sha256)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(image)
-        recipe, mtime_ns = recipe_digest(self.builder.config), path.stat().st_mtime_ns
-        record = MediaRecord(sha256=sha256, size=len(image), mtime_ns=mtime_ns, origin="", recipe=recipe)
+        (recipe, parts), mtime_ns = recipe_of(self.builder.config), path.stat().st_mtime_ns
+        record = MediaRecord(sha256=sha256, size=len(image), mtime_ns=mtime_ns, origin="", recipe=recipe, parts=parts)
         write_record(self.builder.store.root / "media" / f"{recipe}.toml", record)
         write_record(self.builder.installer_record, record)
 
@@ -138,12 +140,12 @@ def both(guest: Guest) -> None:
 def test_two_phases_become_two_images(guest: Guest):
     both(guest)
     guest.builder.snapshot()
-    first, second = (guest.builder.store.find(guest.builder.digest(n))[0] for n in (1, 2))
+    first, second = (guest.builder.store.find(guest.builder.nodes()[f"phase:{n}"].digest)[0] for n in (1, 2))
     assert (second.backing, second.backing_sha256) == (first.digest, first.chain)
     assert (first.host_keys, second.host_keys) == ([], [KEY])
     assert second.virtual_size == 4 << 20
     assert guest.boots() == ["1-install", "2-provision"]
-    assert [guest.builder.why_stale(n) for n in (0, 1, 2)] == ["", "", ""]
+    assert [guest.builder.why_stale(name) for name in ("fetch", "phase:1", "phase:2")] == ["", "", ""]
     assert guest.builder.image_fault(guest.builder.clean_record) == ""
     path = guest.builder.store.image(second)
     assert disk.info(path)["backing-filename"] == guest.builder.store.image(first).name
@@ -160,16 +162,16 @@ def test_what_was_built_is_not_booted_again(guest: Guest):
         guest.builder.record(number).unlink()
     both(guest)
     assert guest.boots() == []
-    assert guest.builder.why_stale(2) == ""
+    assert guest.builder.why_stale("phase:2") == ""
 
 
 def test_going_back_to_an_earlier_script_boots_nothing(guest: Guest):
     both(guest)
     template = guest.root / "phases/sector/2-provision.sh.j2"
-    before, digest = template.read_text(), guest.builder.digest(2)
+    before, digest = template.read_text(), guest.builder.nodes()["phase:2"].digest
     template.write_text(before + "# changed\n")
     guest.builder.render(2)
-    assert guest.builder.digest(2) != digest
+    assert guest.builder.nodes()["phase:2"].digest != digest
     template.write_text(before)
     guest.builder.render(2)
     guest.builder.phase_iso(2)
@@ -182,12 +184,12 @@ def test_an_image_that_was_cut_is_said_and_made_again(guest: Guest, capsys: pyte
     image = guest.image(2)
     image.chmod(0o644)
     os.truncate(image, image.stat().st_size - 1)
-    assert "its record says" in guest.builder.why_stale(2)
+    assert "its record says" in guest.builder.why_stale("phase:2")
     capsys.readouterr()
     both(guest)
     assert "its record says" in capsys.readouterr().out
     assert guest.boots() == ["1-install", "2-provision", "2-provision"]
-    assert guest.builder.why_stale(2) == ""
+    assert guest.builder.why_stale("phase:2") == ""
 
 
 def test_what_boots_is_what_the_digest_says(guest: Guest):
@@ -217,12 +219,12 @@ def test_a_phase_that_fails_publishes_nothing_and_keeps_its_disk(tmp_path: Path)
         PhaseError, match="phase 2-provision of sector: the guest powered off before its script"
     ) as caught:
         guest.builder.build(2)
-    error, digest = caught.value, guest.builder.digest(2)
+    error, digest = caught.value, guest.builder.nodes()["phase:2"].digest
     assert (error.cause, error.log) == ("no-verdict", guest.builder.log(2))
     assert error.console == ("from the disk", "about to fail")
     assert guest.images() == images
     assert not guest.builder.record(2).exists()
-    assert guest.builder.why_stale(2) == "there is no record phase-2.toml"
+    assert guest.builder.why_stale("phase:2") == "there is no record phase-2.toml"
     kept = guest.builder.store.failed(digest)
     disk.check(kept)
     look = Path(error.hint.split()[3])
@@ -233,7 +235,7 @@ def test_a_phase_that_fails_publishes_nothing_and_keeps_its_disk(tmp_path: Path)
     assert kept.read_bytes() == before
     guest.prepare()
     both(guest)
-    assert guest.builder.why_stale(2) == ""
+    assert guest.builder.why_stale("phase:2") == ""
 
 
 def test_a_first_phase_that_fails_says_where(tmp_path: Path):
@@ -245,10 +247,10 @@ def test_a_first_phase_that_fails_says_where(tmp_path: Path):
 
 
 def test_what_a_killed_run_left_does_not_disturb(guest: Guest):
-    partial = guest.builder.store.partial(guest.builder.digest(1))
+    partial = guest.builder.store.partial(guest.builder.nodes()["phase:1"].digest)
     partial.parent.mkdir(parents=True)
     partial.write_bytes(b"half an image")
-    orphan = partial.with_name(f"{guest.builder.digest(1)}.{'0' * 16}.qcow2")
+    orphan = partial.with_name(f"{guest.builder.nodes()['phase:1'].digest}.{'0' * 16}.qcow2")
     orphan.write_bytes(b"an image without its record")
     both(guest)
-    assert guest.builder.why_stale(2) == ""
+    assert guest.builder.why_stale("phase:2") == ""

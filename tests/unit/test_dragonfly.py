@@ -123,6 +123,8 @@ def test_the_drives_are_in_the_order_that_pfi_and_the_loader_rely_on(tmp_path: P
         token="0" * 16,
         isos={"installer": tmp_path / "installer.iso", "phase": tmp_path / "phase.iso"},
         below=None,
+        parts={},
+        key=tmp_path / "key",
     )
     words = command(spec(job, tmp_path / "disk", tmp_path, None))
     drives = [word for word in words if word.startswith(("ide-cd,", "scsi-hd,"))]

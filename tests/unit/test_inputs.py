@@ -17,6 +17,8 @@ pytestmark = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is 
 
 PACKAGE = Path(__file__).parents[2] / "vmtasks"
 STEPS = ["fetch", "phase:1", "phase:2", "phase_iso:1", "phase_iso:2", "render:1", "render:2", "snapshot"]
+AFTER_FETCH = ["fetch", "phase:1", "phase:2", "snapshot"]
+"""What nobody knows to be up to date until the installer is there."""
 
 
 class Built(Guest):
@@ -88,10 +90,10 @@ def project(built: Built) -> Iterator[Built]:
 @pytest.mark.parametrize(
     ("file", "old", "new", "stale"),
     [
-        ("media/phase/lib.sh", "# What a phase", "# All that a phase", ["render:1", "render:2"]),
-        ("media/phase/run.sh", "# Runs the phase", "# Carries out the phase", ["render:1", "render:2"]),
-        ("installer/installer.py", "FORMAT = 1", "FORMAT = 1000", ["fetch"]),
-        ("images/plan.py", "FORMAT = 1", "FORMAT = 1000", STEPS[1:-1]),
+        ("media/phase/lib.sh", "# What a phase", "# All that a phase", STEPS[1:]),
+        ("media/phase/run.sh", "# Runs the phase", "# Carries out the phase", STEPS[1:]),
+        ("installer/installer.py", "FORMAT = 1", "FORMAT = 1000", AFTER_FETCH),
+        ("images/plan.py", "FORMAT = 2", "FORMAT = 1000", STEPS[1:]),
     ],
 )
 def test_what_comes_with_vmtasks_is_an_input(project: Built, file: str, old: str, new: str, stale: list[str]):
@@ -100,9 +102,9 @@ def test_what_comes_with_vmtasks_is_an_input(project: Built, file: str, old: str
     assert text.count(old) == 1
     path.write_text(text.replace(old, new))
     assert project.stale() == stale
-    if stale[0] == "render:1":
+    if "render:1" in stale:
         project.doit("phase_iso")
-        assert project.stale() == ["phase:1", "phase:2"]
+        assert project.stale() == ["phase:1", "phase:2", "snapshot"]
 
 
 @pytest.mark.parametrize("change", ["mode", "target", "folder"])
@@ -117,8 +119,9 @@ def test_what_the_installer_is_made_of_is_an_input(project: Built, change: str):
     else:
         folder.mkdir()
     try:
-        assert project.stale() == ["fetch"]
-        assert "what the installer is made of has changed" in project.doit("info", "fetch", status=1)
+        assert project.stale() == AFTER_FETCH
+        named = {"mode": "files/motd changed", "target": "files/link changed", "folder": "files/new is new"}
+        assert f"\n  {named[change]}\n" in project.doit("info", "fetch", status=1)
     finally:
         motd.chmod(0o644)
         link.unlink()
@@ -143,7 +146,8 @@ def test_a_rendered_file_that_was_damaged_is_rendered_again(project: Built, dama
     whole = path.read_bytes()
     path.chmod(0o755)
     path.write_bytes(damage)
-    assert set(project.stale()) == {"phase_iso:2", "render:2"}
+    assert project.stale() == ["render:2"]
+    assert "phase-2/run.sh is not as it was rendered" in project.doit("info", "render:2", status=1)
     project.doit("phase_iso")
     assert path.read_bytes() == whole
     assert project.stale() == []

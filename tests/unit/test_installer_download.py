@@ -78,7 +78,7 @@ def assert_fetched(builder: Builder, iso: bytes = ISO) -> MediaRecord:
     assert builder.installer() == builder.store.root / "downloads" / found.sha256
     assert builder.installer().read_bytes() == iso
     assert builder.installer().stat().st_mode & 0o777 == 0o444
-    assert builder.why_stale(0) == ""
+    assert builder.why_stale("fetch") == ""
     return found
 
 
@@ -179,7 +179,7 @@ def test_an_installer_that_was_damaged_is_fetched_again(tmp_path: Path, capsys: 
         builder.fetch()
         builder.installer().chmod(0o644)
         builder.installer().write_bytes(ISO[:-1])
-        assert "bytes, its record says" in builder.why_stale(0)
+        assert "bytes, its record says" in builder.why_stale("fetch")
         builder.fetch()
         assert_fetched(builder)
         assert len(site.asked) == 2

@@ -15,7 +15,7 @@ from test_store import damage
 from bootsector import ask, cd, phase, say, sector, write_disk
 from vmtasks.errors import ImageError, StateError
 from vmtasks.images.workspace import PhaseRecord
-from vmtasks.installer.installer import recipe_digest
+from vmtasks.installer.installer import recipe as recipe_of
 from vmtasks.machines import Machine, MachineSpec, Project
 from vmtasks.media import disk
 from vmtasks.qemu import argv
@@ -111,11 +111,13 @@ def test_what_a_disk_stands_on_stays_when_a_damaged_image_is_built_again(guest: 
     made = machine(guest, way)
     image = guest.image(2)
     damage(image, 0)
-    assert guest.builder.store.find(guest.builder.digest(2), look="bytes")[0] is None
+    assert guest.builder.store.find(guest.builder.nodes()["phase:2"].digest, look="bytes")[0] is None
     damaged = image.read_bytes()
     both(guest)
     assert guest.boots() == ["1-install", "2-provision", "2-provision"]
-    assert guest.builder.store.image(guest.builder.store.find(guest.builder.digest(2))[0]) == guest.image(2)
+    assert guest.builder.store.image(
+        guest.builder.store.find(guest.builder.nodes()["phase:2"].digest)[0]
+    ) == guest.image(2)
     assert image.read_bytes() == damaged or guest.image(2) == image, "only the very same bytes take its name"
     guest.builder.snapshot()
     assert made.place.disk.exists()
@@ -129,11 +131,11 @@ def test_a_project_does_not_notice_what_another_builds(guest: Guest, tmp_path: P
     before = read_record(guest.builder.clean_record, PhaseRecord)
     other_packages(guest, "other packages")
     other.builder.build(1, anew=True)
-    assert other.builder.why_stale(1) == ""
+    assert other.builder.why_stale("phase:1") == ""
     both(other)
     other.builder.snapshot()
     assert other.boots() == ["1-install", "2-provision"], "the second phase grows from its own first one"
-    assert [guest.builder.why_stale(number) for number in (1, 2)] == ["", ""]
+    assert [guest.builder.why_stale(f"phase:{number}") for number in (1, 2)] == ["", ""]
     assert guest.builder.image_fault(guest.builder.clean_record) == ""
     assert machine(guest, "run").image().sha256 == before.sha256
     assert machine(other, "run").image().sha256 != before.sha256
@@ -146,7 +148,7 @@ def test_a_project_does_not_notice_what_another_builds(guest: Guest, tmp_path: P
 
 def test_who_has_no_project_gets_what_its_own_scripts_make(guest: Guest, tmp_path: Path):
     other = beside(guest, tmp_path / "other")
-    recipe = recipe_digest(other.builder.config)
+    recipe = recipe_of(other.builder.config)[0]
     write_record(other.builder.store.root / "media" / f"{recipe}.toml", guest.builder.media())
     template = other.root / "phases/sector/2-provision.sh.j2"
     template.write_text(template.read_text() + "# customised\n")
@@ -175,7 +177,7 @@ def test_a_disk_does_not_start_on_a_damaged_image(guest: Guest, way: str, number
         made.start()
     assert caught.value.hint
     assert not made.place.qemu_log.exists(), "nothing was booted"
-    assert "the image was damaged" in guest.builder.why_stale(number), "so that doit builds it again"
+    assert "the image was damaged" in guest.builder.why_stale(f"phase:{number}"), "so that doit builds it again"
     with pytest.raises(StateError, match="a"):
         made.snapshot("kept")
 
@@ -219,7 +221,7 @@ def test_a_raw_error_of_qemu_img_becomes_the_image_that_is_damaged(guest: Guest)
 def not_sampled(guest: Guest, at: int) -> bool:
     """Whether samples leave this byte out."""
     image = guest.image(2)
-    record = guest.builder.store.find(guest.builder.digest(2))[0]
+    record = guest.builder.store.find(guest.builder.nodes()["phase:2"].digest)[0]
     before = image.read_bytes()[at : at + 6]
     damage(image, at)
     seen = guest.builder.store._sample_fault(record)

@@ -1,17 +1,19 @@
 """What makes a phase's image another one, and what must not."""
 
 import hashlib
+import json
 from pathlib import Path
 
 import msgspec
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec.structs import fields, replace
+from msgspec.structs import replace
 
-from vmtasks.config.load import load
-from vmtasks.config.tables import Exchange, HardwareTable, PhaseTable
+from vmtasks.config.load import Config, load
+from vmtasks.config.tables import Exchange, HardwareTable, PhaseTable, SuiteTable
 from vmtasks.images import plan
-from vmtasks.images.plan import Facts, IsoFile
+from vmtasks.images.plan import Inputs, Installer, IsoFile, Node, Rendering
 
 DATA = Path(__file__).parents[1] / "data/config/good"
 HARDWARE = HardwareTable()
@@ -23,28 +25,93 @@ FILES = (IsoFile("phase.sh", 0o444, "aa"), IsoFile("run.sh", 0o555, "bb"))
 HEX = st.text("0123456789abcdef", min_size=1, max_size=4)
 FILE = st.builds(IsoFile, st.text(min_size=1, max_size=4), st.sampled_from([0o444, 0o555]), HEX)
 FILE_LISTS = st.lists(FILE, max_size=4, unique_by=lambda file: file.path)
+CONFIG = load(DATA, {}, {"HOME": "/"})
+COUNT = len(CONFIG.guest.phases)
 
 
-def digest(before: str = "installer", files: tuple[IsoFile, ...] = FILES, facts: Facts = FACTS) -> str:
-    return plan.phase_digest(before, files, facts)
+def inputs(config: Config = CONFIG, media: str = "m", **files: str) -> Inputs:
+    """What a host has; `files`: digests of the scripts of phases by name, as p1."""
+    phases = tuple(
+        Rendering(sources={"script": files.get(f"p{n}", "")}, files={"script": files.get(f"p{n}", ""), "run.sh": "r"})
+        for n in range(1, len(config.guest.phases) + 1)
+    )
+    return Inputs(installer=Installer(recipe="r", parts={"installer.file": "x"}, media=media), phases=phases)
+
+
+def nodes(config: Config = CONFIG, **changes: str) -> dict[str, Node]:
+    return {node.name: node for node in plan.plan(config, inputs(config, **changes))}
+
+
+def others(one: dict[str, Node], other: dict[str, Node]) -> list[str]:
+    """The nodes that have another digest."""
+    return [name for name in one if one[name].digest != other[name].digest]
 
 
 def test_the_digest_stays_what_it_was():
     """Whoever changes this line raises plan.FORMAT: images of old digests must not be taken for new ones."""
-    assert (
-        digest()
-        == hashlib.sha256(
-            b'[1,"installer","' + plan.files_digest(FILES).encode() + b'",{"boot":"cd","cd_bus":"ide",'
-            b'"cds":["installer","phase"],"dialogue":[["boot: ","\\r"]],"disk_bus":"virtio-scsi",'
-            b'"disk_serial":"vmtasks0",'
-            b'"disk_size":8589934592,"machine_type":"pc","nic":"virtio-net-pci","rng":true}]'
-        ).hexdigest()
-    )
+    parts = {
+        "vmtasks: digests": "2",
+        "installer": "m",
+        "script": "",
+        "run.sh": "r",
+        **plan.facts(CONFIG.guest.machine, CONFIG.guest.phases[0], dialogue(CONFIG), CONFIG.disk_size),
+    }
+    text = json.dumps([2, "phase", parts], sort_keys=True, separators=(",", ":"))
+    assert nodes()["phase:1"].digest == hashlib.sha256(text.encode()).hexdigest()
+    assert sorted(parts)[:6] == ["boot", "cd_bus", "cds", "dialogue", "disk_bus", "disk_serial"]
+
+
+def dialogue(config: Config) -> list[Exchange]:
+    return config.guest.dialogue.get(config.guest.phases[0].dialogue, [])
+
+
+def test_every_step_is_a_node_after_those_that_it_needs():
+    seen: set[str] = set()
+    for name, node in nodes().items():
+        assert set(node.after) <= seen
+        assert node.digest
+        seen.add(name)
+    steps = [f"{kind}:{n}" for n in range(1, COUNT + 1) for kind in ("render", "phase_iso", "phase")]
+    assert list(nodes()) == ["fetch", *steps, "snapshot", "sync", "build", *(f"test:{name}" for name in CONFIG.suites)]
+
+
+def test_a_script_changes_its_phase_and_what_comes_after():
+    last = f"p{COUNT}"
+    assert others(nodes(), nodes(**{last: "x"})) == [
+        f"render:{COUNT}",
+        f"phase_iso:{COUNT}",
+        f"phase:{COUNT}",
+        "snapshot",
+    ]
+    first = others(nodes(), nodes(p1="x"))
+    assert first == ["render:1", "phase_iso:1", *(f"phase:{n}" for n in range(1, COUNT + 1)), "snapshot"]
+
+
+def test_another_installer_makes_other_images_and_no_other_rendering():
+    assert others(nodes(), nodes(media="other")) == [*(f"phase:{n}" for n in range(1, COUNT + 1)), "snapshot"]
+
+
+def test_before_fetch_nothing_after_it_is_known():
+    known = nodes(media="")
+    unknown = {name for name, node in known.items() if node.unknown == plan.NOT_FETCHED}
+    assert unknown >= {"snapshot", *(f"phase:{n}" for n in range(1, COUNT + 1))}
+    assert not any(known[name].digest for name in unknown)
+    assert known["render:1"].digest == nodes()["render:1"].digest
+
+
+def test_a_template_that_is_wrong_makes_its_phase_unknown_and_no_other_rendering():
+    given = inputs()
+    wrong = replace(given, phases=(*given.phases[:-1], Rendering(sources={"script": "x"}, fault="line 3")))
+    found = {node.name: node for node in plan.image_nodes(CONFIG, wrong)}
+    assert [name for name, node in found.items() if node.unknown] == [
+        f"render:{COUNT}", f"phase_iso:{COUNT}", f"phase:{COUNT}", "snapshot",
+    ]  # fmt: skip
+    assert found["snapshot"].unknown == "line 3"
 
 
 @given(st.permutations(FILES))
 def test_order_of_files_does_not_matter(files: list[IsoFile]):
-    assert digest(files=tuple(files)) == digest()
+    assert plan.files_digest(files) == plan.files_digest(FILES)
     assert plan.token(files) == plan.token(FILES)
 
 
@@ -53,43 +120,24 @@ def test_other_files_another_digest_and_token(one: list[IsoFile], other: list[Is
     same = sorted(one) == sorted(other)
     assert (plan.files_digest(one) == plan.files_digest(other)) == same
     assert (plan.token(one) == plan.token(other)) == same
-    assert (digest(files=tuple(one)) == digest(files=tuple(other))) == same
 
 
 def test_name_mode_and_content_matter():
     run = FILES[1]
-    changed = {digest(files=(FILES[0], new)) for new in (
-        replace(run, path="run2.sh"), replace(run, mode=0o444), replace(run, sha256="cc"),
-    )}  # fmt: skip
-    assert len({*changed, digest(), digest(files=FILES[:1])}) == 5
+    changed = [replace(run, path="run2.sh"), replace(run, mode=0o444), replace(run, sha256="cc")]
+    assert len({plan.file_part(file) for file in (run, *changed)}) == 4
+    assert len({plan.token((FILES[0], file)) for file in (run, *changed)}) == 4
 
 
-@given(st.lists(HEX, min_size=2, max_size=5, unique=True), st.data())
-def test_a_change_changes_all_that_comes_after_and_nothing_before(contents: list[str], data: st.DataObject):
-    def chain(texts: list[str]) -> list[str]:
-        digests = ["installer"]
-        for text in texts:
-            digests.append(digest(digests[-1], (IsoFile("phase.sh", 0o444, text),)))
-        return digests[1:]
-
-    at = data.draw(st.integers(0, len(contents) - 1))
-    changed = [*contents[:at], "changed", *contents[at + 1 :]]
-    before, after = chain(contents), chain(changed)
-    assert before[:at] == after[:at]
-    assert not set(before[at:]) & set(after[at:])
+@given(st.dictionaries(st.text(max_size=3), HEX, max_size=4), st.dictionaries(st.text(max_size=3), HEX, max_size=4))
+def test_changes_names_what_differs(old: dict[str, str], new: dict[str, str]):
+    changed = plan.changes(old, new)
+    assert bool(changed) == (old != new)
+    assert {**old, **{name: new[name] for name in changed if name in new}}.items() >= new.items()
+    assert all(old.get(name) != new.get(name) for name in changed)
 
 
-def test_the_installer_matters():
-    assert digest("other") != digest()
-
-
-def test_every_fact_matters():
-    other = {int: 1, str: "other", tuple: ("other",), bool: False}
-    digests = {digest(facts=replace(FACTS, **{f.name: other[type(getattr(FACTS, f.name))]})) for f in fields(Facts)}
-    assert len(digests | {digest()}) == len(fields(Facts)) + 1
-
-
-def facts(hardware: HardwareTable = HARDWARE, phase: PhaseTable = PHASE, talk: list[Exchange] = TALK) -> Facts:
+def facts(hardware: HardwareTable = HARDWARE, phase: PhaseTable = PHASE, talk: list[Exchange] = TALK) -> dict[str, str]:
     return plan.facts(hardware, phase, talk, 8 << 30)
 
 
@@ -114,16 +162,20 @@ def test_what_the_guest_notices_matters():
         facts(talk=[Exchange(expect="boot: ", send="x\r")]),
         plan.facts(HARDWARE, PHASE, TALK, 9 << 30),
     ]
-    assert len({digest(facts=f) for f in (FACTS, *changes)}) == len(changes) + 1
+    assert len({plan.digest_of("phase", f) for f in (FACTS, *changes)}) == len(changes) + 1
 
 
 def test_every_key_of_a_guests_machine_is_decided_upon():
-    """A new key must be put either here or into Facts."""
+    """A new key must be put either here or into facts()."""
     only_time = {"cpu", "cpus", "memory"}
-    as_facts = {"type": "machine_type"}
-    names = {f.name for f in fields(Facts)}
     for field in msgspec.structs.fields(HardwareTable):
-        assert field.name in only_time or as_facts.get(field.name, field.name) in names, field.name
+        assert field.name in only_time or field.name in FACTS or f"machine.{field.name}" in FACTS, field.name
+
+
+@pytest.mark.parametrize("key", [field.name for field in msgspec.structs.fields(SuiteTable)])
+def test_every_key_of_a_suite_is_decided_upon(key: str):
+    """A new key must be put either here or into FROM_SUITE."""
+    assert (key in plan.FROM_SUITE) != (key in {"timeout_s", "artifacts", "artifacts_limit", "artifacts_timeout_s"})
 
 
 def test_memory_cpus_port_and_accelerator_are_not_in_a_plan():

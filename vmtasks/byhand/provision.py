@@ -4,6 +4,7 @@ import io
 import re
 import secrets
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from vmtasks.config.load import Config
@@ -16,6 +17,7 @@ from vmtasks.images.steps import Builder
 from vmtasks.machines import Machine, life
 from vmtasks.machines.folder import Place
 from vmtasks.media import template
+from vmtasks.media.tree import Entry
 from vmtasks.qemu.console import Account
 
 SEND_S = 600.0
@@ -47,12 +49,14 @@ def provision(config: Config, number: int = 0) -> Path:
     )
     with held, progress.step(what) as step:
         builder = Builder(config)
-        builder.render(number)
+        record = place.record()
+        private = place.target(record).key if record else builder.key
+        made = builder.render_files(number, builder.read(number), builder.public_line(private))
         step.now("send the script")
         said = Account(secrets.token_hex(8), step.now)
         timeout_s = phases[number - 1].timeout_s * builder.accel.factor
         with Machine(config).link() as link:
-            folder = _send(link, _archive(builder, number))
+            folder = _send(link, _archive(builder.iso_entries(number, made)))
             with finally_do(lambda: _remove(link, folder), f"{folder} in the guest could not be removed"):
                 end = _run(link, folder, said, log, timeout_s)
         _judge(what, said, end, log)
@@ -60,11 +64,11 @@ def provision(config: Config, number: int = 0) -> Path:
     return log
 
 
-def _archive(state: Builder, number: int) -> bytes:
+def _archive(entries: Iterable[Entry]) -> bytes:
     """The phase's files, its packages and the wrapper, as a tar archive."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=tarfile.USTAR_FORMAT) as archive:
-        files = {name: (mode, path.read_bytes()) for name, (mode, path) in state.sources(number).items()}
+        files = {entry.path: (entry.mode, entry.read()) for entry in entries}
         files[WRAPPER] = (0o555, template.shipped(WRAPPER).encode())
         for name, (mode, data) in sorted(files.items()):
             if name in LEFT_OUT:

@@ -21,7 +21,10 @@ from vmtasks.store.store import ImageRecord, Store
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """An image to be made. `below` is the image that it grows from; `isos` has `installer` and `phase`."""
+    """An image to be made. `below` is the image that it grows from; `isos` has `installer` and `phase`.
+
+    `parts` are those of its node in the plan. The image lets in the private key `key`.
+    """
 
     config: Config
     store: Store
@@ -32,6 +35,8 @@ class Job:
     token: str
     isos: dict[str, Path]
     below: ImageRecord | None
+    parts: dict[str, str]
+    key: Path
 
     @property
     def title(self) -> str:
@@ -133,6 +138,7 @@ def _note(job: Job, machine: Spec) -> None:
 
 def _publish(job: Job, host_keys: Sequence[str], took_s: float) -> ImageRecord:
     below = job.below
+    job.store.keep_key(job.digest, job.key)
     virtual = int(disk.info(job.store.partial(job.digest))["virtual-size"])
     return job.store.publish(
         job.digest,
@@ -152,6 +158,7 @@ def _publish(job: Job, host_keys: Sequence[str], took_s: float) -> ImageRecord:
             created=round(time.time(), 3),
             duration_s=round(took_s, 1),
             accel=job.accel.name,
+            parts=job.parts,
         ),
     )
 

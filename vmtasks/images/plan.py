@@ -1,6 +1,7 @@
-"""PURE: what each build step depends on, as digests chained from the installer to the last phase.
+"""PURE: what each build step is made of, as named parts and digests chained from the installer to the suites.
 
-A phase's digest says what its image is made from, never how fast: memory, CPUs and the accelerator are not in it.
+A phase's digest says what its image is made from, never how fast and never for whom: memory, CPUs and the accelerator
+are not in it, and its scripts are rendered with a placeholder for the public key.
 """
 
 import hashlib
@@ -9,10 +10,22 @@ from collections.abc import Iterable, Mapping
 
 import msgspec
 
-from vmtasks.config.tables import Exchange, HardwareTable, PhaseTable
+from vmtasks.config.load import Config
+from vmtasks.config.tables import Exchange, HardwareTable, PhaseTable, SuiteTable
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the meaning of a digest changes, so that no old image is taken for a new one."""
+
+OTHER_WAY = "vmtasks makes digests in another way now"
+"""Why an image without parts on record, or of another FORMAT, is built again."""
+
+FORMAT_PART = "vmtasks: digests"
+PUBLIC_KEY = f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{'A' * 43} vmtasks"
+"""What the scripts are rendered with for a digest: who may log in decides nothing about an image."""
+
+NOT_FETCHED = "not known until fetch"
+FROM_SUITE = ("command", "user", "cwd", "env", "format", "junit")
+"""The keys of a suite that decide its result. The others say how long it may take and what is fetched."""
 
 
 class IsoFile(msgspec.Struct, frozen=True, order=True):
@@ -23,58 +36,203 @@ class IsoFile(msgspec.Struct, frozen=True, order=True):
     sha256: str
 
 
-class Facts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a guest notices of its machine. Two machines with equal facts make the same image."""
+class Installer(msgspec.Struct, frozen=True, kw_only=True):
+    """What the installer is made of, and the ISO that this led to; `media` is '' where that is not known.
 
-    boot: str
-    cds: tuple[str, ...]
-    cd_bus: str
-    dialogue: tuple[tuple[str, str], ...]
-    disk_bus: str
-    disk_serial: str
-    disk_size: int
-    machine_type: str
-    nic: str
-    rng: bool
+    `recipe` is the digest of all parts. `packages`: what each phase carries, as `sha256 name`. `fault`: why the parts
+    could not be read.
+    """
+
+    recipe: str = ""
+    parts: dict[str, str] = {}
+    media: str = ""
+    packages: dict[str, list[str]] = {}
+    fault: str = ""
 
 
-def facts(hardware: HardwareTable, phase: PhaseTable, dialogue: Iterable[Exchange], disk_size: int) -> Facts:
-    """Collect a phase's facts from its guest.toml. `disk_size` in bytes."""
-    return Facts(
-        boot=phase.boot,
-        cds=tuple(phase.cds),
-        cd_bus=hardware.cd_bus,
-        dialogue=tuple((e.expect, e.send) for e in dialogue),
-        disk_bus=hardware.disk_bus,
-        disk_serial=hardware.disk_serial,
-        disk_size=disk_size,
-        machine_type=hardware.type,
-        nic=hardware.nic,
-        rng=hardware.rng,
+class Rendering(msgspec.Struct, frozen=True, kw_only=True):
+    """What a phase is rendered from, and digests of the files that come of it with PUBLIC_KEY, by named part.
+
+    `fault`: why nothing comes of it.
+    """
+
+    sources: dict[str, str]
+    files: dict[str, str] = {}
+    fault: str = ""
+
+
+class Inputs(msgspec.Struct, frozen=True, kw_only=True):
+    """What is read from the host: see vmtasks.images.reader. `tree` and `image` decide suites, and only them."""
+
+    installer: Installer
+    phases: tuple[Rendering, ...]
+    tree: str = ""
+    image: str = ""
+
+
+class Node(msgspec.Struct, frozen=True, kw_only=True):
+    """One step: its name, the named parts that its digest is made of, the nodes before it.
+
+    `digest` is '' where `unknown` says why. `sources`: what the parts were rendered from, to name what was edited.
+    `cost`: the key under which history keeps how long the step took; '' for what takes no time.
+    """
+
+    name: str
+    parts: dict[str, str]
+    after: tuple[str, ...] = ()
+    digest: str = ""
+    unknown: str = ""
+    sources: dict[str, str] = {}
+    cost: str = ""
+
+
+def plan(config: Config, inputs: Inputs) -> tuple[Node, ...]:
+    """All nodes, each after those that it depends on."""
+    return (*image_nodes(config, inputs), *suite_nodes(config, inputs.tree, inputs.image))
+
+
+def image_nodes(config: Config, inputs: Inputs) -> tuple[Node, ...]:
+    """The nodes from the installer to the snapshot."""
+    made = inputs.installer
+    fetch = Node(
+        name="fetch", parts=made.parts, digest=made.recipe, unknown=made.fault, cost=f"fetch {made.recipe[:12]}"
     )
+    nodes, before = [fetch], fetch
+    for number, (phase, rendering) in enumerate(zip(config.guest.phases, inputs.phases, strict=True), 1):
+        render = Node(
+            name=f"render:{number}",
+            parts=rendering.sources,
+            digest=digest_of("render", rendering.sources),
+            unknown=rendering.fault,
+        )
+        iso = _iso_node(number, phase, rendering, made)
+        image = _phase_node(config, number, phase, iso, before, made)
+        nodes += [render, iso, image]
+        before = image
+    nodes.append(
+        Node(
+            name="snapshot",
+            parts={before.name: before.digest},
+            after=(before.name,),
+            digest=before.digest,
+            unknown=before.unknown,
+        )
+    )
+    return tuple(nodes)
+
+
+def _iso_node(number: int, phase: PhaseTable, rendering: Rendering, made: Installer) -> Node:
+    carried = {"packages": digest_of("packages", made.packages.get(phase.name, []))} if phase.packages else {}
+    parts = {**rendering.files, **carried}
+    unknown = rendering.fault or (NOT_FETCHED if phase.packages and not made.media else "")
+    return Node(
+        name=f"phase_iso:{number}",
+        parts=parts,
+        after=(f"render:{number}", "fetch"),
+        digest="" if unknown else digest_of("iso", parts),
+        unknown=unknown,
+        sources=rendering.sources,
+    )
+
+
+def _phase_node(config: Config, number: int, phase: PhaseTable, iso: Node, before: Node, made: Installer) -> Node:
+    talk = config.guest.dialogue.get(phase.dialogue, [])
+    grown = {"installer": made.media} if number == 1 else {before.name: before.digest}
+    parts = {
+        FORMAT_PART: str(FORMAT),
+        **grown,
+        **iso.parts,
+        **facts(config.guest.machine, phase, talk, config.disk_size),
+    }
+    above = (made.fault or ("" if made.media else NOT_FETCHED)) if number == 1 else before.unknown
+    unknown = iso.unknown or above
+    return Node(
+        name=f"phase:{number}",
+        parts=parts,
+        after=(before.name, iso.name),
+        digest="" if unknown else digest_of("phase", parts),
+        unknown=unknown,
+        sources=iso.sources,
+        cost=f"phase {phase.name} of {config.label}",
+    )
+
+
+def facts(hardware: HardwareTable, phase: PhaseTable, dialogue: Iterable[Exchange], disk_size: int) -> dict[str, str]:
+    """What a guest notices of its machine, by the name in guest.toml. `disk_size` in bytes.
+
+    Machines with equal facts make the same image.
+    """
+    return {
+        "boot": phase.boot,
+        "cd_bus": hardware.cd_bus,
+        "cds": " ".join(phase.cds),
+        "dialogue": digest_of("dialogue", [[e.expect, e.send] for e in dialogue]),
+        "disk_bus": hardware.disk_bus,
+        "disk_serial": hardware.disk_serial,
+        "disk_size": str(disk_size),
+        "machine.type": hardware.type,
+        "nic": hardware.nic,
+        "rng": str(hardware.rng).lower(),
+    }
+
+
+def suite_nodes(config: Config, tree: str, image: str) -> tuple[Node, ...]:
+    """The nodes that use a machine: sync, build, and the suites."""
+    table = config.sync
+    sync = {"tree": tree, "sync.source": table.source, "sync.dest": table.dest}
+    build = {"tree": tree, "image": image, **build_parts(config)}
+    nodes = [
+        Node(name="sync", parts=sync, after=("snapshot",), digest=digest_of("sync", sync)),
+        Node(name="build", parts=build, after=("sync",), digest=digest_of("build", build)),
+    ]
+    for name, suite in config.suites.items():
+        parts = {**build, **suite_parts(suite)}
+        nodes.append(Node(name=f"test:{name}", parts=parts, after=("build",), digest=digest_of("suite", parts)))
+    return tuple(nodes)
+
+
+def build_parts(config: Config) -> dict[str, str]:
+    """How the tree is built, and where."""
+    return {
+        "build.command": digest_of("text", config.build.command),
+        "build.env": digest_of("env", config.build.env),
+        "sync.dest": digest_of("text", config.sync.dest),
+    }
+
+
+def suite_parts(suite: SuiteTable) -> dict[str, str]:
+    """What of a suite's table decides its result, by its key."""
+    return {key: digest_of(key, getattr(suite, key)) for key in FROM_SUITE}
+
+
+def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """The parts that are not in both with the same digest, in the order of their names."""
+    return sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+
+
+def file_part(file: IsoFile) -> str:
+    """The digest of a file on a phase ISO."""
+    return digest_of("file", [file.path, file.mode, file.sha256])
 
 
 def files_digest(files: Iterable[IsoFile]) -> str:
     """SHA-256 (hex) over names, modes and contents, in the order of names."""
-    return _sha256([[f.path, f.mode, f.sha256] for f in sorted(files)])
+    return digest_of("files", [[f.path, f.mode, f.sha256] for f in sorted(files)])
 
 
 def token(files: Iterable[IsoFile]) -> str:
     """What makes a sentinel line on the console ours: unknown to a script that is echoed, new when a file is."""
-    return _sha256(["token", files_digest(files)])[:16]
-
-
-def phase_digest(before: str, files: Iterable[IsoFile], machine: Facts) -> str:
-    """Digest of the image that a phase makes.
-
-    `before` is the digest of the image before it, or of the installer for the first.
-    """
-    return _sha256([FORMAT, before, files_digest(files), msgspec.structs.asdict(machine)])
+    return digest_of("token", files_digest(files))[:16]
 
 
 def suite_digest(parts: Mapping[str, object]) -> str:
-    """Digest of everything that decides a suite's result: tree, image, command, user, environment, build."""
-    return _sha256([FORMAT, "suite", dict(parts)])
+    """Digest of parts as former versions kept it with a suite's result, and machines with the tree that they hold."""
+    return _sha256([1, "suite", dict(parts)])
+
+
+def digest_of(kind: str, value: object) -> str:
+    """SHA-256 (hex) of a value of texts, numbers, lists and tables. `kind` keeps equal values of two kinds apart."""
+    return _sha256([FORMAT, kind, value])
 
 
 def _sha256(value: object) -> str:

@@ -106,7 +106,7 @@ def drop(store: Store, digest: str, sha256: str) -> bool:
         with store.lock(f"image-{digest}", timeout_s=0):
             store.drop(record)
             if not store.made(digest):
-                store.snapshot_key(digest).unlink(missing_ok=True)
+                store.drop_key(digest)
     return True
 
 
@@ -243,9 +243,10 @@ def _forget(store: Store, folder: Path, *, dry_run: bool) -> None:
 
 def _prune_keys(store: Store, digests: set[str], *, dry_run: bool) -> None:
     for key in (store.root / "keys" / "snapshots").glob("*"):
-        if key.name not in digests and not dry_run:
-            with contextlib.suppress(StateError), store.lock(f"image-{key.name}", timeout_s=0):
-                key.unlink(missing_ok=True)
+        digest = key.name.removesuffix(".pub")
+        if digest not in digests and not dry_run:
+            with contextlib.suppress(StateError), store.lock(f"image-{digest}", timeout_s=0):
+                store.drop_key(digest)
 
 
 def _prune_media(

@@ -4,7 +4,6 @@ import hashlib
 import time
 from pathlib import Path
 
-from vmtasks.host import files
 from vmtasks.images import prune
 from vmtasks.images.workspace import MachineRecord, PhaseRecord, State
 from vmtasks.media import disk
@@ -22,8 +21,7 @@ def save(state: State, overlay: Path, record: MachineRecord, name: str, key: Pat
     digest = hashlib.sha256(f"{record.name} {name} {time.time_ns()}".encode()).hexdigest()
     with store.lock(f"image-{digest}", timeout_s=0):
         if key is not None:
-            store.snapshot_key(digest).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            files.write(store.snapshot_key(digest), key.read_bytes(), 0o600)
+            store.keep_key(digest, key)
         disk.flatten(overlay, store.partial(digest))
         virtual = int(disk.info(store.partial(digest))["virtual-size"])
         saved = store.publish(

@@ -6,26 +6,28 @@ A finished phase is published in the store at once, so that no kill, and no loss
 
 import contextlib
 import functools
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Concatenate, ParamSpec
+from typing import Concatenate, NamedTuple, ParamSpec
+
+import msgspec
 
 from vmtasks.config import arguments
-from vmtasks.config.tables import Download
 from vmtasks.errors import ConfigError, StateError
 from vmtasks.guest import keypair
 from vmtasks.host import files, progress
 from vmtasks.host.locks import lock
 from vmtasks.images import make, plan, prune
-from vmtasks.images.workspace import PhaseRecord, State
+from vmtasks.images.plan import IsoFile, Node
+from vmtasks.images.reader import MODES, PLAIN, BuiltRecord, IsoRecord, Reader, RenderRecord, Texts
+from vmtasks.images.workspace import PhaseRecord
 from vmtasks.installer import installer
-from vmtasks.media import template
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
 from vmtasks.store.store import ImageRecord, Look, MediaRecord, read_record, write_record
 
 LOCK_S = 4 * 3600.0
-PROGRAM, PLAIN = 0o555, 0o444
 P = ParamSpec("P")
 
 
@@ -42,18 +44,26 @@ def alone(step: Callable[Concatenate["Builder", int, P], None]) -> Callable[Conc
     return held
 
 
-class Builder(State):
+class Rendered(NamedTuple):
+    """A phase's files by name, and the key whose public half they hold."""
+
+    private: Path
+    public_key: str
+    files: dict[str, str]
+
+
+class Builder(Reader):
     """The build steps of one guest."""
 
     # -- steps
 
     def make_key(self) -> None:
         """Make the user's key pair when it is first needed, and its public half anew when that cannot be read."""
-        if self.key.is_file() and _holds_public_key(self.public_key):
+        if self.key.is_file() and _holdspublic_line(self.public_key):
             return
         with self.store.lock("key", timeout_s=60):
             if self.key.is_file():
-                if not _holds_public_key(self.public_key):
+                if not _holdspublic_line(self.public_key):
                     progress.say(f"{self.public_key}: no public key; made anew from the private one")
                     files.write(self.public_key, keypair.public_text(self.key))
                 return
@@ -66,7 +76,7 @@ class Builder(State):
         FetchError for a download that nothing is known to hold against, unless `allow_unverified` says yes, or did so
         in this project before.
         """
-        recipe = self.recipe()
+        recipe, parts = self.recipe()
         if not self._use_media(recipe, allow_unverified=allow_unverified):
             with self.store.lock(f"media-{recipe[:32]}", timeout_s=LOCK_S, waiting=self._waiting("the installer")):
                 if not self._use_media(recipe, allow_unverified=allow_unverified):
@@ -76,6 +86,7 @@ class Builder(State):
                         record = installer.make(
                             self.config, self.store, recipe, step.now, allow_unverified=allow_unverified
                         )
+                    record = msgspec.structs.replace(record, parts=parts)
                     write_record(self.store.root / "media" / f"{recipe}.toml", record)
                     self.store.history.record(f"fetch {recipe[:12]}", step.elapsed_s)
                     with self.naming():
@@ -83,46 +94,67 @@ class Builder(State):
 
     @alone
     def render(self, number: int) -> None:
-        """Write the phase's files; those that are as they were are left alone, and so is what depends on them."""
-        self.make_key()
-        phase, config = self.phase(number), self.config
-        values = {
-            "disk_serial": config.guest.machine.disk_serial,
-            "guest": config.guest.name,
-            "hostname": config.guest.name,
-            "public_key": files.read_text(self.public_key).strip(),
-            "ssh_user": config.guest.ssh.user,
-            "vars": dict(config.vars),
-            "version": config.version,
-        }
-        texts = {
-            "lib.sh": (template.shipped("lib.sh"), PLAIN),
-            "pfi.conf": ("pfi_script=run.sh\n", PLAIN),
-            "phase.sh": (template.render(config.template(phase), values), PLAIN),
-            "poweroff": (config.guest.poweroff + "\n", PLAIN),
-            "run.sh": (template.shipped("run.sh"), PROGRAM),
-        }
-        rendered = self.rendered(number)
-        for path in rendered:
-            text, mode = texts[path.name]
-            files.write_if_changed(path, text, mode)
-        for path in _whole(self.folder(number)):
-            if path not in rendered:
-                path.unlink(missing_ok=True)
+        """Write the phase's files; those that are as they were are left alone. ConfigError for a wrong template."""
+        texts = self.read(number)
+        self._write_files(number, texts, self.nodes({number: texts}))
 
     @alone
     def phase_iso(self, number: int) -> None:
         """Put the phase's files, its packages and its token on an ISO."""
-        self._write_iso(number)
+        texts = self.read(number)
+        nodes = self.known_nodes(f"phase_iso:{number}", {number: texts})
+        self._write_iso(number, nodes, self._write_files(number, texts, nodes))
 
-    def _write_iso(self, number: int) -> None:
-        sources = self.sources(number)
-        token = plan.token(self._iso_files(sources))
-        entries = [Entry(path, "file", mode, source) for path, (mode, source) in sources.items()]
-        entries.append(Entry("token", "file", PLAIN, f"{token}\n".encode()))
+    def _write_files(self, number: int, texts: Texts, nodes: Mapping[str, Node]) -> Rendered:
+        """Render the phase for the key that will let us in, and write down what it was rendered from."""
+        rendering = self.rendering(number, texts)
+        private = self.key_of(number, nodes)
+        if private == self.key:
+            self.make_key()
+        public_key = self.public_line(private)
+        made = self.render_files(number, texts, public_key)
+        if rendering.fault:
+            raise ConfigError(rendering.fault)
+        folder = self.folder(number)
+        for name, text in made.items():
+            files.write_if_changed(folder / name, text, MODES[name])
+        for path in _whole(folder):
+            if path.name not in made:
+                path.unlink(missing_ok=True)
+        record = RenderRecord(
+            digest=plan.digest_of("render", rendering.sources),
+            parts=rendering.sources,
+            files=rendering.files,
+            key=public_key,
+            left={name: hashlib.sha256(text.encode()).hexdigest() for name, text in made.items()},
+        )
+        files.write_if_changed(self.render_file(number), msgspec.json.encode(record))
+        return Rendered(private, public_key, made)
+
+    def public_line(self, private: Path) -> str:
+        """The public half of a key, which is written beside it where it is missing."""
+        public = self.public_half(private)
+        if not public:
+            public = keypair.public_text(private).strip()
+            files.write(keypair.public_half(private), public + "\n")
+        return public
+
+    def _write_iso(self, number: int, nodes: Mapping[str, Node], rendered: Rendered) -> None:
+        entries = self.iso_entries(number, rendered.files)
+        entries.append(Entry("token", "file", PLAIN, f"{iso_token(entries)}\n".encode()))
         if any(e.path.startswith("packages/") for e in entries):
             entries.append(Entry("packages", "dir", 0o555))
-        write_iso(self.iso(number), entries, label=f"PHASE{number}")
+        iso, node = self.iso(number), nodes[f"phase_iso:{number}"]
+        write_iso(iso, entries, label=f"PHASE{number}")
+        stat = iso.stat()
+        record = IsoRecord(
+            digest=node.digest,
+            parts=node.parts,
+            key=rendered.public_key,
+            size=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+        )
+        files.write(self.iso_file(number), msgspec.json.encode(record))
 
     @alone
     def build(self, number: int, *, anew: bool = False) -> None:
@@ -130,38 +162,46 @@ class Builder(State):
 
         Boots a guest only if the store holds no intact image for the digest, or `anew`. PhaseError when it fails.
         """
-        digest, title = self.digest(number), self.title(number)
-        if not anew and not self._use_image(number, digest):
+        title, texts = self.title(number), self.read(number)
+        nodes = self.known_nodes(f"phase:{number}", {number: texts})
+        node = nodes[f"phase:{number}"]
+        if not anew and not self._use_image(number, node, texts):
             return
-        with self.store.lock(f"image-{digest}", timeout_s=LOCK_S, waiting=self._waiting(title)) as held:
-            why = "asked for anew" if anew else self._use_image(number, digest)
+        with self.store.lock(f"image-{node.digest}", timeout_s=LOCK_S, waiting=self._waiting(title)) as held:
+            why = "asked for anew" if anew else self._use_image(number, node, texts)
             if not why:
                 return
             if why != "not built yet":
                 progress.say(f"{title}: {why}; building it again")
             below = self.below(number, look="sample")
             with self.store.explaining(below, "doit auto_install"):
-                made = make.make(self._job(number, digest, below), held)
+                made = make.make(self.job(number, texts, nodes, below), held)
             with self.naming():
-                write_record(self.record(number), PhaseRecord(digest=digest, sha256=made.sha256))
+                self._name(number, node, made, texts)
 
     def snapshot(self) -> None:
         """Name the last phase's image `clean`."""
         with self.naming():
-            write_record(self.clean_record, self.phase_record(len(self.config.guest.phases)))
+            last = self.phase_record(self.numbers[-1])
+            parts = {f"phase:{self.numbers[-1]}": last.digest}
+            write_record(self.clean_record, PhaseRecord(digest=last.digest, sha256=last.sha256, parts=parts))
 
     def adopt(self) -> str:
         """Let the records of all steps say what the store holds for them; returns what it lacks, or ''.
 
         Downloads nothing and boots nothing.
         """
-        if not self._use_media(self.recipe(), allow_unverified=True):
+        if not self._use_media(self.recipe()[0], allow_unverified=True):
             return "the installer"
-        for number in range(1, len(self.config.guest.phases) + 1):
-            self.render(number)
-            if self._use_image(number, self.digest(number)):
+        read = {number: self.read(number) for number in self.numbers}
+        nodes = self.nodes(read)
+        for number in self.numbers:
+            node = nodes[f"phase:{number}"]
+            if not node.digest:
+                raise ConfigError(node.unknown)
+            if self._use_image(number, node, read[number]):
                 return f"the image of phase {self.phase(number).name}"
-        if read_record(self.clean_record, PhaseRecord) != self.phase_record(len(self.config.guest.phases)):
+        if self.why_stale("snapshot", nodes):
             self.snapshot()
         return ""
 
@@ -172,24 +212,32 @@ class Builder(State):
     def _use_media(self, recipe: str, *, allow_unverified: bool) -> bool:
         """Whether the store has the installer; our record names it then."""
         with self.naming():
-            record = self._media(recipe, allow_unverified=allow_unverified)
-            if record is not None and record != read_record(self.installer_record, MediaRecord):
+            record, fault = self.known_media(recipe, allow_unverified=allow_unverified)
+            if fault:
+                progress.say(f"fetch: {fault}; fetching it again")
+            elif record is not None and record != read_record(self.installer_record, MediaRecord):
                 write_record(self.installer_record, record)
-        return record is not None
+        return record is not None and not fault
 
-    def _use_image(self, number: int, digest: str) -> str:
+    def _use_image(self, number: int, node: Node, texts: Texts) -> str:
         """Let our record of phase `number` name an image that the store holds; why there is none, or ''.
 
         It stands on the very bytes that our record before it names: another project may have built its own.
         """
         below = self.below(number)
         with self.naming():
-            found, why = self.store.find(digest, chain=below.chain if below else "")
+            found, why = self.store.find(node.digest, chain=below.chain if below else "")
             if found is not None:
-                ours = PhaseRecord(digest=found.digest, sha256=found.sha256)
-                if ours != read_record(self.record(number), PhaseRecord):
-                    write_record(self.record(number), ours)
+                self._name(number, node, found, texts)
         return why
+
+    def _name(self, number: int, node: Node, image: ImageRecord, texts: Texts) -> None:
+        """Let our record of phase `number` name this image, and write down what that was rendered from."""
+        built = BuiltRecord(digest=node.digest, sources=node.sources, texts=self.texts_by_part(number, texts))
+        files.write_if_changed(self.built_file(number), msgspec.json.encode(built))
+        ours = PhaseRecord(digest=image.digest, sha256=image.sha256, parts=node.parts)
+        if ours != read_record(self.record(number), PhaseRecord):
+            write_record(self.record(number), ours)
 
     def below(self, number: int, *, look: Look = "time") -> ImageRecord | None:
         """The image that phase `number` grows from; None for the first phase. StateError when it is invalid."""
@@ -206,38 +254,23 @@ class Builder(State):
 
     # -- what the steps look at
 
-    def digest(self, number: int) -> str:
-        """Digest of the image of phase `number`, from the record before it and the files on its ISO."""
-        hardware, phase = self.config.guest.machine, self.phase(number)
-        talk = self.config.guest.dialogue.get(phase.dialogue, [])
-        facts = plan.facts(hardware, phase, talk, self.config.disk_size)
-        before = self.media().sha256 if number == 1 else self.phase_record(number - 1).digest
-        return plan.phase_digest(before, self._iso_files(self.sources(number)), facts)
+    def known_nodes(self, name: str, read: Mapping[int, Texts]) -> dict[str, Node]:
+        """The nodes, of which `name` has a digest. StateError before `fetch`; ConfigError for a wrong template."""
+        nodes = self.nodes(read)
+        if nodes[name].digest:
+            return nodes
+        if nodes[name].unknown == plan.NOT_FETCHED:
+            self.media()
+            raise StateError(f"{name}: {plan.NOT_FETCHED}", hint="doit fetch")
+        raise ConfigError(nodes[name].unknown)
 
-    def sources(self, number: int) -> dict[str, tuple[int, Path]]:
-        """Path on the phase ISO -> (mode, where its bytes are), without the token."""
-        folder = self.folder(number)
-        found = {path.name: (path.stat().st_mode & 0o777, path) for path in _whole(folder)}
+    def iso_entries(self, number: int, made: Mapping[str, str]) -> list[Entry]:
+        """The files on the phase's ISO, without the token: as they were rendered, and its packages."""
+        entries = [Entry(name, "file", MODES[name], text.encode()) for name, text in made.items()]
         for item in self.media().local_packages.get(self.phase(number).name, []):
             sha256, _, name = item.partition(" ")
-            found[f"packages/{name}"] = (PLAIN, self.store.download(sha256))
-        return found
-
-    @staticmethod
-    def _iso_files(sources: dict[str, tuple[int, Path]]) -> list[plan.IsoFile]:
-        return [plan.IsoFile(path, mode, files.sha256(source)) for path, (mode, source) in sources.items()]
-
-    def _media(self, recipe: str, *, allow_unverified: bool) -> MediaRecord | None:
-        record = read_record(self.store.root / "media" / f"{recipe}.toml", MediaRecord)
-        if record is None:
-            return None
-        if isinstance(self.config.guest.installer, Download) and not (record.verified or allow_unverified):
-            ours = read_record(self.installer_record, MediaRecord)
-            if ours is None or ours.sha256 != record.sha256:
-                return None
-        if fault := self.media_fault(record):
-            progress.say(f"fetch: {fault}; fetching it again")
-        return None if fault else record
+            entries.append(Entry(f"packages/{name}", "file", PLAIN, self.store.download(sha256)))
+        return entries
 
     # -- small things
 
@@ -248,19 +281,28 @@ class Builder(State):
     def _waiting(self, what: str) -> progress.Say:
         return lambda holder: progress.say(f"{what}: {holder} is making it; waiting")
 
-    def _job(self, number: int, digest: str, below: ImageRecord | None) -> make.Job:
-        self._write_iso(number)  # another run may have rendered anew since `phase_iso`, and `digest` is of these files
+    def job(self, number: int, texts: Texts, nodes: Mapping[str, Node], below: ImageRecord | None) -> make.Job:
+        """All that making the image takes. Another run may have rendered meanwhile, so that its CD is written anew."""
+        rendered, node = self._write_files(number, texts, nodes), nodes[f"phase:{number}"]
+        self._write_iso(number, nodes, rendered)
         return make.Job(
             config=self.config,
             store=self.store,
             accel=self.accel,
             phase=self.phase(number),
             number=number,
-            digest=digest,
-            token=plan.token(self._iso_files(self.sources(number))),
+            digest=node.digest,
+            token=iso_token(self.iso_entries(number, rendered.files)),
             isos={"installer": self.installer(), "phase": self.iso(number)},
             below=below,
+            parts=node.parts,
+            key=rendered.private,
         )
+
+
+def iso_token(entries: Iterable[Entry]) -> str:
+    """The token for a CD with these files."""
+    return plan.token(IsoFile(e.path, e.mode, hashlib.sha256(e.read()).hexdigest()) for e in entries)
 
 
 def _whole(folder: Path) -> list[Path]:
@@ -268,7 +310,7 @@ def _whole(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _holds_public_key(path: Path) -> bool:
+def _holdspublic_line(path: Path) -> bool:
     try:
         return bool(arguments.public_keys(files.read_text(path), str(path)))
     except (OSError, ValueError, ConfigError):

@@ -13,7 +13,7 @@ import msgspec
 from vmtasks.config.arguments import Forward
 from vmtasks.config.load import Config
 from vmtasks.config.tables import NAME, PhaseTable
-from vmtasks.errors import ConfigError, StateError, VmTasksError
+from vmtasks.errors import ConfigError, StateError
 from vmtasks.host import files
 from vmtasks.store.store import MediaRecord, Store, file_fault, load_record, read_record
 
@@ -25,10 +25,14 @@ if TYPE_CHECKING:
 
 
 class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a build step leaves for the next one: which image, and which bytes of it."""
+    """What a build step leaves for the next one: which image, and which bytes of it.
+
+    `parts` are those of the step's node in the plan; records of older versions have none.
+    """
 
     digest: str
     sha256: str
+    parts: dict[str, str] = {}
 
 
 class BindRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -136,16 +140,12 @@ class State:
         return self.key.with_suffix(".pub")
 
     def snapshot_key(self, digest: str) -> Path:
-        """The private key that the image `digest` lets in, if it was saved from a machine with a key of its own."""
+        """The private key that the image `digest` lets in, if one is kept with it."""
         return self.store.snapshot_key(digest)
 
     def folder(self, number: int) -> Path:
         """Rendered files of phase `number` (from 1)."""
         return self.home / f"phase-{number}"
-
-    def rendered(self, number: int) -> list[Path]:
-        """Those files, and no others."""
-        return [self.folder(number) / name for name in ("lib.sh", "pfi.conf", "phase.sh", "poweroff", "run.sh")]
 
     def iso(self, number: int) -> Path:
         """ISO of phase `number`."""
@@ -191,24 +191,14 @@ class State:
         """The installer's ISO in the store. StateError before `fetch`."""
         return self.store.download(self.media().sha256)
 
-    def why_stale(self, number: int) -> str:
-        """Why the record of phase `number` (0: the installer) is invalid, or ''. Reads no image whose time is right."""
-        if number:
-            return self.image_fault(self.record(number))
-        media = read_record(self.installer_record, MediaRecord)
-        if media is None:
-            return "there is no record of the installer"
-        try:
-            same = media.recipe == self.recipe()
-        except (OSError, VmTasksError) as error:
-            return str(error)  # `fetch` meets it again, and fails for it
-        return self.media_fault(media) if same else "what the installer is made of has changed"
+    def recipe(self) -> tuple[str, dict[str, str]]:
+        """Digest of what the installer is made of, which its record holds, and its parts.
 
-    def recipe(self) -> str:
-        """Digest of what the installer is made of, which its record holds. OSError, ImageError for an odd overlay."""
-        from vmtasks.installer.installer import recipe_digest  # noqa: PLC0415 - it stands above most of what is cheap
+        OSError, ImageError for an odd overlay.
+        """
+        from vmtasks.installer.installer import recipe  # noqa: PLC0415 - it stands above most of what is cheap
 
-        return recipe_digest(self.config)
+        return recipe(self.config)
 
     def media_fault(self, media: MediaRecord) -> str:
         """Why the store does not hold what this record names, the packages of phases included; empty when it does."""

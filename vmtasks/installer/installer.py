@@ -19,22 +19,35 @@ FORMAT = 1
 """Raised when the composer's output changes for the same recipe."""
 
 
-def recipe_digest(config: Config) -> str:
-    """Digest of all that decides the installer: the [installer] table, its overlay files, the phases' packages.
+def recipe(config: Config) -> tuple[str, dict[str, str]]:
+    """Digest of all that decides the installer, and the parts that it is made of as a user edits them.
 
+    These are the [installer] table, its overlay files and the phases' packages. OSError, ImageError for an odd overlay.
     Every run of doit asks for it.
     """
     guest = config.guest
     if isinstance(guest.installer, Download):
         wanted = release(guest.installer, config.version, os.environ)
-        return hashlib.sha256(msgspec.json.encode([FORMAT, "download", *wanted.identity])).hexdigest()
+        digest = hashlib.sha256(msgspec.json.encode([FORMAT, "download", *wanted.identity]))
+        names = ("installer.file", "installer.digests" if wanted.digests else "installer.sums", "installer.mirrors")
+        return digest.hexdigest(), {name: _part(value) for name, value in zip(names, wanted.identity, strict=False)}
+    table = {f"installer.{name}": _part(value) for name, value in msgspec.structs.asdict(guest.installer).items()}
+    parts = {**table, "version": config.version, "vmtasks: composer": str(FORMAT)}
     digest = hashlib.sha256(msgspec.json.encode([FORMAT, guest.installer, config.version], order="sorted"))
     digest.update(msgspec.json.encode([[phase.name, phase.packages] for phase in guest.phases]))
+    parts |= {f"packages of {phase.name}": _part(phase.packages) for phase in guest.phases}
     for folder in (guest.installer.files, guest.installer.initramfs.files):
         for entry in tree.overlay(config.guest_dir / folder) if folder else ():
-            digest.update(f"{entry.path} {entry.kind} {entry.mode:o} {entry.target}\n".encode())
-            digest.update(hashlib.sha256(entry.read()).digest())
-    return digest.hexdigest()
+            told = f"{entry.path} {entry.kind} {entry.mode:o} {entry.target}\n".encode()
+            content = hashlib.sha256(entry.read()).digest()
+            digest.update(told)
+            digest.update(content)
+            parts[f"{folder}/{entry.path}"] = hashlib.sha256(told + content).hexdigest()
+    return digest.hexdigest(), parts
+
+
+def _part(value: object) -> str:
+    return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()
 
 
 def make(

@@ -9,9 +9,18 @@ from vmtasks.config.load import show
 from vmtasks.errors import ConfigError
 
 
-def render(template: Path, values: Mapping[str, Any]) -> str:
+def read(template: Path) -> str:
+    """The template as it stands. ConfigError when it is no text, OSError when it cannot be read."""
+    try:
+        return template.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{show(template)}: not UTF-8: {error}") from None
+
+
+def render(template: Path, values: Mapping[str, Any], text: str | None = None) -> str:
     """The template's text with each `{{ value }}` quoted as one shell word, or as several if it is a list.
 
+    `text` is what the template says, if that was read before.
     `{{ value | raw }}` leaves it as it is. A comment is `{{# ... #}}`, because `${#name}` is the shell's. ConfigError
     with file and line when the template is wrong or names a value that does not exist.
     """
@@ -26,11 +35,9 @@ def render(template: Path, values: Mapping[str, Any]) -> str:
     )
     env.filters["raw"] = Raw
     try:
-        return env.from_string(template.read_text(encoding="utf-8")).render(values)
+        return env.from_string(read(template) if text is None else text).render(values)
     except jinja2.TemplateSyntaxError as error:
         raise ConfigError(f"{show(template)}:{error.lineno}: {error.message}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{show(template)}: not UTF-8: {error}") from None
     except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
         there = ", ".join(sorted([*(set(values) - {"vars"}), *(f"vars.{name}" for name in values.get("vars", ()))]))
         raise ConfigError(

@@ -78,8 +78,8 @@ class Results:
             return "it has not run yet"
         if last.status != 0:
             return f"it failed the last time ({last.trouble or last.counts})"
-        parts = self.parts(name)
-        changed = [what for what, value in parts.items() if last.parts.get(what) != value]
+        parts = self.former_parts(name) if "suite" in last.parts else self.parts(name)
+        changed = plan.changes(last.parts, parts)
         return f"changed: {', '.join(changed)}" if changed else ""
 
     # -- the next one
@@ -145,7 +145,16 @@ class Results:
         return Walk(source, table.exclude, gitignore=table.gitignore, hidden=private)
 
     def parts(self, name: str) -> dict[str, str]:
-        """What decides the suite's result, each as a short text that changes when it does."""
+        """What decides the suite's result: the parts of its node in the plan."""
+        return self.node(name).parts
+
+    def node(self, name: str) -> plan.Node:
+        """The suite's node in the plan."""
+        nodes = plan.suite_nodes(self.config, self.tree, self._system())
+        return next(node for node in nodes if node.name == f"test:{name}")
+
+    def former_parts(self, name: str) -> dict[str, str]:
+        """What decides it as results of older versions have it."""
         suite = msgspec.structs.asdict(self.config.suites[name])
         decides = {key: value for key, value in suite.items() if not key.startswith("artifacts") and key != "timeout_s"}
         return {

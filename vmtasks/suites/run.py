@@ -187,7 +187,7 @@ class Suites:
     def _run(self, name: str, sink: Callable[[bytes], None], folder: Path) -> ResultRecord:
         suite, parts = self.config.suites[name], self.results.parts(name)
         held = self._built(name, sink)
-        parts |= {"tree": held.tree, "build": held.built}
+        parts = {**parts, "tree": held.tree}
         self.note(f"test:{name}: {suite.command}")
         cwd = self.config.sync.dest if suite.cwd == "." else f"{self.config.sync.dest}/{suite.cwd}"
         fresh = f"rm -rf {shlex.quote('./' + suite.junit)}; " if suite.junit else ""
@@ -215,7 +215,7 @@ class Suites:
             name, _read(folder / LOG), ended=ended, duration_s=took, fmt=suite.format, own_xml=own, problem=problem
         )
         record = ResultRecord(
-            key=plan.suite_digest(parts),
+            key=plan.digest_of("suite", parts),
             status=ended.status or (0 if made.counts.green else 1),
             counts=str(made.counts),
             duration_s=round(took, 1),

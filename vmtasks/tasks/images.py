@@ -1,17 +1,15 @@
 """Tasks that make images: fetch, render, phase_iso, phase, snapshot, auto_install, clean_phases."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from doit.tools import config_changed
-
-from vmtasks.config.load import Config
 from vmtasks.errors import VmTasksError
 from vmtasks.host import files, progress
-from vmtasks.images import plan
+from vmtasks.images.plan import Node
+from vmtasks.images.reader import MODES, SHIPPED, Reader
 from vmtasks.images.workspace import State
 from vmtasks.media.template import shipped_path
 from vmtasks.tasks.context import CONFIG, action
@@ -51,49 +49,34 @@ class Intact:
             return str(error)
 
 
-class AsLeft:
-    """Up to date only while files are as the task's action has left them, by their size and times."""
+@cache
+def nodes() -> dict[str, Node]:
+    """The plan of the images, of what is on the host when it is first asked for after each step."""
+    return Reader(CONFIG).nodes()
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        """Nothing is looked at yet."""
-        self._paths = paths
 
-    def __call__(self, task: Any, values: dict[str, Any]) -> bool:  # noqa: ARG002 - doit passes them by name
-        """What doit asks."""
-        return bool(values.get("left") == self.stamps())
+def judge(name: str) -> Intact:
+    """Whether the step `name` is up to date: nothing else decides."""
+    return Intact(partial(_why, name))
 
-    def __repr__(self) -> str:
-        """What `doit info` prints."""
-        return "as they were written"
 
-    def stamps(self) -> list[list[int]]:
-        """What doit keeps."""
-        found = (path.lstat() for path in self._paths if path.is_file())
-        return [[info.st_size, info.st_mtime_ns, info.st_ino] for info in found]
-
-    def after(self, function: Callable[[], object]) -> Callable[[], dict[str, Any]]:
-        """The action that leaves the files."""
-
-        def run() -> dict[str, Any]:
-            function()
-            return {"left": self.stamps()}
-
-        return run
+def _why(name: str) -> str:
+    return Reader(CONFIG).why_stale(name, nodes())
 
 
 def run_step(name: str, *arguments: int, **options: bool) -> None:
     """Carry out a build step. What that needs is imported only now: most runs have nothing to build."""
     from vmtasks.images.steps import Builder  # noqa: PLC0415
 
-    getattr(Builder(CONFIG), name)(*arguments, **options)
+    try:
+        getattr(Builder(CONFIG), name)(*arguments, **options)
+    finally:
+        nodes.cache_clear()
 
 
-def _numbers(config: Config) -> range:
-    return range(1, len(config.guest.phases) + 1)
-
-
-def _inputs(config: Config) -> list[str]:
-    return [str(config.guest_dir / "guest.toml")]
+def _reads(*paths: Path) -> dict[str, Any]:
+    """What `doit info` lists. Not file_dep: doit would judge by it whether the task is up to date."""
+    return {"reads": [str(CONFIG.guest_dir / "guest.toml"), *map(str, paths)]}
 
 
 def task_fetch() -> Task:
@@ -115,7 +98,8 @@ def task_fetch() -> Task:
         "actions": [action(fetch)],
         "params": [UNVERIFIED_PARAM],
         "targets": [str(state.installer_record)],
-        "uptodate": [Intact(partial(state.why_stale, 0))],
+        "uptodate": [judge("fetch")],
+        "meta": _reads(),
         "io": {"capture": False},
     }
 
@@ -144,17 +128,15 @@ def task_render() -> Iterator[Task]:
     Exit status: 0 rendered; 2 a template is wrong, with its file and line.
     Example: doit render:3
     """
-    state = State(CONFIG)
-    common = [str(path) for path in (state.public_key, shipped_path("lib.sh"), shipped_path("run.sh"))]
-    values = repr((plan.FORMAT, sorted(CONFIG.vars.items()), CONFIG.version))
-    for number in _numbers(CONFIG):
-        left = AsLeft(state.rendered(number))
+    state = Reader(CONFIG)
+    for number in state.numbers:
         yield {
             "name": str(number),
-            "actions": [action(left.after(partial(run_step, "render", number)))],
-            "file_dep": [*_inputs(CONFIG), str(CONFIG.template(state.phase(number))), *common],
-            "targets": [str(path) for path in state.rendered(number)],
-            "uptodate": [config_changed(values), left],
+            "actions": [action(partial(run_step, "render", number))],
+            "task_dep": ["_key"],
+            "targets": [str(state.folder(number) / name) for name in MODES],
+            "uptodate": [judge(f"render:{number}")],
+            "meta": _reads(CONFIG.template(state.phase(number)), *map(shipped_path, SHIPPED)),
             "io": {"capture": False},
         }
 
@@ -167,21 +149,17 @@ def task_phase_iso() -> Iterator[Task]:
     Exit status: 0 written; 1 it could not be.
     Example: doit phase_iso:3
     """
-    state = State(CONFIG)
-    for number in _numbers(CONFIG):
-        iso = state.iso(number)
+    state = Reader(CONFIG)
+    for number in state.numbers:
         yield {
             "name": str(number),
             "actions": [action(partial(run_step, "phase_iso", number))],
-            "file_dep": [*map(str, state.rendered(number)), str(state.installer_record)],
-            "targets": [str(iso)],
-            "uptodate": [config_changed(str(plan.FORMAT)), Intact(partial(_no_file, iso))],
+            "task_dep": ["fetch", f"render:{number}"],
+            "targets": [str(state.iso(number))],
+            "uptodate": [judge(f"phase_iso:{number}")],
+            "meta": _reads(state.folder(number), state.installer_record),
             "io": {"capture": False},
         }
-
-
-def _no_file(iso: Path) -> str:
-    return "" if iso.is_file() else f"{iso} is not a file"
 
 
 def task_phase() -> Iterator[Task]:
@@ -194,8 +172,8 @@ def task_phase() -> Iterator[Task]:
     Exit status: 0 the image is in the store; 1 the phase failed; 2 wrong configuration.
     Example: doit phase:2 --anew
     """
-    state = State(CONFIG)
-    for number in _numbers(CONFIG):
+    state = Reader(CONFIG)
+    for number in state.numbers:
         yield {
             "name": str(number),
             "doc": state.phase(number).name,
@@ -209,13 +187,10 @@ def task_phase() -> Iterator[Task]:
                     "help": "boot it although its image is there: for packages that have changed elsewhere",
                 }
             ],
-            "file_dep": [*_inputs(CONFIG), str(state.record(number - 1)), str(state.iso(number))],
+            "task_dep": [f"phase:{number - 1}" if number > 1 else "fetch", f"phase_iso:{number}"],
             "targets": [str(state.record(number))],
-            "uptodate": [
-                Intact(partial(state.why_stale, number)),
-                config_changed(repr((plan.FORMAT, CONFIG.disk_size))),
-                without_option("anew"),
-            ],
+            "uptodate": [judge(f"phase:{number}"), without_option("anew")],
+            "meta": _reads(state.record(number - 1), state.iso(number)),
             "io": {"capture": False},
         }
 
@@ -255,13 +230,15 @@ def task_clean_phases() -> Task:
     Exit status: 0.
     Example: doit clean_phases
     """
-    state = State(CONFIG)
+    state = Reader(CONFIG)
 
     def clean() -> None:
         gone = 0
-        for number in _numbers(CONFIG):
+        for number in state.numbers:
             for path in (state.folder(number), state.iso(number), state.look_disk(number)):
                 gone += _remove(path)
+            for path in (state.render_file(number), state.iso_file(number)):
+                path.unlink(missing_ok=True)
         for path in files.abandoned(state.home):
             gone += _remove(path)
         progress.say(f"clean_phases: {gone} removed below {state.home}")

@@ -10,13 +10,6 @@ from doit.exceptions import InvalidCommand
 TEXT = "text"
 """Key of a task's whole docstring in its `meta`: doit keeps only the first line."""
 DOITS_HELP = Help._execute  # noqa: SLF001
-REASONS = {
-    "missing_target": "there is no",
-    "changed_file_dep": "changed:",
-    "missing_file_dep": "missing:",
-    "removed_file_dep": "no longer needed:",
-    "added_file_dep": "needed since:",
-}
 
 
 def install() -> None:
@@ -49,7 +42,7 @@ def _execute(self: Any, pos_args: list[str], *, hide_status: bool = False) -> in
         stale = status.status != "up-to-date"
         out += [f"status: {'to be done' if stale else 'up to date'}", *(f"  {why}" for why in _why(status.reasons))]
     out += _listed("after", [*task.task_dep, *task.setup_tasks])
-    out += _listed("reads", task.file_dep)
+    out += _listed("reads", (task.meta or {}).get("reads", ()))
     out += _listed("leaves", task.targets)
     out += _listed("options", [f"--{each.get('long') or each['name']}: {each.get('help', '')}" for each in task.params])
     self.outstream.write("\n".join(out) + "\n")
@@ -62,8 +55,7 @@ def _why(reasons: Any) -> list[str]:
     why = ["it is always carried out"] if reasons.get("has_no_dependencies") else []
     said = [repr(check) for check, _, _ in reasons.get("uptodate_false", ())]
     why += [text for text in said if not text.startswith("<")]
-    for name, sentence in REASONS.items():
-        why += [f"{sentence} {entry}" for entry in sorted(reasons.get(name) or ())]
+    why += [f"there is no {target}" for target in sorted(reasons.get("missing_target") or ()) if not said]
     return why or ["what it is made from has changed"]
 
 

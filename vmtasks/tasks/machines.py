@@ -2,7 +2,7 @@
 
 import sys
 import time
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vmtasks import printable
@@ -12,7 +12,7 @@ from vmtasks.errors import MissingToolError
 from vmtasks.host import progress
 from vmtasks.images.workspace import CLEAN, State
 from vmtasks.tasks.context import CONFIG, VARIABLES, action, asked_with
-from vmtasks.tasks.images import Intact, run_step, without_option
+from vmtasks.tasks.images import judge, run_step, without_option
 from vmtasks.tasks.reporter import Said
 
 Task = dict[str, Any]
@@ -69,14 +69,17 @@ def task_snapshot() -> Task:
         progress.say(f"snapshot {name}: {show_size(saved.virtual_size)} disk, {saved.size >> 20} MiB stored")
 
     # A machine's disk can be saved whatever the phases' scripts are like just now.
-    needs = [] if asked_with("snapshot", "--name") else [str(state.record(last))]
+    needs = [] if asked_with("snapshot", "--name") else [f"phase:{last}"]
     return {
         "actions": [(action(snapshot),)],
-        "file_dep": needs,
+        "task_dep": needs,
         "targets": [str(state.clean_record)],
-        "uptodate": [Intact(partial(state.image_fault, state.clean_record)), without_option("name")],
+        "uptodate": [judge("snapshot"), without_option("name")],
         "params": [NAME_PARAM],
-        "meta": {"fresh": Said(lambda: f"{CONFIG.label}: the clean image is up to date")},
+        "meta": {
+            "fresh": Said(lambda: f"{CONFIG.label}: the clean image is up to date"),
+            "reads": [str(state.record(last))],
+        },
         "io": {"capture": False},
     }
 

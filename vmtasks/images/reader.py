@@ -1,0 +1,370 @@
+"""Reads of this host what the plan needs, and judges what stands.
+
+A step is up to date exactly when its record has the digest of its node, and what the record names is there, intact.
+Cheap to import: doit asks these questions at every run, also when nothing is to be done. Nothing is written.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from vmtasks.config.tables import Download
+from vmtasks.errors import VmTasksError
+from vmtasks.host import files
+from vmtasks.images import plan
+from vmtasks.images.plan import Inputs, Installer, IsoFile, Node, Rendering
+from vmtasks.images.workspace import PhaseRecord, State
+from vmtasks.media import template
+from vmtasks.store.store import MediaRecord, R, read_record
+
+PROGRAM, PLAIN = 0o555, 0o444
+PFI = "pfi_script=run.sh\n"
+MODES = {"lib.sh": PLAIN, "pfi.conf": PLAIN, "phase.sh": PLAIN, "poweroff": PLAIN, "run.sh": PROGRAM}
+"""The files that a phase is rendered into."""
+SHIPPED = ("lib.sh", "run.sh")
+
+
+class RenderRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a phase was rendered from, as `parts` of the node `digest`, and what came of it.
+
+    `files`: the digests of the plan, of each file with the placeholder for the public key. `key`: the one that was
+    written instead. `left`: SHA-256 of each file as it was written.
+    """
+
+    digest: str
+    parts: dict[str, str]
+    files: dict[str, str]
+    key: str
+    left: dict[str, str]
+
+
+class IsoRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a phase's ISO was made of, for which public key, and how the file was left."""
+
+    digest: str
+    parts: dict[str, str]
+    key: str
+    size: int
+    mtime_ns: int
+
+
+class BuiltRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What the image `digest` was rendered from: digests by part, and the texts among them, to say which line changed.
+
+    Stands beside the phase's record, and belongs to this project alone.
+    """
+
+    digest: str
+    sources: dict[str, str]
+    texts: dict[str, str]
+
+
+class Texts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a phase is rendered from, read once: the template, the scripts of vmtasks by name, values but the key."""
+
+    template: str
+    shipped: dict[str, str]
+    values: dict[str, object]
+
+
+class Reader(State):
+    """One guest's plan, and what stands of it."""
+
+    # -- what the plan is made of
+
+    def nodes(self, read: Mapping[int, Texts] | None = None) -> dict[str, Node]:
+        """The nodes from `fetch` to `snapshot` by name, of what is on the host now or was `read` for some phases."""
+        texts = read or {}
+        phases = tuple(self.rendering(number, texts.get(number)) for number in self.numbers)
+        inputs = Inputs(installer=self._installer(), phases=phases)
+        return {node.name: node for node in plan.image_nodes(self.config, inputs)}
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of all phases."""
+        return range(1, len(self.config.guest.phases) + 1)
+
+    def _installer(self) -> Installer:
+        try:
+            recipe, parts = self.recipe()
+        except (OSError, VmTasksError) as error:
+            return Installer(fault=_said(error))
+        media = self.known_media(recipe)[0]
+        if media is None:
+            return Installer(recipe=recipe, parts=parts)
+        return Installer(recipe=recipe, parts=parts, media=media.sha256, packages=media.local_packages)
+
+    def known_media(self, recipe: str, *, allow_unverified: bool = False) -> tuple[MediaRecord | None, str]:
+        """The record of an installer of this recipe, ours or the store's, and why the store does not hold it, or ''."""
+        ours = read_record(self.installer_record, MediaRecord)
+        if ours is not None and ours.recipe == recipe and not self.media_fault(ours):
+            return ours, ""
+        record = read_record(self.store.root / "media" / f"{recipe}.toml", MediaRecord)
+        if record is None and ours is not None and ours.recipe == recipe:
+            record = ours
+        if record is None:
+            return None, ""
+        trusted = record.verified or allow_unverified or (ours is not None and ours.sha256 == record.sha256)
+        if isinstance(self.config.guest.installer, Download) and not trusted:
+            return None, ""
+        return record, self.media_fault(record)
+
+    def read(self, number: int) -> Texts:
+        """What phase `number` is rendered from. OSError, UnicodeDecodeError."""
+        config = self.config
+        return Texts(
+            template=template.read(config.template(self.phase(number))),
+            shipped={name: template.shipped(name) for name in SHIPPED},
+            values={
+                "disk_serial": config.guest.machine.disk_serial,
+                "guest": config.guest.name,
+                "hostname": config.guest.name,
+                "ssh_user": config.guest.ssh.user,
+                "vars": dict(config.vars),
+                "version": config.version,
+            },
+        )
+
+    def part_names(self, number: int) -> dict[str, str]:
+        """The files of a phase, each as the part that a person edits."""
+        return {
+            "lib.sh": "vmtasks: lib.sh",
+            "pfi.conf": "vmtasks: pfi.conf",
+            "phase.sh": self.config.template(self.phase(number)).name,
+            "poweroff": "poweroff",
+            "run.sh": "vmtasks: run.sh",
+        }
+
+    def sources(self, number: int, texts: Texts) -> dict[str, str]:
+        """The parts of the node `render:N`."""
+        names, values = self.part_names(number), dict(texts.values)
+        own = values.pop("vars")
+        parts = {names["phase.sh"]: _digest(texts.template), names["poweroff"]: _digest(self.config.guest.poweroff)}
+        parts |= {names[name]: _digest(text) for name, text in texts.shipped.items()}
+        parts |= {"machine.disk_serial": str(values["disk_serial"]), "ssh.user": str(values["ssh_user"])}
+        parts |= {"name": str(values["guest"]), "version": str(values["version"])}
+        parts |= {f"vars.{name}": plan.digest_of("value", value) for name, value in _table(own).items()}
+        return {**parts, plan.FORMAT_PART: f"{plan.FORMAT} {_digest(PFI)}"}
+
+    def texts_by_part(self, number: int, texts: Texts) -> dict[str, str]:
+        """The texts that phase `number` is rendered from, by the parts that sources() names."""
+        names = self.part_names(number)
+        return {
+            names["phase.sh"]: texts.template,
+            names["poweroff"]: self.config.guest.poweroff + "\n",
+            **{names[name]: text for name, text in texts.shipped.items()},
+        }
+
+    def render_files(self, number: int, texts: Texts, public_key: str) -> dict[str, str]:
+        """The text of each file of the phase, with this public key. ConfigError when the template is wrong."""
+        path = self.config.template(self.phase(number))
+        return {
+            **texts.shipped,
+            "pfi.conf": PFI,
+            "phase.sh": template.render(path, {**texts.values, "public_key": public_key}, texts.template),
+            "poweroff": self.config.guest.poweroff + "\n",
+        }
+
+    def rendering(self, number: int, texts: Texts | None = None) -> Rendering:
+        """Phase `number` for the plan. What was rendered from the same sources before is not rendered again."""
+        sources: dict[str, str] = {}
+        try:
+            texts = texts or self.read(number)
+            sources = self.sources(number, texts)
+            known = self.render_record(number)
+            if known is not None and known.digest == plan.digest_of("render", sources):
+                return Rendering(sources=sources, files=known.files)
+            made = self.render_files(number, texts, plan.PUBLIC_KEY)
+        except (OSError, UnicodeDecodeError, VmTasksError) as error:
+            return Rendering(sources=sources, fault=_said(error))
+        return Rendering(sources=sources, files=self.file_parts(number, made))
+
+    def file_parts(self, number: int, made: Mapping[str, str]) -> dict[str, str]:
+        """The digests of rendered files by named part."""
+        names = self.part_names(number)
+        return {names[name]: plan.file_part(IsoFile(name, MODES[name], _digest(text))) for name, text in made.items()}
+
+    # -- records beside those of the workspace
+
+    def render_record(self, number: int) -> RenderRecord | None:
+        """What phase `number` was last rendered from; None when that is not known."""
+        return _read_json(self.render_file(number), RenderRecord)
+
+    def render_file(self, number: int) -> Path:
+        """Where that is recorded."""
+        return self.home / f"render-{number}.json"
+
+    def built(self, number: int) -> BuiltRecord | None:
+        """What the image that our record of phase `number` names was rendered from, if that is known."""
+        return _read_json(self.built_file(number), BuiltRecord)
+
+    def built_file(self, number: int) -> Path:
+        """Where that is recorded."""
+        return self.home / f"phase-{number}.json"
+
+    def iso_file(self, number: int) -> Path:
+        """Where it is recorded what the ISO of phase `number` was made of."""
+        return self.home / f"phase-{number}.iso.json"
+
+    # -- keys
+
+    def key_of(self, number: int, nodes: Mapping[str, Node]) -> Path:
+        """The private key whose public half phase `number` is rendered with: that of the image below it, if it has one.
+
+        Else the one that an image of the same digest has, or else the store's.
+        """
+        for name in (f"phase:{number - 1}", f"phase:{number}"):
+            digest = nodes[name].digest if name in nodes else ""
+            kept = self.store.snapshot_key(digest)
+            if digest and kept.is_file():
+                return kept
+        return self.key
+
+    def public_half(self, private: Path) -> str:
+        """The line for `authorized_keys` of a key that the store keeps; '' where there is none that can be read."""
+        try:
+            return files.read_text(private.with_name(f"{private.name}.pub")).strip()
+        except (OSError, ValueError):
+            return ""
+
+    # -- the one judge
+
+    def why_stale(self, name: str, nodes: Mapping[str, Node] | None = None) -> str:
+        """Why the step `name` must be carried out, or ''. `nodes` as nodes() gave them."""
+        return "; ".join(self.causes(name, nodes))
+
+    def causes(self, name: str, nodes: Mapping[str, Node] | None = None) -> list[str]:
+        """The reasons why the step `name` must be carried out. Reads no image whose size and time are right."""
+        nodes = nodes or self.nodes()
+        kind, _, number = name.partition(":")
+        if kind == "fetch":
+            return self._fetch_causes(nodes)
+        if kind == "snapshot":
+            return self._snapshot_causes(nodes)
+        judge = {"render": self._render_causes, "phase_iso": self._iso_causes, "phase": self._phase_causes}[kind]
+        return judge(int(number), nodes)
+
+    def _fetch_causes(self, nodes: Mapping[str, Node]) -> list[str]:
+        node, record = nodes["fetch"], read_record(self.installer_record, MediaRecord)
+        if node.unknown:
+            return [node.unknown]
+        if record is None:
+            return ["there is no record of the installer"]
+        if record.recipe != node.digest:
+            return self.named(record.parts, node) or ["what the installer is made of has changed"]
+        return _some(self.media_fault(record))
+
+    def _render_causes(self, number: int, nodes: Mapping[str, Node]) -> list[str]:
+        node, record = nodes[f"render:{number}"], self.render_record(number)
+        if node.unknown:
+            return [node.unknown]
+        if record is None:
+            return ["it has not been rendered yet"]
+        if record.digest != node.digest:
+            return self.named(record.parts, node)
+        if record.key != self.public_half(self.key_of(number, nodes)):
+            return ["the public key changed"]
+        folder = self.folder(number)
+        return [f"{folder.name}/{name} is not as it was rendered" for name in MODES if not _is(folder / name, record)]
+
+    def _iso_causes(self, number: int, nodes: Mapping[str, Node]) -> list[str]:
+        node, record, iso = nodes[f"phase_iso:{number}"], _read_json(self.iso_file(number), IsoRecord), self.iso(number)
+        if node.unknown:
+            return [node.unknown]
+        if not iso.is_file():
+            return [f"{iso} is not a file" if iso.exists() else f"there is no {iso.name}"]
+        if record is None:
+            return [f"there is no record of {iso.name}"]
+        if record.digest != node.digest:
+            return self.named(record.parts, node)
+        if record.key != self.public_half(self.key_of(number, nodes)):
+            return ["the public key changed"]
+        stat = iso.stat()
+        same = (stat.st_size, stat.st_mtime_ns) == (record.size, record.mtime_ns)
+        return [] if same else [f"{iso.name} is not as it was written"]
+
+    def _phase_causes(self, number: int, nodes: Mapping[str, Node]) -> list[str]:
+        node, path = nodes[f"phase:{number}"], self.record(number)
+        record = read_record(path, PhaseRecord)
+        if record is None:
+            return [f"there is no record {path.name}"]
+        if node.unknown:
+            return [node.unknown]
+        if record.digest != node.digest:
+            built = self.built(number)
+            return self.named(record.parts, node, built.sources if built and built.digest == record.digest else None)
+        found, fault = self.store.find(record.digest, record.sha256)
+        if found is None or number == 1:
+            return _some(fault)
+        named = read_record(self.record(number - 1), PhaseRecord)
+        below = self.store.record(named.digest, named.sha256) if named else None
+        grown = below is not None and below.chain == found.backing_sha256
+        return [] if grown else ["the image below it was built anew"]
+
+    def _snapshot_causes(self, nodes: Mapping[str, Node]) -> list[str]:
+        node, record = nodes["snapshot"], read_record(self.clean_record, PhaseRecord)
+        if record is None:
+            return [f"there is no record {self.clean_record.name}"]
+        if node.unknown:
+            return [node.unknown]
+        last = read_record(self.record(self.numbers[-1]), PhaseRecord)
+        if record.digest != node.digest or last is None or record.sha256 != last.sha256:
+            return [f"{node.after[0]} has another image"]
+        return _some(self.image_fault(self.clean_record))
+
+    def named(self, old: Mapping[str, str], node: Node, sources: Mapping[str, str] | None = None) -> list[str]:
+        """The parts that changed, as causes. A rendered file is told by what it was rendered from, if that is known."""
+        if not old:
+            return [plan.OTHER_WAY] if node.name != "fetch" else []
+        changed = plan.changes(old, node.parts)
+        if plan.FORMAT_PART in changed:
+            return [plan.OTHER_WAY]
+        template_name = next((name for name in changed if name.endswith(".sh.j2")), "")
+        if template_name and sources:
+            deeper = [name for name in plan.changes(sources, node.sources) if name not in (plan.FORMAT_PART, *changed)]
+            if sources.get(template_name) == node.sources.get(template_name) and deeper:
+                changed.remove(template_name)
+            changed += deeper
+        return [_told(name, old, node.parts) for name in changed]
+
+
+def _told(name: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """One part that changed; an image before the step is another one."""
+    if name.startswith("phase:"):
+        return f"{name} makes another image"
+    if name in new and name not in old:
+        return f"{name} is new" if old else f"{name} changed"
+    return f"{name} is gone" if name in old and name not in new else f"{name} changed"
+
+
+def _some(fault: str) -> list[str]:
+    return [fault] if fault else []
+
+
+def _table(value: object) -> dict[str, object]:
+    return value if isinstance(value, dict) else {}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _said(error: Exception) -> str:
+    return error.message if isinstance(error, VmTasksError) else str(error)
+
+
+def _is(path: Path, record: RenderRecord) -> bool:
+    """Whether a rendered file has the mode and bytes that it was left with."""
+    try:
+        return path.stat().st_mode & 0o777 == MODES[path.name] and files.sha256(path) == record.left.get(path.name)
+    except OSError:
+        return False
+
+
+def _read_json(path: Path, kind: type[R]) -> R | None:
+    try:
+        return msgspec.json.decode(files.read(path), type=kind)
+    except (OSError, ValueError, msgspec.MsgspecError):
+        return None
