@@ -249,11 +249,11 @@ class Walk:
         return rules, repository
 
 
-def tree_digest(walk: Walk, cache: Path | None = None) -> str:
+def tree_digest(walk: Walk, cache: Path | None = None, *, keep: bool = True) -> str:
     """SHA-256 over names, kinds, modes, link targets and contents of the tree that sync() would send.
 
     `cache` remembers contents by size, times and inode, so that only changed files are read. What was changed just now
-    is not remembered: a second change in the same tick of the clock would not show.
+    is not remembered: a second change in the same tick of the clock would not show. Without `keep` nothing is written.
     """
     with _uncollected():
         names, facts = _facts(walk)
@@ -279,7 +279,7 @@ def tree_digest(walk: Walk, cache: Path | None = None) -> str:
         settled = settled and (ctime_ns < settled_ns or stat.S_ISDIR(mode))
         # No target holds one either.
         digest.update(b"%b\0%o %b\0" % (name, mode, content.encode(errors="surrogateescape")))
-    if cache is not None and (settled or seen != known):
+    if cache is not None and keep and (settled or seen != known):
         whole = {"stamp": stamp, "digest": digest.hexdigest()} if settled else {}
         with suppress(OSError):  # without it all files are read once more
             files.write(cache, f"{json.dumps(whole)}\n{json.dumps(seen)}\n")

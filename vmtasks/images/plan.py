@@ -24,6 +24,9 @@ PUBLIC_KEY = f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{'A' * 43} vmtasks"
 """What the scripts are rendered with for a digest: who may log in decides nothing about an image."""
 
 NOT_FETCHED = "not known until fetch"
+PER_PHASE = ("render", "phase_iso", "phase")
+"""What each phase has a node of, as `phase:1`."""
+
 FROM_SUITE = ("command", "user", "cwd", "env", "format", "junit")
 """The keys of a suite that decide its result. The others say how long it may take and what is fetched."""
 

@@ -5,6 +5,7 @@ Cheap to import: doit asks these questions at every run, also when nothing is to
 """
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from vmtasks.images import plan
 from vmtasks.images.plan import Inputs, Installer, IsoFile, Node, Rendering
 from vmtasks.images.workspace import PhaseRecord, State
 from vmtasks.media import template
-from vmtasks.store.store import MediaRecord, R, read_record
+from vmtasks.store.store import ImageRecord, MediaRecord, R, read_record
 
 PROGRAM, PLAIN = 0o555, 0o444
 PFI = "pfi_script=run.sh\n"
 MODES = {"lib.sh": PLAIN, "pfi.conf": PLAIN, "phase.sh": PLAIN, "poweroff": PLAIN, "run.sh": PROGRAM}
 """The files that a phase is rendered into."""
+BUILT_ANEW = "the image below it was built anew"
 SHIPPED = ("lib.sh", "run.sh")
 
 
@@ -263,7 +265,7 @@ class Reader(State):
         if record is None:
             return ["it has not been rendered yet"]
         if record.digest != node.digest:
-            return self.named(record.parts, node)
+            return self.named(record.parts, node, number)
         if record.key != self.public_half(self.key_of(number, nodes)):
             return ["the public key changed"]
         folder = self.folder(number)
@@ -278,7 +280,7 @@ class Reader(State):
         if record is None:
             return [f"there is no record of {iso.name}"]
         if record.digest != node.digest:
-            return self.named(record.parts, node)
+            return self.named(record.parts, node, number)
         if record.key != self.public_half(self.key_of(number, nodes)):
             return ["the public key changed"]
         stat = iso.stat()
@@ -286,6 +288,11 @@ class Reader(State):
         return [] if same else [f"{iso.name} is not as it was written"]
 
     def _phase_causes(self, number: int, nodes: Mapping[str, Node]) -> list[str]:
+        named = read_record(self.record(number - 1), PhaseRecord) if number > 1 else None
+        return self.phase_causes(number, nodes, self.store.record(named.digest, named.sha256) if named else None)
+
+    def phase_causes(self, number: int, nodes: Mapping[str, Node], below: ImageRecord | None) -> list[str]:
+        """As causes(), of a phase that is to grow from the image `below`; None for the first, or if there is none."""
         node, path = nodes[f"phase:{number}"], self.record(number)
         record = read_record(path, PhaseRecord)
         if record is None:
@@ -294,28 +301,36 @@ class Reader(State):
             return [node.unknown]
         if record.digest != node.digest:
             built = self.built(number)
-            return self.named(record.parts, node, built.sources if built and built.digest == record.digest else None)
+            same = built is not None and built.digest == record.digest
+            return self.named(record.parts, node, number, built.sources if built and same else None)
         found, fault = self.store.find(record.digest, record.sha256)
         if found is None or number == 1:
             return _some(fault)
-        named = read_record(self.record(number - 1), PhaseRecord)
-        below = self.store.record(named.digest, named.sha256) if named else None
         grown = below is not None and below.chain == found.backing_sha256
-        return [] if grown else ["the image below it was built anew"]
+        return [] if grown else [BUILT_ANEW]
 
     def _snapshot_causes(self, nodes: Mapping[str, Node]) -> list[str]:
+        last = read_record(self.record(self.numbers[-1]), PhaseRecord)
+        return self.snapshot_causes(nodes, last.sha256 if last else "")
+
+    def snapshot_causes(self, nodes: Mapping[str, Node], sha256: str) -> list[str]:
+        """As causes(), of the snapshot that is to name the image with these bytes."""
         node, record = nodes["snapshot"], read_record(self.clean_record, PhaseRecord)
         if record is None:
             return [f"there is no record {self.clean_record.name}"]
         if node.unknown:
             return [node.unknown]
-        last = read_record(self.record(self.numbers[-1]), PhaseRecord)
-        if record.digest != node.digest or last is None or record.sha256 != last.sha256:
+        if (record.digest, record.sha256) != (node.digest, sha256):
             return [f"{node.after[0]} has another image"]
         return _some(self.image_fault(self.clean_record))
 
-    def named(self, old: Mapping[str, str], node: Node, sources: Mapping[str, str] | None = None) -> list[str]:
-        """The parts that changed, as causes. A rendered file is told by what it was rendered from, if that is known."""
+    def named(
+        self, old: Mapping[str, str], node: Node, number: int = 0, sources: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """The parts that changed, as causes. A rendered file is told by what it was rendered from, if that is known.
+
+        `number`: of the phase whose texts tell the line that changed; 0 for none.
+        """
         if not old:
             return [plan.OTHER_WAY] if node.name != "fetch" else []
         changed = plan.changes(old, node.parts)
@@ -327,7 +342,15 @@ class Reader(State):
             if sources.get(template_name) == node.sources.get(template_name) and deeper:
                 changed.remove(template_name)
             changed += deeper
-        return [_told(name, old, node.parts) for name in changed]
+        lines = {name: _first_other(*pair) for name, pair in self.edited(number).items()} if number else {}
+        return [_told(name, old, node.parts) + (f" (line {lines[name]})" if name in lines else "") for name in changed]
+
+    def edited(self, number: int) -> dict[str, tuple[str, str]]:
+        """The texts of a phase that are not as they were when its image was made: part -> what it was, what it is."""
+        built = self.built(number)
+        now = self.texts_by_part(number, self.read(number)) if built else {}
+        was = built.texts if built else {}
+        return {part: (was[part], text) for part, text in now.items() if part in was and was[part] != text}
 
 
 def _told(name: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
@@ -337,6 +360,12 @@ def _told(name: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
     if name in new and name not in old:
         return f"{name} is new" if old else f"{name} changed"
     return f"{name} is gone" if name in old and name not in new else f"{name} changed"
+
+
+def _first_other(old: str, new: str) -> int:
+    """The number of the first line of `new` that is not as in `old`."""
+    pairs = enumerate(itertools.zip_longest(old.splitlines(), new.splitlines()), 1)
+    return next((number for number, (was, is_now) in pairs if was != is_now), 1)
 
 
 def _some(fault: str) -> list[str]:

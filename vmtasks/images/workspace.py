@@ -15,7 +15,7 @@ from vmtasks.config.load import Config
 from vmtasks.config.tables import NAME, PhaseTable
 from vmtasks.errors import ConfigError, StateError
 from vmtasks.host import files
-from vmtasks.store.store import MediaRecord, Store, file_fault, load_record, read_record
+from vmtasks.store.store import MediaRecord, Store, load_record, read_record
 
 CLEAN, MANUAL = "clean", "manual"
 """The snapshot that the phases end in, and what a machine says that was installed by hand."""
@@ -111,11 +111,11 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
 class State:
     """One guest's folder of records, and the store that they speak of."""
 
-    def __init__(self, config: Config) -> None:
-        """`home` is the guest's folder of records and phase ISOs."""
+    def __init__(self, config: Config, *, read_only: bool = False) -> None:
+        """`home` is the guest's folder of records and phase ISOs. `read_only`: of the store, see there."""
         self.config = config
         self.home = config.guest_state
-        self.store = Store(config.store_dir)
+        self.store = Store(config.store_dir, read_only=read_only)
 
     # -- places
 
@@ -206,7 +206,7 @@ class State:
             for sha256, _, name in (item.partition(" ") for item in items):
                 if not self.store.download(sha256).is_file():
                     return f"the package {name} is gone"
-        return file_fault(self.store.download(media.sha256), media.size, media.mtime_ns, media.sha256)
+        return self.store.file_fault(self.store.download(media.sha256), media)
 
     def image_fault(self, record: Path) -> str:
         """Why the image that `record` names is invalid, or ''."""

@@ -102,9 +102,10 @@ class MediaRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Store:
     """One store. Methods raise OSError for a full or read-only file system; nothing half-written is published."""
 
-    def __init__(self, root: Path) -> None:
-        """`root` is made when first written to."""
+    def __init__(self, root: Path, *, read_only: bool = False) -> None:
+        """`root` is made when first written to. `read_only`: not even a file's time is put right by a look at it."""
         self.root = root
+        self.read_only = read_only
 
     # -- paths
 
@@ -208,13 +209,17 @@ class Store:
     def own_fault(self, record: ImageRecord, look: Look) -> str:
         """As fault(), without the images below."""
         path = self.image(record)
-        fault = file_fault(path, record.size, record.mtime_ns, record.sha256, full=look == "bytes")
+        fault = self.file_fault(path, record, full=look == "bytes")
         if not fault and look == "sample":
             fault = self._header_fault(record) or self._sample_fault(record)
-        if fault.endswith(OTHER_BYTES):
+        if fault.endswith(OTHER_BYTES) and not self.read_only:
             with contextlib.suppress(OSError):
                 path.with_suffix(".toml").rename(path.with_suffix(".damaged"))
         return fault
+
+    def file_fault(self, path: Path, record: "ImageRecord | MediaRecord", *, full: bool = False) -> str:
+        """As the function file_fault, of the file that a record is about."""
+        return file_fault(path, record.size, record.mtime_ns, record.sha256, full=full, mend=not self.read_only)
 
     def below(self, record: ImageRecord) -> ImageRecord | None:
         """The image whose bytes this one stands on; None when there is no record of it."""
@@ -368,11 +373,11 @@ OTHER_BYTES = "does not have the bytes that its record says"
 SECOND_NS = 10**9
 
 
-def file_fault(path: Path, size: int, mtime_ns: int, sha256: str, *, full: bool = False) -> str:
+def file_fault(path: Path, size: int, mtime_ns: int, sha256: str, *, full: bool = False, mend: bool = True) -> str:
     """Why `path` is not the file that was recorded, or ''. Reads it only where its time is another, or if `full`.
 
-    One that has the right bytes gets the time that its record says, so that it is not read again: a store that was
-    copied, or restored from a cache of CI, is as good as it was.
+    One that has the right bytes gets the time that its record says, unless `mend` is false, so that it is not read
+    again: a store that was copied, or restored from a cache of CI, is as good as it was.
     """
     try:
         stat = path.stat()
@@ -387,7 +392,7 @@ def file_fault(path: Path, size: int, mtime_ns: int, sha256: str, *, full: bool 
         return f"{path.name} is gone"
     except OSError as error:
         return f"{path.name} cannot be read: {error.strerror}"
-    if not same_time:
+    if not same_time and mend:
         with contextlib.suppress(OSError):  # a store that may not be written to
             os.utime(path, ns=(stat.st_atime_ns, mtime_ns))
     return ""

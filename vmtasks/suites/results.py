@@ -43,10 +43,11 @@ class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
 class Results:
     """The results of one project."""
 
-    def __init__(self, config: Config) -> None:
-        """Nothing is read yet."""
+    def __init__(self, config: Config, *, read_only: bool = False) -> None:
+        """Nothing is read yet. `read_only`: what is learned about the tree is not kept."""
         self.config = config
-        self.state = State(config)
+        self.state = State(config, read_only=read_only)
+        self.read_only = read_only
         self.folder = config.vm_dir / "results"
         self.stale: set[str] = set()
         """Suites that were found stale when they were asked for."""
@@ -67,18 +68,20 @@ class Results:
 
     def why_stale(self, name: str) -> str:
         """Why the suite must run; empty when its last result still stands."""
-        reason = self._why_stale(name)
+        reason = self.cause(name)
         if reason:
             self.stale.add(name)
         return reason
 
-    def _why_stale(self, name: str) -> str:
+    def cause(self, name: str, image: str | None = None) -> str:
+        """As why_stale(), of a machine that has the system `image`; None: the one that it has now."""
         last = self.last(name)
         if last is None or not self.xml(name).is_file():
             return "it has not run yet"
         if last.status != 0:
             return f"it failed the last time ({last.trouble or last.counts})"
         parts = self.former_parts(name) if "suite" in last.parts else self.parts(name)
+        parts = parts if image is None else {**parts, "image": image}
         changed = plan.changes(last.parts, parts)
         return f"changed: {', '.join(changed)}" if changed else ""
 
@@ -150,7 +153,7 @@ class Results:
 
     def node(self, name: str) -> plan.Node:
         """The suite's node in the plan."""
-        nodes = plan.suite_nodes(self.config, self.tree, self._system())
+        nodes = plan.suite_nodes(self.config, self.tree, self.system())
         return next(node for node in nodes if node.name == f"test:{name}")
 
     def former_parts(self, name: str) -> dict[str, str]:
@@ -159,7 +162,7 @@ class Results:
         decides = {key: value for key, value in suite.items() if not key.startswith("artifacts") and key != "timeout_s"}
         return {
             "tree": self.tree,
-            "image": self._system(),
+            "image": self.system(),
             "suite": plan.suite_digest(decides),
             "build": self.built,
         }
@@ -167,7 +170,7 @@ class Results:
     @cached_property
     def tree(self) -> str:
         """Digest of the tree to sync, as it was when first asked for: what is edited later is tested next time."""
-        return tree_digest(self.walk(), self.config.vm_dir / "tree.json")
+        return tree_digest(self.walk(), self.config.vm_dir / "tree.json", keep=not self.read_only)
 
     @property
     def built(self) -> str:
@@ -188,14 +191,19 @@ class Results:
             }
         )
 
-    def _system(self) -> str:
-        """Which system the machine runs: its image, and what was done to it since."""
+    def system(self, clean: str | None = None) -> str:
+        """Which system the machine runs: its image, and what was done to it since.
+
+        `clean`: digest of the bytes of the image that the phases are going to end in; None: of the one on record.
+        """
         record = self.state.machine(self.config.name)
         ours = record if record and record.guest == self.config.label else None
         if ours and not ours.image:
             return ours.changed
-        named = read_record(self.state.snapshot_record(ours.snapshot if ours else CLEAN), PhaseRecord)
-        return (named.sha256 if named else "") + (ours.changed if ours else "")
+        snapshot = ours.snapshot if ours else CLEAN
+        named = read_record(self.state.snapshot_record(snapshot), PhaseRecord)
+        image = clean if clean is not None and snapshot == CLEAN else named.sha256 if named else ""
+        return image + (ours.changed if ours else "")
 
 
 def describe(record: ResultRecord) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from vmtasks.tasks import byhand, images, info, machines, testing, verifying
+from vmtasks.tasks import byhand, images, info, machines, testing, verifying, why
 from vmtasks.tasks.context import interrupt_on_signals, quiet_when_unread
 from vmtasks.tasks.places import database, prepare_folders
 from vmtasks.tasks.reporter import Reporter
@@ -20,7 +20,7 @@ def task_vmtasks() -> Iterator[dict[str, Any]]:
 
     One creator for all: doit reads and tokenizes the source of each, which for twenty takes longer than all the rest.
     """
-    for module in (images, machines, byhand, testing, verifying):
+    for module in (images, machines, byhand, testing, verifying, why):
         for name, creator in vars(module).items():
             if name.startswith(PREFIX):
                 yield from _named(name.removeprefix(PREFIX), inspect.cleandoc(creator.__doc__ or ""), creator())

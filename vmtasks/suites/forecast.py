@@ -1,0 +1,192 @@
+"""What a run would do, before it does anything: which steps and why, what the store has already, what it would cost.
+
+Nothing is written, and nothing is booted.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from vmtasks.config.load import Config
+from vmtasks.errors import ConfigError
+from vmtasks.images import plan
+from vmtasks.images.plan import Node
+from vmtasks.images.reader import BUILT_ANEW, Reader
+from vmtasks.store.store import ImageRecord
+from vmtasks.suites.results import Results
+
+Runs = Literal["no", "yes", "unknown"]
+
+
+class Step(msgspec.Struct, frozen=True, kw_only=True):
+    """One node, and what a run would do about it.
+
+    `runs`: `unknown` where only a step before it will tell. `from_store`: it runs, and takes what the store has, so
+    that nothing boots and nothing is downloaded. `cost_s`: seconds that it took the last time, if that is known.
+    `diffs`: how the texts that it is made from have changed, by part.
+    """
+
+    name: str
+    runs: Runs
+    causes: list[str] = []
+    from_store: bool = False
+    cost_s: float | None = None
+    after: list[str] = []
+    diffs: dict[str, str] = {}
+
+
+class Images(NamedTuple):
+    """The steps up to the snapshot; the last image, if it is there already; and whether it is going to be another."""
+
+    steps: list[Step]
+    last: ImageRecord | None
+    another: Runs
+
+
+class Forecast:
+    """What a run in this project would do."""
+
+    def __init__(self, config: Config) -> None:
+        """Nothing is read yet."""
+        self.config = config
+        self.reader = Reader(config, read_only=True)
+        self.results = Results(config, read_only=True)
+
+    def steps(self, asked: Iterable[str] = ()) -> list[Step]:
+        """The steps that the tasks `asked` for need, in the order of the plan; of all tasks without any.
+
+        ConfigError for a name that is no step's.
+        """
+        nodes = self.reader.nodes()
+        asked = list(asked)
+        wanted = self._needed(asked, nodes)
+        images = self._images(nodes)
+        made = [*images.steps, *self._suite_steps(asked, wanted, images)]
+        return [step for step in made if step.name in wanted]
+
+    def _needed(self, asked: list[str], nodes: dict[str, Node]) -> set[str]:
+        after = {name: set(node.after) for name, node in nodes.items()}
+        after |= {"sync": {"snapshot"}, "build": {"sync"}}
+        after |= {f"test:{name}": {"build"} for name in self.config.suites}
+        after |= {kind: {name for name in nodes if name.startswith(f"{kind}:")} for kind in plan.PER_PHASE}
+        after |= {"auto_install": {"snapshot"}, "start": {"snapshot"}, "quick": {"snapshot"}}
+        after["quick"] |= {f"test:{name}" for name in self.config.quick}
+        after["test"] = after["test_all"] = {f"test:{name}" for name in self.config.suites}
+        for name in asked:
+            if name not in after:
+                raise ConfigError(f"why: {name!r} is no step of the plan", hint=f"one of {', '.join(sorted(after))}")
+        found, todo = set[str](), [*asked] or list(after)
+        while todo:
+            name = todo.pop()
+            if name not in found:
+                found.add(name)
+                todo += after[name]
+        return found
+
+    def _images(self, nodes: dict[str, Node]) -> Images:
+        made = [self._fetch(nodes["fetch"])]
+        image: ImageRecord | None = None
+        booted = False
+        for number in self.reader.numbers:
+            made += [self._file_step(f"{kind}:{number}", nodes) for kind in ("render", "phase_iso")]
+            step, image, booted = self._phase(number, nodes, image, booted=booted)
+            made.append(step)
+        causes = self.reader.snapshot_causes(nodes, image.sha256 if image else "")
+        if booted:
+            causes = [f"{made[-1].name} makes another image"]
+        runs: Runs = "yes" if causes else "no"
+        if made[-1].runs == "unknown":
+            runs, causes = "unknown", made[-1].causes
+        made.append(Step(name="snapshot", runs=runs, causes=causes, after=list(nodes["snapshot"].after)))
+        return Images(made, image, runs if booted else "no")
+
+    def _fetch(self, node: Node) -> Step:
+        causes = self.reader.causes("fetch", {"fetch": node})
+        record, fault = self.reader.known_media(node.digest) if not node.unknown else (None, "")
+        there = bool(causes) and record is not None and not fault
+        cost = None if there or not causes else self.reader.store.history.expected_s(node.cost)
+        return Step(name="fetch", runs="yes" if causes else "no", causes=causes, from_store=there, cost_s=cost)
+
+    def _file_step(self, name: str, nodes: dict[str, Node]) -> Step:
+        node, causes = nodes[name], self.reader.causes(name, nodes)
+        runs: Runs = "yes" if causes else "no"
+        runs = "unknown" if node.unknown == plan.NOT_FETCHED else runs
+        return Step(name=name, runs=runs, causes=causes, after=list(node.after), diffs=self._diffs(name, causes))
+
+    def _phase(
+        self, number: int, nodes: dict[str, Node], below: ImageRecord | None, *, booted: bool
+    ) -> tuple[Step, ImageRecord | None, bool]:
+        """The step; the image that it ends in, if that is there; and whether a guest must boot for it, or may have to.
+
+        `below` and `booted` say that of the phase before.
+        """
+        name = f"phase:{number}"
+        node, causes = nodes[name], self.reader.phase_causes(number, nodes, below)
+        if node.unknown == plan.NOT_FETCHED:
+            return Step(name=name, runs="unknown", causes=[node.unknown], after=list(node.after)), None, True
+        if booted:
+            before = f"phase:{number - 1}"
+            causes = [cause for cause in causes if cause != BUILT_ANEW and not cause.startswith(before)]
+            causes.append(f"{before} makes another image")
+        store, found = self.reader.store, None
+        if not booted and node.digest:
+            named = self.reader.phase_record(number) if not causes else None
+            found = store.record(named.digest, named.sha256) if named else None
+            found = found or store.find(node.digest, chain=below.chain if below else "")[0]
+        there = bool(causes) and found is not None
+        step = Step(
+            name=name,
+            runs="yes" if causes else "no",
+            causes=causes,
+            from_store=there,
+            cost_s=store.history.expected_s(node.cost) if causes and not there else None,
+            after=list(node.after),
+            diffs=self._diffs(name, causes),
+        )
+        return step, found, found is None
+
+    def _suite_steps(self, asked: list[str], wanted: set[str], images: Images) -> list[Step]:
+        another: Runs = images.another if self.results.state.on_clean(self.config.name) else "no"
+        system = self.results.system(images.last.sha256 if images.last is not None else None)
+        suites = [self._suite(name, system, another) for name in self.config.suites]
+        running = [step.name for step in suites if step.runs == "yes" and step.name in wanted]
+        causes = [f"{name} will run" for name in running]
+        before = [
+            Step(
+                name=name,
+                runs="yes" if causes or name in asked else "no",
+                causes=causes or (["it is always carried out"] if name in asked else []),
+                after=["snapshot" if name == "sync" else "sync"],
+            )
+            for name in ("sync", "build")
+        ]
+        return [*before, *suites]
+
+    def _suite(self, name: str, system: str, another: Runs) -> Step:
+        cause, last = self.results.cause(name, system if another == "no" else None), self.results.last(name)
+        if not cause and another != "no":
+            cause = "snapshot is another image" if another == "yes" else plan.NOT_FETCHED
+        else:
+            another = "yes" if cause else "no"
+        causes = [cause] if cause else []
+        cost = last.duration_s if last and causes else None
+        return Step(name=f"test:{name}", runs=another, causes=causes, cost_s=cost, after=["build"])
+
+    def _diffs(self, name: str, causes: list[str]) -> dict[str, str]:
+        """How the texts changed that the causes name."""
+        if not causes:
+            return {}
+        number = int(name.partition(":")[2])
+        edited = {part: pair for part, pair in self.reader.edited(number).items() if _names(causes, part)}
+        return {part: _diff(part, *pair) for part, pair in edited.items()}
+
+
+def _names(causes: list[str], part: str) -> bool:
+    return any(cause.startswith(f"{part} changed") for cause in causes)
+
+
+def _diff(part: str, old: str, new: str) -> str:
+    lines = difflib.unified_diff(old.splitlines(), new.splitlines(), f"{part} (as built)", part, lineterm="")
+    return "\n".join(lines)
