@@ -98,7 +98,7 @@ def check_doit(words: list[str]) -> None:
             if word in {"--name", "--phase", "--user"}:
                 next(rest, "")
         elif word.startswith("-"):
-            assert word in {"-a", "-c"}, word
+            assert word in {"-a", "-c", "-v"}, word
         elif equals:
             assert name in {variable.name for variable in VARIABLES}, word
         else:

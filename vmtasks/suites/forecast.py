@@ -14,10 +14,14 @@ from vmtasks.errors import ConfigError
 from vmtasks.images import plan
 from vmtasks.images.plan import Node
 from vmtasks.images.reader import BUILT_ANEW, Reader
-from vmtasks.store.store import ImageRecord
+from vmtasks.images.workspace import PhaseRecord
+from vmtasks.store.store import ImageRecord, read_record
 from vmtasks.suites.results import Results
 
 Runs = Literal["no", "yes", "unknown"]
+
+
+AGAIN = "{} is built again, perhaps with other bytes"
 
 
 class Step(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,19 +92,26 @@ class Forecast:
     def _images(self, nodes: dict[str, Node]) -> Images:
         made = [self._fetch(nodes["fetch"])]
         image: ImageRecord | None = None
-        booted = False
+        another: Runs = "no"
         for number in self.reader.numbers:
             made += [self._file_step(f"{kind}:{number}", nodes) for kind in ("render", "phase_iso")]
-            step, image, booted = self._phase(number, nodes, image, booted=booted)
+            step, image, another = self._phase(number, nodes, image, another)
             made.append(step)
-        causes = self.reader.snapshot_causes(nodes, image.sha256 if image else "")
-        if booted:
-            causes = [f"{made[-1].name} makes another image"]
+        made.append(self._snapshot(nodes, image, another))
+        return Images(made, image, another)
+
+    def _snapshot(self, nodes: dict[str, Node], image: ImageRecord | None, another: Runs) -> Step:
+        node = nodes["snapshot"]
+        named = read_record(self.reader.clean_record, PhaseRecord)
+        same = named.sha256 if named and image is None else image.sha256 if image else ""
+        causes = self.reader.snapshot_causes(nodes, same)
+        if another == "yes" and named is not None:
+            causes = [f"{node.after[0]} makes another image"]
         runs: Runs = "yes" if causes else "no"
-        if made[-1].runs == "unknown":
-            runs, causes = "unknown", made[-1].causes
-        made.append(Step(name="snapshot", runs=runs, causes=causes, after=list(nodes["snapshot"].after)))
-        return Images(made, image, runs if booted else "no")
+        same_digest = named is not None and named.digest == node.digest
+        if node.unknown == plan.NOT_FETCHED or (another == "unknown" and same_digest):
+            runs, causes = "unknown", [node.unknown or AGAIN.format(node.after[0])]
+        return Step(name="snapshot", runs=runs, causes=causes, after=list(node.after))
 
     def _fetch(self, node: Node) -> Step:
         causes = self.reader.causes("fetch", {"fetch": node})
@@ -116,36 +127,44 @@ class Forecast:
         return Step(name=name, runs=runs, causes=causes, after=list(node.after), diffs=self._diffs(name, causes))
 
     def _phase(
-        self, number: int, nodes: dict[str, Node], below: ImageRecord | None, *, booted: bool
-    ) -> tuple[Step, ImageRecord | None, bool]:
-        """The step; the image that it ends in, if that is there; and whether a guest must boot for it, or may have to.
+        self, number: int, nodes: dict[str, Node], below: ImageRecord | None, another: Runs
+    ) -> tuple[Step, ImageRecord | None, Runs]:
+        """The step; the image that it ends in, if that is there; and whether it is going to be another one.
 
-        `below` and `booted` say that of the phase before.
+        `below` and `another` say that of the phase before.
         """
-        name = f"phase:{number}"
+        name, before = f"phase:{number}", f"phase:{number - 1}"
         node, causes = nodes[name], self.reader.phase_causes(number, nodes, below)
         if node.unknown == plan.NOT_FETCHED:
-            return Step(name=name, runs="unknown", causes=[node.unknown], after=list(node.after)), None, True
-        if booted:
-            before = f"phase:{number - 1}"
+            return Step(name=name, runs="unknown", causes=[node.unknown], after=list(node.after)), None, "unknown"
+        if another != "no":
             causes = [cause for cause in causes if cause != BUILT_ANEW and not cause.startswith(before)]
+        if another == "yes":
             causes.append(f"{before} makes another image")
-        store, found = self.reader.store, None
-        if not booted and node.digest:
-            named = self.reader.phase_record(number) if not causes else None
-            found = store.record(named.digest, named.sha256) if named else None
-            found = found or store.find(node.digest, chain=below.chain if below else "")[0]
+        record = read_record(self.reader.record(number), PhaseRecord)
+        found = self._there(node, record if not causes else None, below) if another == "no" else None
         there = bool(causes) and found is not None
+        runs: Runs = "yes" if causes else "no"
+        if another == "unknown" and not causes:
+            runs, causes = "unknown", [AGAIN.format(before)]
         step = Step(
             name=name,
-            runs="yes" if causes else "no",
+            runs=runs,
             causes=causes,
             from_store=there,
-            cost_s=store.history.expected_s(node.cost) if causes and not there else None,
+            cost_s=self.reader.store.history.expected_s(node.cost) if runs != "no" and not there else None,
             after=list(node.after),
             diffs=self._diffs(name, causes),
         )
-        return step, found, found is None
+        if found is not None:
+            return step, found, "no"
+        return step, None, "yes" if record is not None and record.digest != node.digest else "unknown"
+
+    def _there(self, node: Node, named: PhaseRecord | None, below: ImageRecord | None) -> ImageRecord | None:
+        """The image of this phase in the store: the one that is `named`, or the one that a run would take."""
+        store = self.reader.store
+        found = store.record(named.digest, named.sha256) if named else None
+        return found or (store.find(node.digest, chain=below.chain if below else "")[0] if node.digest else None)
 
     def _suite_steps(self, asked: list[str], wanted: set[str], images: Images) -> list[Step]:
         another: Runs = images.another if self.results.state.on_clean(self.config.name) else "no"
@@ -167,7 +186,7 @@ class Forecast:
     def _suite(self, name: str, system: str, another: Runs) -> Step:
         cause, last = self.results.cause(name, system if another == "no" else None), self.results.last(name)
         if not cause and another != "no":
-            cause = "snapshot is another image" if another == "yes" else plan.NOT_FETCHED
+            cause = "snapshot is another image" if another == "yes" else "snapshot may be another image"
         else:
             another = "yes" if cause else "no"
         causes = [cause] if cause else []
