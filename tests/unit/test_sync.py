@@ -521,7 +521,7 @@ def test_a_sync_that_fails_says_one_sentence_and_what_to_do(
     (tmp_path / "bin/rsync").chmod(0o755)
     suites = Suites(Results(load(source, {}, {"HOME": str(tmp_path), "VMTASKS_STORE": str(tmp_path / "store")})))
     suites.machine.folder.mkdir(parents=True)
-    monkeypatch.setattr(suites.machine, "running", lambda: target)
+    monkeypatch.setattr(suites.machine, "require_running", lambda: target)
     with pytest.raises(CommandError) as error:
         suites.sync()
     assert error.value.message.startswith("sync: ")
