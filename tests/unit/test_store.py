@@ -233,7 +233,7 @@ def test_an_image_stands_on_those_below_it(store: Store, first: Callable[..., Im
     assert store.find("c") == (c, ""), "what it stands on is as it was"
     assert store.image(a).read_bytes() == b"1"
     drop(store, a)
-    assert store.find("c") == (None, "the image below it, a, was built anew")
+    assert store.find("c") == (None, "the image below it, a, was rebuilt")
     drop(store, again)
     assert store.find("c") == (None, "the image below it, a, is gone")
 
@@ -248,7 +248,7 @@ def test_an_image_that_is_built_anew_is_another_and_each_keeps_to_its_own(
     assert store.find("a") == (anew, ""), "who asks for the digest gets the newest"
     assert store.find("a", a.sha256) == (a, ""), "who has had one keeps it"
     assert store.find("b", chain=a.chain) == (b, "")
-    assert store.find("b", chain=anew.chain) == (None, "the image below it was built anew")
+    assert store.find("b", chain=anew.chain) == (None, "the image below it was rebuilt")
     upon = make(store, "b", anew, b"other")
     assert store.find("b", chain=anew.chain) == (upon, "")
     assert store.find("b", chain=a.chain) == (b, "")

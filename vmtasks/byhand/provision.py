@@ -1,4 +1,4 @@
-"""Run a phase's script on a machine that runs, over SSH: what a phase does at its boot, without a boot."""
+"""Run a phase's script on a running machine, over SSH."""
 
 import io
 import re
@@ -22,7 +22,7 @@ from vmtasks.qemu.console import Account
 
 SEND_S = 600.0
 LEFT_OUT = {"pfi.conf", "poweroff", "run.sh"}
-"""What only a boot from the phase's CD has a use for."""
+"""Files that only a boot from the phase's CD uses."""
 WRAPPER = "provision.sh"
 
 
@@ -114,7 +114,7 @@ def _run(link: Link, folder: str, said: Account, log: Path, timeout_s: float) ->
 
 
 def _judge(what: str, said: Account, end: tuple[str, str], log: Path) -> None:
-    """Nothing when the script said 0; otherwise the failure, with its cause. `end` is what _run() returns."""
+    """Raise the failure, with its cause, unless the script ended with 0. `end` is what _run() returns."""
     if said.status == 0:
         return
     cause, told = end
@@ -132,7 +132,7 @@ def _remove(link: Link, folder: str) -> None:
 
 
 def _learn(place: Place, host_keys: list[str]) -> None:
-    """Heed the host keys that the phase reported, and log in from now on as the user that it has made."""
+    """Record the host keys that the phase reported, and log in from now on as the user that it has made."""
     record, user = place.record(), place.config.guest.ssh.user
     if record is None:
         return

@@ -24,7 +24,7 @@ PROGRAM, PLAIN = 0o555, 0o444
 PFI = "pfi_script=run.sh\n"
 MODES = {"lib.sh": PLAIN, "pfi.conf": PLAIN, "phase.sh": PLAIN, "poweroff": PLAIN, "run.sh": PROGRAM}
 """The files that a phase is rendered into."""
-BUILT_ANEW = "the image below it was built anew"
+REBUILT = "the image below it was rebuilt"
 SHIPPED = ("lib.sh", "run.sh")
 
 
@@ -307,7 +307,7 @@ class Reader(State):
         if found is None or number == 1:
             return _some(fault)
         grown = below is not None and below.chain == found.backing_sha256
-        return [] if grown else [BUILT_ANEW]
+        return [] if grown else [REBUILT]
 
     def _snapshot_causes(self, nodes: Mapping[str, Node]) -> list[str]:
         last = read_record(self.record(self.numbers[-1]), PhaseRecord)

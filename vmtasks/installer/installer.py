@@ -1,8 +1,7 @@
-"""Have a guest's installer ISO in the store, whichever way guest.toml says it comes about."""
+"""Put a guest's installer ISO into the store: downloaded or composed, as guest.toml says."""
 
 import hashlib
 import os
-from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -11,16 +10,17 @@ from vmtasks.config.load import Config
 from vmtasks.config.recipe import Recipe
 from vmtasks.config.tables import Download
 from vmtasks.host import files
+from vmtasks.host.progress import Say
 from vmtasks.installer.download.want import release
 from vmtasks.media import tree
 from vmtasks.store.store import MediaRecord, Store
 
 FORMAT = 1
-"""Raised when the composer's output changes for the same recipe."""
+"""Increase it when the composer's output changes for the same recipe."""
 
 
 def recipe(config: Config) -> tuple[str, dict[str, str]]:
-    """Digest of all that decides the installer, and the parts that it is made of as a user edits them.
+    """Digest of what the installer is made from, and its parts as a user edits them.
 
     These are the [installer] table, its overlay files and the phases' packages. OSError, ImageError for an odd overlay.
     Every run of doit asks for it.
@@ -50,10 +50,8 @@ def _part(value: object) -> str:
     return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()
 
 
-def make(
-    config: Config, store: Store, recipe: str, note: Callable[[str], None], *, allow_unverified: bool = False
-) -> MediaRecord:
-    """Compose or download the installer, and have the packages that phases carry. FetchError, ImageError."""
+def make(config: Config, store: Store, recipe: str, note: Say, *, allow_unverified: bool = False) -> MediaRecord:
+    """Compose or download the installer, and the packages that phases carry. FetchError, ImageError."""
     made = config.guest.installer
     if isinstance(made, Recipe):
         return _compose(config, made, store, recipe, note)
@@ -61,9 +59,9 @@ def make(
 
 
 def _download(
-    made: Download, version: str, store: Store, recipe: str, note: Callable[[str], None], *, allow_unverified: bool
+    made: Download, version: str, store: Store, recipe: str, note: Say, *, allow_unverified: bool
 ) -> MediaRecord:
-    from vmtasks.installer.download.fetch import obtain  # noqa: PLC0415 - httpx: 200 ms, where recipe_digest() suffices
+    from vmtasks.installer.download.fetch import obtain  # noqa: PLC0415 - httpx: 200 ms, where recipe() suffices
 
     wanted = release(made, version, os.environ)
     note(wanted.name)
@@ -78,7 +76,7 @@ def _download(
     )
 
 
-def _compose(config: Config, made: Recipe, store: Store, recipe: str, note: Callable[[str], None]) -> MediaRecord:
+def _compose(config: Config, made: Recipe, store: Store, recipe: str, note: Say) -> MediaRecord:
     from vmtasks.installer.compose import compose  # noqa: PLC0415 - 50 ms
 
     cache = store.root / "packages"
@@ -108,7 +106,7 @@ def _compose(config: Config, made: Recipe, store: Store, recipe: str, note: Call
 
 
 def _keep(store: Store, deb: Path, sha256: str) -> str:
-    """Have a package among the store's downloads; gives its digest and file name."""
+    """Link a package into the store's downloads; returns its digest and file name."""
     path = store.download(sha256)
     if not path.exists():
         path.hardlink_to(deb)

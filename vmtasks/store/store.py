@@ -37,14 +37,14 @@ LONG_TEXT = re.compile(r"""(?m)^((?:[\w-]+|"[^"\\]*") = |    )"([^"\\']{32,})"(,
 """A digest, say, as tomli_w writes it. As a literal string it is read ten times as fast, and runs read many."""
 
 Look = Literal["time", "sample", "bytes"]
-"""How well an image is looked at: size and time only; also its header and samples of its bytes; every byte."""
+"""How thoroughly an image is checked: size and time; also its header and samples of its bytes; every byte."""
 
 BYTES = 16
-"""How many digits of the SHA-256 are in the name of an image file."""
+"""Digits of the SHA-256 in the name of an image file."""
 
 
 class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a published image. Sizes in bytes, times in seconds since 1970 or of duration.
+    """The record of a published image. Sizes in bytes, times in seconds since 1970 or of duration.
 
     Images of older versions have neither `file` nor `sample`. `parts` are those of its node in the plan.
     """
@@ -76,7 +76,7 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def chain(self) -> str:
-        """Digest of this image's bytes and of all that it stands on; a child's record holds it as `backing_sha256`."""
+        """Digest of this image's bytes and of its whole backing chain; a child's record has it as `backing_sha256`."""
         own_and_below = f"{self.sha256} {self.backing_sha256}"
         return hashlib.sha256(own_and_below.encode()).hexdigest() if self.backing else self.sha256
 
@@ -84,7 +84,7 @@ class ImageRecord(msgspec.Struct, frozen=True, kw_only=True):
 class MediaRecord(msgspec.Struct, frozen=True, kw_only=True):
     """An installer: the ISO's digest and size, where it came from, and the packages that it was composed of.
 
-    `verified` says what it was held against; empty: nothing was known, and the user allowed that. `parts`: what
+    `verified` names the source of its digest; '': none was known, and the user allowed that. `parts`: what
     `recipe` is the digest of.
     """
 
@@ -110,11 +110,11 @@ class Store:
     # -- paths
 
     def download(self, sha256: str) -> Path:
-        """Where the file with this digest is, if it is."""
+        """The path of the download with this digest."""
         return self.root / "downloads" / sha256
 
     def failed(self, digest: str) -> Path:
-        """Where the disk of a failed phase is kept."""
+        """The path of the kept disk of a failed phase."""
         return self.root / "failed" / f"{digest}.qcow2"
 
     def downloads(self) -> list[Path]:
@@ -127,15 +127,15 @@ class Store:
         return History(self.root / "history.json")
 
     def image(self, record: ImageRecord) -> Path:
-        """Where the image of this record is, if it is."""
+        """The path of the image of this record."""
         return self.root / "images" / f"{record.stem}.qcow2"
 
     def partial(self, digest: str) -> Path:
-        """Where the image with this digest is being made. Beside the others, so that its backing name stays right."""
+        """The path of the image being made for this digest: beside the others, so that its backing name stays right."""
         return self.root / "images" / f"{digest}.partial"
 
     def snapshot_key(self, digest: str) -> Path:
-        """Where the private key is that an image of this digest lets in, if it is not the store's of old."""
+        """The path of the private key that is kept with an image of this digest."""
         return self.root / "keys" / "snapshots" / digest
 
     def keep_key(self, digest: str, private: Path) -> None:
@@ -156,14 +156,14 @@ class Store:
     # -- images
 
     def made(self, digest: str) -> list[ImageRecord]:
-        """The readable records of all images that were made for this digest, newest first."""
+        """The readable records of all images of this digest, newest first."""
         folder, name = self.root / "images", glob.escape(digest)
         paths = (*folder.glob(f"{name}.toml"), *folder.glob(f"{name}.*.toml"))
         found = (read_record(path, ImageRecord) for path in paths)
         return sorted((r for r in found if r is not None and r.digest == digest), key=lambda r: -r.created)
 
     def record(self, digest: str, sha256: str) -> ImageRecord | None:
-        """The record of the image with these bytes; None when there is none that can be read."""
+        """The record of the image with these bytes, or None."""
         for stem in (_stem(digest, sha256), digest):
             record = read_record(self.root / "images" / f"{stem}.toml", ImageRecord)
             if record is not None and (record.digest, record.sha256) == (digest, sha256):
@@ -175,8 +175,7 @@ class Store:
     ) -> tuple[ImageRecord | None, str]:
         """The record of an intact image of this digest, the newest; or None and why there is none.
 
-        With `sha256` only the image with these bytes, and with `chain` only one that stands on that chain of bytes;
-        an empty one is that of an image that stands on none.
+        With `sha256` only the image with these bytes, and with `chain` only one on that backing chain, '' for none.
         """
         exact = self.record(digest, sha256) if sha256 else None
         made = [exact] if exact else self.made(digest)
@@ -184,7 +183,7 @@ class Store:
             aside = any((self.root / "images").glob(f"{glob.escape(digest)}*.damaged"))
             return None, "the image was damaged" if aside else "the image is gone" if sha256 else "not built yet"
         asked = [r for r in made if sha256 in ("", r.sha256) and chain in (None, r.backing_sha256)]
-        why = "" if asked else "the image was built anew" if sha256 else "the image below it was built anew"
+        why = "" if asked else "the image was rebuilt" if sha256 else "the image below it was rebuilt"
         for record in asked:
             fault = self.fault(record, look)
             if not fault:
@@ -193,16 +192,16 @@ class Store:
         return None, why
 
     def fault(self, record: ImageRecord, look: Look = "time") -> str:
-        """Why an image is invalid, or ''. Looks at the whole chain of images below it.
+        """Why an image is invalid, or ''. Checks its whole backing chain.
 
-        One whose bytes are not what its record says loses its record, so that nobody believes it again.
+        An image with other bytes than its record says loses its record, so that it is not used again.
         """
         fault = self.own_fault(record, look)
         if fault or not record.backing:
             return fault
         below = self.below(record)
         if below is None:
-            gone = "was built anew" if self.made(record.backing) else "is gone"
+            gone = "was rebuilt" if self.made(record.backing) else "is gone"
             return f"the image below it, {record.backing[:12]}, {gone}"
         return self.fault(below, look)
 
@@ -222,11 +221,11 @@ class Store:
         return file_fault(path, record.size, record.mtime_ns, record.sha256, full=full, mend=not self.read_only)
 
     def below(self, record: ImageRecord) -> ImageRecord | None:
-        """The image whose bytes this one stands on; None when there is no record of it."""
+        """The record of the backing image, or None."""
         return next((r for r in self.made(record.backing) if r.chain == record.backing_sha256), None)
 
     def _sample_fault(self, record: ImageRecord) -> str:
-        """What samples tell of an image that has the size and time that it should have."""
+        """The fault that samples show of an image whose size and time are right, or ''."""
         path = self.image(record)
         try:
             other = bool(record.sample) and qcow2.sample(path) != record.sample
@@ -235,7 +234,7 @@ class Store:
         return f"{path.name} {OTHER_BYTES}" if other else ""
 
     def _header_fault(self, record: ImageRecord) -> str:
-        """What the header of an image tells, also of which image it stands on."""
+        """The fault that the header of an image shows, or ''; it also names the backing file."""
         path, told = self.image(record), qcow2.header(self.image(record))
         if told is None or told.virtual_size != record.virtual_size:
             return f"{path.name} {OTHER_BYTES}"
@@ -245,9 +244,9 @@ class Store:
 
     @contextlib.contextmanager
     def explaining(self, image: ImageRecord | None, hint: str) -> Iterator[None]:
-        """Where a program fails on a disk in the block, read every byte of `image` that it stands on.
+        """When the block fails on a disk, check every byte of the `image` below it.
 
-        ImageError that names the damaged image and gives `hint`, or else the program's own.
+        ImageError names the damaged image and gives `hint`; if none is damaged, the original error stands.
         """
         try:
             yield
@@ -258,10 +257,10 @@ class Store:
             raise ImageError(fault, hint=hint, log=error.log) from error
 
     def publish(self, digest: str, record: Callable[[os.stat_result, str], ImageRecord]) -> ImageRecord:
-        """Turn the partial image of `digest` into a published one. What was published before stays as it is.
+        """Publish the partial image of `digest`. Earlier images stay as they are.
 
-        The data is made durable, then named, then the record is written: a kill at any moment leaves either no image
-        or a whole one. `record` is given the file's stat and SHA-256.
+        The data is made durable, then renamed, then the record is written: a kill at any moment leaves no image or a
+        whole one. `record` gets the file's stat and SHA-256.
         """
         partial = self.partial(digest)
         partial.chmod(0o444)
@@ -277,14 +276,14 @@ class Store:
         return made
 
     def keep_failed(self, digest: str) -> Path:
-        """Move the partial image of a failed phase to where it can be looked at."""
+        """Move the partial image of a failed phase to failed/; returns its path."""
         kept = self.failed(digest)
         kept.parent.mkdir(parents=True, exist_ok=True)
         self.partial(digest).rename(kept)
         return kept
 
     def mend(self) -> list[str]:
-        """Give images back their records that were set aside, where the right bytes are there again; their names."""
+        """Restore the records of images that have their right bytes again; returns their names."""
         again = []
         for path in sorted((self.root / "images").glob("*.damaged")):
             record = read_record(path, ImageRecord)
@@ -303,15 +302,15 @@ class Store:
     # -- pruned
 
     def drop(self, record: ImageRecord) -> None:
-        """Remove an image, its record first. For who holds its lock."""
+        """Remove an image, its record first. Only the holder of its lock may."""
         image = self.image(record)
         image.with_suffix(".toml").unlink(missing_ok=True)
         image.unlink(missing_ok=True)
 
     def reachable(self, named: Iterable[tuple[str, str]], stems: Iterable[str]) -> set[str]:
-        """The names of all image files that are needed: by digest and SHA-256, by name, and below one that is.
+        """The names of all image files in use: by digest and SHA-256, by name, and as backing files of these.
 
-        What stands on what, both records and the files' own headers tell.
+        Backing files are read from both the records and the files' headers.
         """
         folder, named = self.root / "images", set(named)
         there = {path.stem for path in folder.glob("*.qcow2") if not path.name.startswith(".")}
@@ -333,14 +332,14 @@ class Store:
         return found
 
     def _is_other(self, digest: str, sha256: str) -> bool:
-        """Whether the image that an older version named by `digest` alone is known to have other bytes."""
+        """Whether the image named by `digest` alone, as older versions did, is known to have other bytes."""
         record = read_record(self.root / "images" / f"{digest}.toml", ImageRecord)
         return record is not None and record.sha256 != sha256
 
     def prune(self, needed: set[str] | None, *, dry_run: bool = False) -> list[Path]:
-        """Remove the images that are not in `needed`, kept disks and leftovers; returns them. None: all are needed.
+        """Remove images that are not in `needed`, kept disks and leftovers; returns them. None: all are needed.
 
-        With `dry_run` nothing is removed. What somebody holds the lock of is left alone.
+        With `dry_run` nothing is removed. What is locked stays.
         """
         gone = []
         paths = (*(self.root / "images").glob("*"), *(self.root / "failed").glob("*"))
@@ -364,7 +363,7 @@ class Store:
     def lock(
         self, name: str, *, timeout_s: float, waiting: Waiting | None = None
     ) -> contextlib.AbstractContextManager[int]:
-        """Be the only writer of `name`; see vmtasks.host.locks."""
+        """Lock `name` for one writer; see vmtasks.host.locks."""
         files.private_folder(self.root)
         return lock(self.root / "locks" / f"{name}.lock", name, timeout_s=timeout_s, waiting=waiting)
 
@@ -374,7 +373,7 @@ SECOND_NS = 10**9
 
 
 def file_fault(path: Path, size: int, mtime_ns: int, sha256: str, *, full: bool = False, mend: bool = True) -> str:
-    """Why `path` is not the file that was recorded, or ''. Reads it only where its time is another, or if `full`.
+    """Why `path` is not the file that was recorded, or ''. Reads it only when its time differs, or if `full`.
 
     One that has the right bytes gets the time that its record says, unless `mend` is false, so that it is not read
     again: a store that was copied, or restored from a cache of CI, is as good as it was.
@@ -399,7 +398,7 @@ def file_fault(path: Path, size: int, mtime_ns: int, sha256: str, *, full: bool 
 
 
 def read_record(path: Path, kind: type[R]) -> R | None:
-    """A record as it was written; None when it is absent, damaged or of another format."""
+    """Read a record; None when it is absent, damaged or of another format."""
     try:
         return load_record(path, kind)
     except (OSError, ValueError):
@@ -407,21 +406,21 @@ def read_record(path: Path, kind: type[R]) -> R | None:
 
 
 def load_record(path: Path, kind: type[R]) -> R:
-    """A record as it was written. OSError when it cannot be read, ValueError when it is damaged."""
+    """Read a record. OSError when it cannot be read, ValueError when it is damaged."""
     return msgspec.convert(_parsed(files.read_text(path)), kind)
 
 
 @lru_cache(maxsize=512)
 def _parsed(text: str) -> dict[str, Any]:
-    """A record's text as TOML; a run with nothing to do reads most of them twice or more."""
+    """Parse a record; cached, because a no-op run reads most of them twice or more."""
     return tomllib.loads(text)
 
 
 def write_record(path: Path, record: msgspec.Struct) -> None:
-    """Publish a record: whole or not at all."""
+    """Write a record, whole or not at all."""
     files.write(path, LONG_TEXT.sub(r"\1'\2'\3", tomli_w.dumps(msgspec.to_builtins(record))))
 
 
 def _stem(digest: str, sha256: str) -> str:
-    """The name of an image file, which no other bytes ever get."""
+    """The name of an image file; other bytes never get the same one."""
     return f"{digest}.{sha256[:BYTES]}"

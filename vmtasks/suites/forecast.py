@@ -13,7 +13,7 @@ from vmtasks.config.load import Config
 from vmtasks.errors import ConfigError
 from vmtasks.images import plan
 from vmtasks.images.plan import Node
-from vmtasks.images.reader import BUILT_ANEW, Reader
+from vmtasks.images.reader import REBUILT, Reader
 from vmtasks.images.workspace import PhaseRecord
 from vmtasks.store.store import ImageRecord, read_record
 from vmtasks.suites.results import Results
@@ -138,7 +138,7 @@ class Forecast:
         if node.unknown == plan.NOT_FETCHED:
             return Step(name=name, runs="unknown", causes=[node.unknown], after=list(node.after)), None, "unknown"
         if another != "no":
-            causes = [cause for cause in causes if cause != BUILT_ANEW and not cause.startswith(before)]
+            causes = [cause for cause in causes if cause != REBUILT and not cause.startswith(before)]
         if another == "yes":
             causes.append(f"{before} makes another image")
         record = read_record(self.reader.record(number), PhaseRecord)
