@@ -211,6 +211,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> Asked:
     return made
 
 
+@pytest.mark.timeout(1200)
 def test_what_why_names_is_what_then_runs(asked: Asked, record_property: Callable[[str, object], None]):
     """One project, every kind of change: sets of steps and of boots are compared, and nothing is written by asking."""
     wrong, equal = [], 0
@@ -237,7 +238,8 @@ def test_what_why_names_is_what_then_runs(asked: Asked, record_property: Callabl
             equal += 1
         asked.put_back(kept)
         asked.again()
-        asked.doit("snapshot")
+        if cause:
+            asked.doit("snapshot")
     counts = f"changes tried {len(ALL)}, sets equal {equal}"
     record_property("counts", counts)
     assert not wrong, counts

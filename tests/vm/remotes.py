@@ -39,7 +39,7 @@ class Guest:
             "tiny",
             record["ssh_port"],
             record["ssh_user"],
-            self.project.store / "keys" / "id_ed25519",
+            run / "id_ed25519",
             tuple(record["host_keys"]),
             (run / "ssh_config").resolve().parent,
         )

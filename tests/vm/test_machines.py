@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -226,11 +227,15 @@ def test_snapshots_come_back_and_stand_alone(running: Project) -> None:
 
 
 def test_only_our_key_lets_in(running: Project, tmp_path: Path) -> None:
-    key = tmp_path / "key"
+    """The machine's own: neither another nor the one that its image lets in."""
+    key, image = tmp_path / "key", running.store / "keys/snapshots" / str(running.machine()["image"])
+    assert image.read_bytes() == (running.store / "keys/id_ed25519").read_bytes()
+    assert stat.S_IMODE(image.stat().st_mode) == 0o600
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     config = running.state / "run/tiny/ssh_config"
     password = ["-o", "PubkeyAuthentication=no", "-o", "PasswordAuthentication=yes", "-o", "BatchMode=no"]
-    for options in (["-o", "IdentitiesOnly=yes", "-i", key], password):
+    only = ["-o", "IdentitiesOnly=yes", "-i"]
+    for options in ([*only, key], [*only, image], password):
         own = re.sub(r".*IdentityFile.*\n", "", config.read_text()).replace("PasswordAuthentication no", "")
         (tmp_path / "config").write_text(own.replace("BatchMode yes", ""))
         words = ["ssh", "-F", tmp_path / "config", "-o", "ControlPath=none", *options, "tiny", "true"]

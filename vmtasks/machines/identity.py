@@ -109,7 +109,7 @@ def personalize(place: Place, record: MachineRecord) -> MachineRecord:
     so that the next command gets in, and is as strict. A guest that cannot have host keys of its own keeps those of its
     image, and that is said. SshError when nobody is let in any more.
     """
-    login, host = record.own and record.key != "own", lacks(record)
+    login, host = bool(record.image) and record.key != "own", lacks(record)
     if host and record.identity == "changing":
         record, host = _resume(place, record)
     if not login and not host:
