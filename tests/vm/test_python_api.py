@@ -43,3 +43,42 @@ def test_every_block_of_python_has_its_output_under_it() -> None:
 def test_an_example_prints_what_the_document_says(dev: Cli, code: str, output: str) -> None:
     done = run(dev, code)
     assert (done.returncode, done.stdout, done.stderr) == (0, output, ""), done.stderr
+
+
+STATUS = """
+import logging, sys
+from vmtasks import Project
+
+dev = Project.here().machine("dev")
+dev.start()
+logging.basicConfig(stream=sys.stdout, format="%(message)s")
+logging.getLogger("vmtasks").setLevel(logging.DEBUG)
+print([dev.status().status for _ in range(3)])
+dev.execute("true")
+"""
+
+
+def test_the_status_of_a_machine_that_is_up_costs_no_login_and_runs_no_program(dev: Cli) -> None:
+    done = run(dev, STATUS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0] == "['running', 'running', 'running']", done.stdout
+
+
+LATE = """
+from vmtasks import Project
+from vmtasks.machines import start
+
+dev = Project.here().machine("dev")
+dev.stop()
+record = start.start_qemu(dev.place, dev.place.record())
+print(dev.status().status)
+record = start.reach(dev.place, record)
+print(dev.place.record().ready)
+start.personalize(dev.place, record)
+print(dev.place.record().ready, dev.succeed("hostname"), end="")
+"""
+
+
+def test_the_three_steps_of_a_start_can_be_called_apart(dev: Cli) -> None:
+    done = run(dev, LATE)
+    assert (done.returncode, done.stdout) == (0, "booting\nFalse\nTrue dev\n"), done.stderr

@@ -10,6 +10,7 @@ A command whose outcome is not known is never run again. What must outlive a con
 """
 
 import functools
+import threading
 import time
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
@@ -43,7 +44,7 @@ PASSING = (ConnectRefusedError, BannerError, ConnectTimeoutError)
 
 
 class Link:
-    """One machine, as its user sees it. For one thread at a time."""
+    """One machine, as its user sees it. Any number of threads may use it: they share the connection."""
 
     def __init__(
         self,
@@ -72,6 +73,8 @@ class Link:
         self._connection: Connection | None = None
         self._boot: Boot | None = None
         self._reached = False
+        self._lock = threading.RLock()
+        self._mine = threading.local()
 
     def __enter__(self) -> Self:
         """Close it at the end of the block."""
@@ -83,16 +86,28 @@ class Link:
 
     def close(self) -> None:
         """End the connection, if there is one. The link can be used again."""
-        if self._connection is not None:
-            self._connection.close()
-        self._connection = self._boot = None
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = self._boot = None
 
     def open(self, *, wait_s: float | None = None) -> Connection:
         """The connection that stands, or a new one; tried again for `wait_s` while the guest is on its way up.
 
         By default the first connection is tried once, and one that was lost for as long as the window. The errors are
-        those of client.connect().
+        those of client.connect(). Other threads wait for the one that connects.
         """
+        with self._lock:
+            connection = self._mine.connection = self._opened(wait_s)
+            return connection
+
+    def _drop_used(self) -> None:
+        """Close the connection that this thread has used last, unless another thread has replaced it already."""
+        with self._lock:
+            if self._connection is getattr(self._mine, "connection", None):
+                self.close()
+
+    def _opened(self, wait_s: float | None) -> Connection:
         if self._connection is not None and self._connection.is_connected():
             return self._connection
         if wait_s is None:
@@ -126,7 +141,10 @@ class Link:
 
     def boot(self) -> Boot:
         """The identity of the boot that the connection reaches; asked once for each connection."""
-        connection = self.open()
+        with self._lock:
+            return self._probed(self.open())
+
+    def _probed(self, connection: Connection) -> Boot:
         if self._boot is None:
             self._boot = boot.probe(
                 lambda text: connection.execute(text, timeout_s=PROBE_S).stdout.decode(errors="replace"), self._events
@@ -160,7 +178,7 @@ class Link:
 
         `lost`, when the guest does not come back within the window.
         """
-        self.close()
+        self._drop_used()
         try:
             self.open()
             verdict = boot.compare(before, self.standing())
@@ -184,7 +202,7 @@ class Link:
             try:
                 return self.boot()
             except ConnectionLostError:
-                self.close()
+                self._drop_used()
                 if not left:
                     raise
         raise AssertionError("the last try returns or raises")

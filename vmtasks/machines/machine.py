@@ -232,7 +232,9 @@ class Machine:
         with self._noted(f"forward {ours} to port {port} of {host}"):
             words = target.argv(options=[*options, "-L", f"127.0.0.1:{ours}:{host}:{port}"])
             with self._lock:
-                child = self._open.enter_context(process.spawn(words, die_with_us=True))
+                # The kernel would end it with the thread, not with the process.
+                main = threading.current_thread() is threading.main_thread()
+                child = self._open.enter_context(process.spawn(words, die_with_us=main))
             # Not by a call: what listens in the guest may take only one.
             wait_until(lambda: child.poll() is not None or not port_free(ours), timeout_s)
             if child.poll() is not None or port_free(ours):

@@ -31,66 +31,74 @@ AGAIN_S = 30.0
 
 
 def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> ssh.Target:
-    """Start QEMU and wait until SSH answers; afterwards the record says so. On failure nothing is left running."""
+    """Start a machine: its QEMU, reach it, make it itself. On failure nothing is left running."""
     require_keys(place, record)
     config, accel = place.config, place.state.accel
-    record = binds.choose(place, record)
-    place.make_folder()
-    place.open_sockets()
-    stop.end_stray(place)
-    for old in (*place.sockets.glob("ssh-*"), place.qmp, place.serial):
-        old.unlink(missing_ok=True)
     history, key = place.state.store.history, f"start {config.label}"
     with progress.step(f"start {place.name}", expected_s=history.expected_s(key)) as step:
         step.now(f"boot ({accel.name}, {config.cpus} CPU, {show_size(config.memory)})")
-        start = place.console_log.stat().st_size if place.console_log.exists() else 0
-        pid, port, forwards = launch(place, record, die_with_us=die_with_us)
+        begins = place.console_log.stat().st_size if place.console_log.exists() else 0
+        record = start_qemu(place, record, die_with_us=die_with_us)
         try:
-            record = place.write(
-                msgspec.structs.replace(
-                    record,
-                    pid=pid.number,
-                    pid_started=pid.started,
-                    ssh_port=port,
-                    forwards=[*map(str, forwards)],
-                    want_forwards=[*map(str, asked(record))],
-                    memory=config.memory,
-                    cpus=config.cpus,
-                    accel=accel.name,
-                    network=config.network,
-                    started=round(time.time(), 1),
-                    ready=False,
-                )
-            )
-            target = wait(place, record, start)
+            target = personalize(place, reach(place, record, begins))
         except BaseException as error:
             stuck = place.stuck()
-            end = partial(stop.stop, place, record, gentle=False)
-            with progress.observing(progress.Observer()):
-                note_failure(error, end, f"machine {place.name} could not be stopped")
+            _end(place, record, error)
             if not isinstance(error, VmTasksError) or isinstance(error, BindError):  # which is none of the boot's
                 raise
             hint = error.hint if record.image else "doit install --disk: log in there and run key.sh from the CD"
             if stuck == qmp.FULL:
                 hint = f"its disk could not be written: free some space in {place.folder}"
-            said = tuple(read_log(place.console_log, start).tail())
+            said = tuple(read_log(place.console_log, begins).tail())
             raise error.but(console=said, log=place.console_log, hint=hint) from error
     history.record(key, step.elapsed_s)
     return target
 
 
-def require_keys(place: Place, record: MachineRecord) -> None:
-    """StateError when a private key with which the machine is to be entered is none: nobody need wait for that."""
-    target = place.target(record)
-    for key in (target.key, *target.also):
-        store = key == place.state.key
-        other = f"put it back from a copy; without one: vmtasks rm {place.name}"
-        again = "put it back from a copy, or remove both halves: then all that lets them in is built anew"
-        keys.require_usable(key, place.state.public_key if store else None, again if store else other)
+def wait(place: Place, record: MachineRecord) -> ssh.Target:
+    """Reach a machine whose QEMU runs, and make it itself where that is not done. SshError or BindError: why not."""
+    return personalize(place, reach(place, record))
 
 
-def wait(place: Place, record: MachineRecord, console_from: int = 0) -> ssh.Target:
-    """Wait until SSH answers, the keys are as they must be, and the binds are there. SshError or BindError: why not.
+# -- the three steps
+
+
+def start_qemu(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> MachineRecord:
+    """Start QEMU, and write down its process and ports; its guest has still to boot. Returns the record.
+
+    On failure nothing is left running. MachineError with QEMU's own words, or for a port that is taken.
+    """
+    config, record = place.config, binds.choose(place, record)
+    place.make_folder()
+    place.open_sockets()
+    stop.end_stray(place)
+    for old in (*place.sockets.glob("ssh-*"), place.qmp, place.serial):
+        old.unlink(missing_ok=True)
+    pid, port, forwards = launch(place, record, die_with_us=die_with_us)
+    try:
+        return place.write(
+            msgspec.structs.replace(
+                record,
+                pid=pid.number,
+                pid_started=pid.started,
+                ssh_port=port,
+                forwards=[*map(str, forwards)],
+                want_forwards=[*map(str, asked(record))],
+                memory=config.memory,
+                cpus=config.cpus,
+                accel=place.state.accel.name,
+                network=config.network,
+                started=round(time.time(), 1),
+                ready=False,
+            )
+        )
+    except BaseException as error:
+        _end(place, record, error)
+        raise
+
+
+def reach(place: Place, record: MachineRecord, console_from: int = 0) -> MachineRecord:
+    """Wait until SSH lets us in. Returns the record. SshError: why it does not, also as the console says it.
 
     The host keys of a machine that was installed by hand are learned here, once: nobody is between us and a port
     that our own QEMU forwards.
@@ -109,11 +117,39 @@ def wait(place: Place, record: MachineRecord, console_from: int = 0) -> ssh.Targ
     ssh.write_config(target)
     links(place, record)
     ssh.wait_ready(target, timeout_s=deadline_s, alive=watch)
+    return record
+
+
+def personalize(place: Place, record: MachineRecord) -> ssh.Target:
+    """Give a machine that lets us in what is its own: keys, host name, binds. It is ready then. SshError or BindError.
+
+    May be repeated: what is done already is left alone.
+    """
     record = identity.personalize(place, record)
     target = place.target(record)
     record = binds.mount(place, target, record)
     place.write(msgspec.structs.replace(record, ready=True))
     return target
+
+
+def _end(place: Place, record: MachineRecord, error: BaseException) -> None:
+    """End the QEMU of a start that failed with `error`."""
+    with progress.observing(progress.Observer()):
+        end = partial(stop.stop, place, record, gentle=False)
+        note_failure(error, end, f"machine {place.name} could not be stopped")
+
+
+# -- whether it can come up
+
+
+def require_keys(place: Place, record: MachineRecord) -> None:
+    """StateError when a private key with which the machine is to be entered is none: nobody need wait for that."""
+    target = place.target(record)
+    for key in (target.key, *target.also):
+        store = key == place.state.key
+        other = f"put it back from a copy; without one: vmtasks rm {place.name}"
+        again = "put it back from a copy, or remove both halves: then all that lets them in is built anew"
+        keys.require_usable(key, place.state.public_key if store else None, again if store else other)
 
 
 @dataclass

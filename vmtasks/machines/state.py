@@ -44,10 +44,13 @@ def look(place: Place) -> MachineState:
 def _running(place: Place, record: MachineRecord) -> Status:
     """What a machine is doing whose QEMU runs. Its CPU is asked first: SSH would only keep silent.
 
-    One that has let us in since it was started is up as long as its SSH server speaks, which costs no login.
+    One that has let us in since it was started is up when its SSH server speaks, which costs no login. Silence proves
+    nothing: a server that is busy with others may refuse one more.
     """
     if state := place.stuck():
         return "panicked" if state == qmp.PANICKED else "paused"
-    if record.ready:
-        return "running" if banner.read(record.ssh_port, ANSWER_S).startswith("SSH-") else "unreachable"
-    return "running" if ssh.is_ready(place.target(record)) else "booting"
+    if record.ready and banner.read(record.ssh_port, ANSWER_S).startswith("SSH-"):
+        return "running"
+    if ssh.is_ready(place.target(record)):
+        return "running"
+    return "unreachable" if record.ready else "booting"
