@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -319,6 +320,35 @@ def test_a_closed_standard_stream_is_dev_null(words: list[str], status: int, clo
     assert "Traceback" not in done.stderr
     assert bool(done.stdout) == (status == 0 and " >&-" not in f" {closed}")
     assert bool(done.stderr) == (status != 0 and "2>&-" not in closed)
+
+
+def test_a_verb_loads_its_own_module_and_help_loads_all() -> None:
+    code = (
+        "import sys; from vmtasks import cli; cli.load(sys.argv[1:]);"
+        "print(*sorted(name for name in cli.MODULES if f'vmtasks.cli.{name}' in sys.modules))"
+    )
+    everything = sorted(cli.MODULES)
+    for words, loaded in {
+        ("cp", "a", "b:c"): ["files"],
+        ("-v", "-C", "ps", "prune"): ["project"],
+        ("-Cps", "prune", "ps"): ["project"],
+        ("--help", "ps"): everything,
+        ("no-such-verb",): everything,
+        (): everything,
+    }.items():
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, check=True, text=True)
+        assert done.stdout.split() == loaded, words
+
+
+def test_every_verb_is_in_the_table_of_modules() -> None:
+    """And only there where it is."""
+    group = get_command(app)
+    assert isinstance(group, TyperGroup)
+    found: dict[str, list[str]] = {}
+    for name, command in group.commands.items():
+        callback = command.callback or next(iter(command.commands.values())).callback  # type: ignore[attr-defined]
+        found.setdefault(callback.__module__.rpartition(".")[2], []).append(name)
+    assert {module: sorted(verbs) for module, verbs in found.items()} == cli.MODULES
 
 
 def test_descriptors_of_closed_streams_are_taken(tmp_path: Path) -> None:

@@ -1,13 +1,62 @@
 """`vmtasks ...`: machines in daily use, on the images that a project's tasks have made. Owns typer."""
 
-from vmtasks.cli import files, jobs, keys, life, login, look, project, run, snapshots
-from vmtasks.cli.common import app, main
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from typing import Any
 
-__all__ = ["app", "files", "jobs", "keys", "life", "login", "look", "main", "project", "run", "snapshots"]
+from vmtasks.cli import common
+
+MODULES = {
+    "files": ["cp"],
+    "jobs": ["attach", "cancel", "jobs"],
+    "keys": ["keys"],
+    "life": ["pause", "ps", "restart", "resume", "rm", "start", "stop", "wait"],
+    "login": ["console", "exec", "forward", "ssh", "ssh-config"],
+    "look": ["doctor", "inspect", "logs", "port"],
+    "project": ["init", "prune", "schema"],
+    "run": ["run"],
+    "snapshots": ["restore", "snapshot", "snapshots"],
+}
+"""The verbs of each module: one that is not asked for is not loaded, and each imports all it needs at its top."""
 
 PANELS = ("Machines", "Use", "Jobs", "Look", "Snapshots", "Projects")
 """The order of `vmtasks --help`."""
 
-app.registered_commands.sort(
-    key=lambda command: (PANELS.index(str(command.rich_help_panel)), command.callback is not run.run)
-)
+
+def main() -> None:
+    """Run the command line of this process to its end."""
+    common.main(lambda: load([] if "_VMTASKS_COMPLETE" in os.environ else sys.argv[1:]))
+
+
+def load(words: Iterable[str]) -> None:
+    """Load the module of the verb that the command line `words` has; all of them where it has none that is known."""
+    verb = _verb(iter(words))
+    for module in [name for name, verbs in MODULES.items() if verb in verbs] or MODULES:
+        importlib.import_module(f"vmtasks.cli.{module}")
+    common.app.registered_commands.sort(
+        key=lambda command: (PANELS.index(str(command.rich_help_panel)), _name(command) != "run")
+    )
+
+
+def _verb(words: Iterator[str]) -> str:
+    """The first word that is neither an option that stands before a verb nor its value."""
+    for word in words:
+        if word == "-C":
+            next(words, "")
+        elif word not in ("-v", "--verbose") and not word.startswith("-C"):
+            return word
+    return ""
+
+
+def _name(command: Any) -> str:
+    return str(command.name or command.callback.__name__)
+
+
+def __getattr__(name: str) -> Any:
+    """`app`: the application with all its verbs."""
+    if name != "app":
+        raise AttributeError(name)
+    load([])
+    return common.app

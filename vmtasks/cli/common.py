@@ -87,14 +87,15 @@ Tty = Annotated[bool, typer.Option("--tty", "-t", help="Give it a terminal; -it 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def main() -> None:
-    """Run the command line; failures that a user can mend end without a traceback."""
+def main(load: Callable[[], object]) -> None:
+    """Have `load` register verbs and run the command line; failures that a user can mend end without a traceback."""
     open_streams()
     accept_any_text()
     talk()
     caught = unwind_on_signals()
     status = 0
     try:
+        load()
         status = _status()
         ignore()
     except BaseException:

@@ -6,6 +6,10 @@ from typing import Annotated
 import typer
 
 from vmtasks.cli.common import app, project
+from vmtasks.errors import ConfigError, StateError
+from vmtasks.guest import ssh
+from vmtasks.machines import health, life
+from vmtasks.machines.sessions import using
 
 
 @app.command(rich_help_panel="Use")
@@ -14,11 +18,6 @@ def cp(
     dest: Annotated[str, typer.Argument(metavar="DEST", help="A path here, or NAME:PATH.", show_default=False)],
 ) -> None:
     """Copy a file or a folder, with modes and times; one side is NAME:PATH, relative to the login user's home."""
-    from vmtasks.errors import ConfigError, StateError  # noqa: PLC0415
-    from vmtasks.guest import ssh  # noqa: PLC0415
-    from vmtasks.machines import health, life  # noqa: PLC0415
-    from vmtasks.machines.sessions import using  # noqa: PLC0415
-
     here = project()
     known = here.names()
     into, out_of = _remote(dest, known), _remote(source, known)

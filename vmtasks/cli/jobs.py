@@ -3,15 +3,17 @@
 import shlex
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated
+from dataclasses import asdict
+from typing import Annotated
 
 import typer
 
 from vmtasks.cli import complete
 from vmtasks.cli.common import AsJson, Name, Through, app, machine, show, table
-
-if TYPE_CHECKING:
-    from vmtasks.guest.jobview import JobView
+from vmtasks.guest.jobview import JobView
+from vmtasks.host import progress
+from vmtasks.machines import health, life
+from vmtasks.machines.sessions import using
 
 FOREVER_S = 14 * 86400.0
 """poll(2) takes no longer waits than 24 days."""
@@ -31,10 +33,6 @@ def jobs(
     as_json: AsJson = False,
 ) -> None:
     """List the jobs of a machine; `vmtasks exec --detach` starts one."""
-    from dataclasses import asdict  # noqa: PLC0415
-
-    from vmtasks.host import progress  # noqa: PLC0415
-
     with machine(name) as of:
         found = of.jobs.list()
         if clear:
@@ -57,9 +55,6 @@ def jobs(
 @app.command(cls=Through, rich_help_panel="Jobs")
 def attach(name: Name, which: Job) -> None:
     """Show all that a job has written, and go on until it is over; the exit status is the job's. Ctrl-C lets it run."""
-    from vmtasks.machines import health  # noqa: PLC0415
-    from vmtasks.machines.sessions import using  # noqa: PLC0415
-
     with machine(name) as found, health.warn_when_stuck(found.place), using(found.place, "attach", which) as outcome:
         end = found.jobs.follow(which, timeout_s=FOREVER_S, on_data=_pass_on, keep=False)
         outcome.status = end.status
@@ -69,8 +64,6 @@ def attach(name: Name, which: Job) -> None:
 @app.command(rich_help_panel="Jobs")
 def cancel(name: Name, which: Job) -> None:
     """End a job with all that it has started: SIGTERM, then SIGKILL."""
-    from vmtasks.host import progress  # noqa: PLC0415
-
     with machine(name) as found:
         view = found.jobs.cancel(which)
     progress.say(f"job {view.job}: {_how(view)}")
@@ -78,9 +71,6 @@ def cancel(name: Name, which: Job) -> None:
 
 def start_job(name: str, words: list[str], *, cwd: str, env: dict[str, str], user: str) -> str:
     """Start a program as a job; returns its id."""
-    from vmtasks.machines import life  # noqa: PLC0415
-    from vmtasks.machines.sessions import using  # noqa: PLC0415
-
     with machine(name) as found:
         life.wait_ready(found.place)
         with using(found.place, "exec", shlex.join(words), user, goes_on=True) as outcome:

@@ -2,15 +2,16 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from vmtasks.cli.common import App, AsJson, Name, app, machine, show, table
-
-if TYPE_CHECKING:
-    from vmtasks.images.workspace import MachineRecord
-    from vmtasks.machines import Machine
+from vmtasks.cli.run import read_keys
+from vmtasks.errors import StateError
+from vmtasks.host import progress
+from vmtasks.images.workspace import MachineRecord
+from vmtasks.machines import Machine, keys, life
 
 group = App(no_args_is_help=True, help="Who may log in to a machine: list, add, rm, rotate.")
 app.add_typer(group, name="keys", rich_help_panel="Use")
@@ -21,8 +22,6 @@ User = Annotated[str, typer.Option(help="A user of the guest; by default the one
 @group.command("list")
 def list_keys(name: Name, user: User = "", as_json: AsJson = False) -> None:
     """Show the keys that let in, with their fingerprints; `machine` is the machine's own."""
-    from vmtasks.machines import keys  # noqa: PLC0415
-
     found, record = _running(name)
     there = keys.listed(found.place, record, user or record.ssh_user)
     if as_json:
@@ -51,10 +50,6 @@ def add(
     user: User = "",
 ) -> None:
     """Let the holder of a key in."""
-    from vmtasks.cli.run import read_keys  # noqa: PLC0415
-    from vmtasks.host import progress  # noqa: PLC0415
-    from vmtasks.machines import keys  # noqa: PLC0415
-
     added = read_keys(file, "FILE.pub")
     found, record = _running(name)
     with found.place.lock():
@@ -70,9 +65,6 @@ def remove(
     user: User = "",
 ) -> None:
     """Refuse a key from now on; the machine's own can only be rotated."""
-    from vmtasks.host import progress  # noqa: PLC0415
-    from vmtasks.machines import keys  # noqa: PLC0415
-
     found, record = _running(name)
     with found.place.lock():
         gone = keys.remove(found.place, record, which, user or record.ssh_user)
@@ -83,9 +75,6 @@ def remove(
 @group.command()
 def rotate(name: Name) -> None:
     """Give a running machine a new key of its own; the old one is refused, sessions that are open stay open."""
-    from vmtasks.errors import StateError  # noqa: PLC0415
-    from vmtasks.machines import keys  # noqa: PLC0415
-
     found, record = _running(name)
     if record.key != "own":
         raise StateError(f"machine {found.name} has no key of its own: it is the project's, with the store's key")
@@ -95,8 +84,6 @@ def rotate(name: Name) -> None:
 
 
 def _running(name: str) -> "tuple[Machine, MachineRecord]":
-    from vmtasks.errors import StateError  # noqa: PLC0415
-    from vmtasks.machines import life  # noqa: PLC0415
 
     found = machine(name)
     life.wait_ready(found.place)

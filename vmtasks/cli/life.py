@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -24,10 +24,12 @@ from vmtasks.cli.common import (
     show,
     table,
 )
+from vmtasks.cli.look import described
+from vmtasks.errors import ConfigError, SshError, StateError
 from vmtasks.host import progress
-
-if TYPE_CHECKING:
-    from vmtasks.machines import Machine
+from vmtasks.machines import Machine, health
+from vmtasks.qemu import vm
+from vmtasks.qemu.vm import wait_until
 
 WAIT_S = 600
 
@@ -46,9 +48,6 @@ def ps(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only their names.")] = False,
 ) -> None:
     """List machines: what they are, what they do, and who uses them now."""
-    from vmtasks.cli.look import described  # noqa: PLC0415
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
-
     if quiet and as_json:
         raise ConfigError("ps: --quiet and --json do not go together")
     here = project()
@@ -95,8 +94,6 @@ def restart(
 
 def _start(names: list[str], *, every: bool, as_json: bool, before: "Callable[[Machine], object]") -> None:
     """Start machines, and show how to log in to each."""
-    from vmtasks.cli.look import described  # noqa: PLC0415
-
     here, shown = project(), []
     wanted = chosen(here, names, every=every)
 
@@ -150,8 +147,6 @@ def rm(
 
     --all leaves alone what `doit start` has made: only its name, given here, or `doit destroy` removes that.
     """
-    from vmtasks.errors import ConfigError, StateError  # noqa: PLC0415
-
     if every == bool(names):
         raise ConfigError("rm: name machines, or give --all")
     here = project()
@@ -188,10 +183,6 @@ def wait(
     timeout: Annotated[float, typer.Option(help="Seconds.")] = WAIT_S,
 ) -> None:
     """Wait until a machine lets us in, or until it has ended; exit status 1 when that takes too long."""
-    from vmtasks.errors import SshError, StateError  # noqa: PLC0415
-    from vmtasks.machines import health  # noqa: PLC0415
-    from vmtasks.qemu.vm import wait_until  # noqa: PLC0415
-
     found = machine(name)
 
     def settled() -> bool:
@@ -218,7 +209,6 @@ def resume(name: Name) -> None:
 
 
 def _tell(name: str, command: str) -> None:
-    from vmtasks.qemu import vm  # noqa: PLC0415
 
     found = machine(name)
     found.require_running()

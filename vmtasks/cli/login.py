@@ -3,15 +3,20 @@
 import re
 import shlex
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vmtasks.cli.common import OWN, VERBATIM, AnyName, Interactive, Name, Through, Tty, app, machine, report
 from vmtasks.cli.jobs import FOREVER_S, start_job
-
-if TYPE_CHECKING:
-    from vmtasks.machines import Machine
+from vmtasks.config import arguments
+from vmtasks.config.rules import VARIABLE
+from vmtasks.errors import CommandTimeoutError, ConfigError
+from vmtasks.host import process, progress
+from vmtasks.host.process import TIMED_OUT
+from vmtasks.machines import Machine, life
+from vmtasks.machines.sessions import using
+from vmtasks.qemu.terminal import attach_console
 
 WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
 """Options of ssh(1) that take a value."""
@@ -57,10 +62,6 @@ def execute(
     No shell of the guest sees them. It reads nothing unless -i is given. The exit status is the program's; 128 + N
     after signal N; 125 when vmtasks or SSH has failed, 126 when the program cannot be run, 127 when it is not there.
     """
-    from vmtasks.config import arguments  # noqa: PLC0415
-    from vmtasks.errors import CommandTimeoutError, ConfigError  # noqa: PLC0415
-    from vmtasks.host.process import TIMED_OUT  # noqa: PLC0415
-
     words = ctx.args[1:] if ctx.args[:1] == ["--"] else ctx.args
     if not words:
         raise ConfigError("exec: no program; write vmtasks exec NAME PROGRAM [ARGUMENTS]")
@@ -86,9 +87,6 @@ def execute(
 
 def _variables(given: list[str]) -> dict[str, str]:
     """`NAME=VALUE` each. ConfigError for what is not."""
-    from vmtasks.config.rules import VARIABLE  # noqa: PLC0415
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
-
     values = {}
     for item in given:
         key, equals, value = item.partition("=")
@@ -139,11 +137,6 @@ def forward(
     ] = None,
 ) -> None:
     """Forward ports over SSH until Ctrl-C; listeners are on loopback only."""
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.host import process, progress  # noqa: PLC0415
-    from vmtasks.machines import life  # noqa: PLC0415
-    from vmtasks.machines.sessions import using  # noqa: PLC0415
-
     wanted = [("-L", item) for item in local or []] + [("-R", item) for item in remote or []]
     wanted += [("-D", item) for item in dynamic or []]
     if not wanted:
@@ -161,8 +154,6 @@ def forward(
 
 def loopback(kind: str, text: str) -> str:
     """A forward with its listener on loopback. ConfigError for any other address."""
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
-
     fields = text.split(":")
     plain = 1 if kind == "-D" else 3
     form = "PORT" if kind == "-D" else "PORT:HOST:PORT"
@@ -190,8 +181,6 @@ def ssh_config(name: AnyName = "") -> None:
 @app.command(rich_help_panel="Use")
 def console(name: AnyName = "") -> None:
     """Attach this terminal to the guest's serial console, also when SSH is dead; Ctrl-] detaches."""
-    from vmtasks.qemu.terminal import attach_console  # noqa: PLC0415
-
     found = machine(name)
     found.require_running()
     attach_console(found.place.serial, found.name)

@@ -1,30 +1,29 @@
 """`vmtasks inspect | logs | port | doctor`: look at a machine, or at this host."""
 
+import os
 import sys
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
 
+import msgspec
 import typer
 
 from vmtasks import printable
 from vmtasks.cli import complete
 from vmtasks.cli.common import AnyName, AsJson, Every, Name, Names, app, chosen, each, machine, project, show, table
-
-if TYPE_CHECKING:
-    from vmtasks.machines import Machine, Project
+from vmtasks.config.arguments import Forward
+from vmtasks.errors import ConfigError, MachineError
+from vmtasks.machines import Machine, Project, health
+from vmtasks.machines.sessions import uses
+from vmtasks.store.store import Store
 
 POLL_S = 0.2
 
 
 def described(found: "Machine") -> dict[str, Any]:
     """A machine as every `--json` shows it; docs/machines.md has the keys."""
-    from dataclasses import asdict  # noqa: PLC0415
-
-    import msgspec  # noqa: PLC0415
-
-    from vmtasks.config.arguments import Forward  # noqa: PLC0415
-    from vmtasks.machines.sessions import uses  # noqa: PLC0415
-
     view = found.status()
     if view.record is None:
         return {**unknown(found), "status": view.status, "fault": view.fault}
@@ -60,8 +59,6 @@ def described(found: "Machine") -> dict[str, Any]:
 
 def unknown(found: "Machine") -> dict[str, Any]:
     """The same keys for a machine of which nothing is recorded: the process that was found for it, and where it is."""
-    from vmtasks.errors import MachineError  # noqa: PLC0415
-
     try:
         process = found.place.process()
     except MachineError:  # it is somebody else's
@@ -87,9 +84,6 @@ def unknown(found: "Machine") -> dict[str, Any]:
 
 def _cpu_s(pid: int) -> float:
     """Seconds of CPU that a process has used; see proc(5)."""
-    import os  # noqa: PLC0415
-    from pathlib import Path  # noqa: PLC0415
-
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -99,9 +93,6 @@ def _cpu_s(pid: int) -> float:
 
 def _rss(pid: int) -> int:
     """Bytes of memory that a process holds."""
-    import os  # noqa: PLC0415
-    from pathlib import Path  # noqa: PLC0415
-
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -186,12 +177,6 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """Look at this host, or at a machine layer by layer; exit status 1 when something is wrong, and says what."""
-    from dataclasses import asdict  # noqa: PLC0415
-
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.machines import health  # noqa: PLC0415
-    from vmtasks.store.store import Store  # noqa: PLC0415
-
     if name and store:
         raise ConfigError("--store looks at all images of this host's store: leave the machine out")
     here = project()

@@ -9,6 +9,12 @@ import typer
 
 from vmtasks import printable
 from vmtasks.cli.common import app, project
+from vmtasks.config.load import default_store
+from vmtasks.config.scaffold import scaffold, write_schemas
+from vmtasks.errors import ConfigError
+from vmtasks.images import prune as pruning
+from vmtasks.machines import Project
+from vmtasks.store.store import Store
 
 
 @app.command(rich_help_panel="Projects")
@@ -17,8 +23,6 @@ def init(
     guest: Annotated[str, typer.Option(help="The guest to copy into phases/.")] = "tiny",
 ) -> None:
     """Write dodo.py, config/vm.toml and a guest's phases into a project; nothing that is there is overwritten."""
-    from vmtasks.config.scaffold import scaffold  # noqa: PLC0415
-
     for path in scaffold(folder, guest):
         typer.echo(f"wrote {path}")
     there = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))} && "
@@ -40,12 +44,6 @@ def prune(
 
     A project's folder that is not there just now, and a record that cannot be read, keep what they named last.
     """
-    from vmtasks.config.load import default_store  # noqa: PLC0415
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.images import prune  # noqa: PLC0415
-    from vmtasks.machines import Project  # noqa: PLC0415
-    from vmtasks.store.store import Store  # noqa: PLC0415
-
     here = None
     try:
         here = Project.find(Path.cwd(), os.environ).config() if dry_run else project().config()
@@ -53,8 +51,8 @@ def prune(
         typer.echo(f"machines were not looked at: {printable.text(error.message)}", err=True)
     made = Store(store or (here.store_dir if here else default_store(os.environ)))
     if here is not None and here.vm_dir.is_dir() and here.store_dir == made.root and made.root.is_dir():
-        prune.register(made, here.vm_dir)  # a project that was moved names its images from its new place
-    pruned = prune.prune(made, dry_run=dry_run, forget=forget)
+        pruning.register(made, here.vm_dir)  # a project that was moved names its images from its new place
+    pruned = pruning.prune(made, dry_run=dry_run, forget=forget)
     for path in pruned.gone:
         typer.echo(f"{'would remove' if dry_run else 'removed'} {path}")
     for warning in pruned.warnings:
@@ -68,7 +66,5 @@ def schema(
     folder: Annotated[Path, typer.Argument(help="Where vm.schema.json and guest.schema.json are written.")],
 ) -> None:
     """Write the JSON schemas of vm.toml and guest.toml, for editors."""
-    from vmtasks.config.scaffold import write_schemas  # noqa: PLC0415
-
     for path in write_schemas(folder, folder):
         typer.echo(f"wrote {path}")

@@ -2,16 +2,19 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from vmtasks.cli import complete
 from vmtasks.cli.common import OWN, AsJson, Interactive, Through, Tty, app, project, show
-
-if TYPE_CHECKING:
-    from vmtasks.config.arguments import PublicKey
-    from vmtasks.machines import MachineSpec
+from vmtasks.cli.login import session
+from vmtasks.cli.look import described
+from vmtasks.config import arguments
+from vmtasks.config.arguments import Bind, PublicKey
+from vmtasks.errors import ConfigError
+from vmtasks.host import progress
+from vmtasks.machines import MachineSpec, first_start, temp_machine
 
 COMMAND = "vmtasks.command"
 """Where the words after `--` are kept."""
@@ -72,10 +75,6 @@ def run(
     It has a disk, a key and a port of its own. Words after `--` read nothing unless -i is given. The exit status is
     that of the command; 125 when vmtasks or SSH has failed.
     """
-    from vmtasks.config.arguments import Bind  # noqa: PLC0415
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
-    from vmtasks.machines import MachineSpec  # noqa: PLC0415
-
     words: list[str] = ctx.meta.get(COMMAND, [])
     if rm and not detach:
         raise ConfigError("--rm goes with -d: without -d the machine is always removed")
@@ -99,9 +98,6 @@ def run(
 
 
 def _coupled(spec: "MachineSpec", words: list[str], *, stdin: bool, tty: bool) -> None:
-    from vmtasks.cli.login import session  # noqa: PLC0415
-    from vmtasks.host import progress  # noqa: PLC0415
-    from vmtasks.machines import temp_machine  # noqa: PLC0415
 
     with temp_machine(spec, project=project()) as machine:
         status = session(machine, "run", [], words, failed=OWN, stdin=stdin, tty=tty)
@@ -110,8 +106,6 @@ def _coupled(spec: "MachineSpec", words: list[str], *, stdin: bool, tty: bool) -
 
 
 def _detached(spec: "MachineSpec", *, as_json: bool) -> None:
-    from vmtasks.cli.look import described  # noqa: PLC0415
-    from vmtasks.machines import first_start  # noqa: PLC0415
 
     machine = project().create(spec)
     first_start(machine)
@@ -129,9 +123,6 @@ def read_keys(path: Path, what: str) -> "list[PublicKey]":
 
     `what` named the file: an option, or an argument.
     """
-    from vmtasks.config import arguments  # noqa: PLC0415
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
-
     try:
         text = path.expanduser().read_bytes()[: 1 << 20].decode(errors="replace")
     except OSError as error:
@@ -140,7 +131,6 @@ def read_keys(path: Path, what: str) -> "list[PublicKey]":
 
 
 def _ssh_port(text: str) -> int:
-    from vmtasks.errors import ConfigError  # noqa: PLC0415
 
     if text == "auto":
         return 0
@@ -150,6 +140,5 @@ def _ssh_port(text: str) -> int:
 
 
 def _user(text: str) -> str:
-    from vmtasks.config import arguments  # noqa: PLC0415
 
     return arguments.user(text) if text else ""

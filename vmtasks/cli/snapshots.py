@@ -1,6 +1,7 @@
 """`vmtasks snapshot | snapshot rm | restore | snapshots`: keep what is on a machine's disk, go back, forget it."""
 
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -8,7 +9,10 @@ from typer.core import TyperGroup
 
 from vmtasks.cli import complete
 from vmtasks.cli.common import App, AsJson, Name, app, each, machine, project, show, table
+from vmtasks.errors import StateError
 from vmtasks.host import progress
+from vmtasks.machines import overlay
+from vmtasks.machines.folder import Place
 
 
 class SaveByDefault(TyperGroup):
@@ -87,12 +91,6 @@ def snapshots(
     as_json: AsJson = False,
 ) -> None:
     """List the images that machines can be made from."""
-    import time  # noqa: PLC0415
-
-    from vmtasks.errors import StateError  # noqa: PLC0415
-    from vmtasks.machines import overlay  # noqa: PLC0415
-    from vmtasks.machines.folder import Place  # noqa: PLC0415
-
     config = project().config(guest)
     place = Place(config)
     found = []
