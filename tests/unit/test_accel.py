@@ -61,7 +61,7 @@ def test_auto_is_what_really_works(tmp_path: Path):
     begin_s = time.monotonic()
     found = accel.probe(tmp_path / "accel.json")
     took_s = time.monotonic() - begin_s
-    assert took_s < 4
+    assert took_s < 30
     assert 0 < found.probed_s <= took_s + 0.01
     assert 1 <= found.factor <= 10
     assert found.reason

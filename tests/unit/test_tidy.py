@@ -274,9 +274,10 @@ def test_an_installer_is_kept_while_somebody_fetches_it(store: Store, home: Home
 PRUNE = """
     import sys
     from pathlib import Path
-    from vmtasks import cli
+    from vmtasks.host import progress
     from vmtasks.images import prune as tidy
     from vmtasks.store.store import Store
+    progress.talk()
     print("goes", flush=True)
     print(*tidy.prune(Store(Path(sys.argv[1]))).gone, flush=True)
 """
