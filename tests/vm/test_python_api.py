@@ -82,3 +82,45 @@ print(dev.place.record().ready, dev.succeed("hostname"), end="")
 def test_the_three_steps_of_a_start_can_be_called_apart(dev: Cli) -> None:
     done = run(dev, LATE)
     assert (done.returncode, done.stdout) == (0, "booting\nFalse\nTrue dev\n"), done.stderr
+
+
+THREADS = """
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from vmtasks import Project, temp_machine
+from vmtasks.host.progress import Lines, observing
+
+dev = Project.here().machine("dev")
+dev.start()
+heard = {"one": [], "two": []}
+
+
+def use(machine, number):
+    said = [machine.succeed(f"echo {number} {turn}; sleep 0.1") for turn in range(5)]
+    assert said == [f"{number} {turn}\\n" for turn in range(5)], said
+    assert machine.succeed("cat", stdin=bytes([48 + number]) * 100000) == str(number) * 100000
+    return machine.name
+
+
+def own(name, ready):
+    with observing(Lines(heard[name].append)), temp_machine("tiny", name=name, memory="128M") as machine:
+        ready.wait(300)
+        with ThreadPoolExecutor(8) as threads:
+            return set(threads.map(lambda number: use((machine, dev)[number % 2], number), range(8)))
+
+
+with ThreadPoolExecutor(2) as makers:
+    ready = threading.Barrier(2)
+    used = list(makers.map(lambda name: own(name, ready), heard))
+print(used == [{"one", "dev"}, {"two", "dev"}], sorted(Project.here().names()))
+for name, other in (("one", "two"), ("two", "one")):
+    lines = " ".join(heard[name])
+    print(f"start {name}: done" in lines, f"start {other}" in lines)
+"""
+
+
+def test_eight_threads_use_each_of_two_machines_and_each_observer_hears_its_own(dev: Cli) -> None:
+    """Sixteen threads in all, half of them on one machine that both have."""
+    done = run(dev, THREADS)
+    expected = "True ['dev']\nTrue False\nTrue False\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, ""), done.stderr
