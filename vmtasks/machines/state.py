@@ -8,7 +8,8 @@ from vmtasks.images.workspace import MachineRecord
 from vmtasks.machines.folder import Place
 from vmtasks.qemu import qmp
 
-ANSWER_S = 3.0
+ANSWER_S = 10.0
+"""A server in an emulated guest may take seconds for its first word while others use the CPU."""
 
 Status = Literal["absent", "booting", "damaged", "running", "unreachable", "paused", "panicked", "stale", "stopped"]
 """`damaged`: its record cannot be read, so that only `stop` and `rm` work. `unreachable`: SSH has answered since the
