@@ -84,7 +84,7 @@ def endless():
         time.sleep(60)
     finally:
         print("cleaned up")
-main()
+main(lambda: None)
 """
 CLEAN_UP = """
 import sys, time
