@@ -183,7 +183,7 @@ def suite_nodes(config: Config, tree: str, image: str) -> tuple[Node, ...]:
     """The nodes that use a machine: sync, build, and the suites."""
     table = config.sync
     sync = {"tree": tree, "sync.source": table.source, "sync.dest": table.dest}
-    build = {"tree": tree, "image": image, **build_parts(config)}
+    build = build_parts(config, tree, image)
     nodes = [
         Node(name="sync", parts=sync, after=("snapshot",), digest=digest_of("sync", sync)),
         Node(name="build", parts=build, after=("sync",), digest=digest_of("build", build)),
@@ -194,9 +194,11 @@ def suite_nodes(config: Config, tree: str, image: str) -> tuple[Node, ...]:
     return tuple(nodes)
 
 
-def build_parts(config: Config) -> dict[str, str]:
-    """How the tree is built, and where."""
+def build_parts(config: Config, tree: str, image: str) -> dict[str, str]:
+    """What is built, in which system, how and where: the parts that a suite's node begins with."""
     return {
+        "tree": tree,
+        "image": image,
         "build.command": digest_of("text", config.build.command),
         "build.env": digest_of("env", config.build.env),
         "sync.dest": digest_of("text", config.sync.dest),

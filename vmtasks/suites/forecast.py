@@ -57,6 +57,8 @@ class Forecast:
         self.config = config
         self.reader = Reader(config, read_only=True)
         self.results = Results(config, read_only=True)
+        self.users = {node.name: node for node in plan.suite_nodes(config, tree="", image="")}
+        """The nodes that use a machine, for what each comes after."""
 
     def steps(self, asked: Iterable[str] = ()) -> list[Step]:
         """The steps that the tasks `asked` for need, in the order of the plan; of all tasks without any.
@@ -71,9 +73,7 @@ class Forecast:
         return [step for step in made if step.name in wanted]
 
     def _needed(self, asked: list[str], nodes: dict[str, Node]) -> set[str]:
-        after = {name: set(node.after) for name, node in nodes.items()}
-        after |= {"sync": {"snapshot"}, "build": {"sync"}}
-        after |= {f"test:{name}": {"build"} for name in self.config.suites}
+        after = {name: set(node.after) for name, node in {**nodes, **self.users}.items()}
         after |= {kind: {name for name in nodes if name.startswith(f"{kind}:")} for kind in plan.PER_PHASE}
         after |= {"auto_install": {"snapshot"}, "start": {"snapshot"}, "quick": {"snapshot"}}
         after["quick"] |= {f"test:{name}" for name in self.config.quick}
@@ -177,7 +177,7 @@ class Forecast:
                 name=name,
                 runs="yes" if causes or name in asked else "no",
                 causes=causes or (["it is always carried out"] if name in asked else []),
-                after=["snapshot" if name == "sync" else "sync"],
+                after=list(self.users[name].after),
             )
             for name in ("sync", "build")
         ]
@@ -191,7 +191,8 @@ class Forecast:
             another = "yes" if cause else "no"
         causes = [cause] if cause else []
         cost = last.duration_s if last and causes else None
-        return Step(name=f"test:{name}", runs=another, causes=causes, cost_s=cost, after=["build"])
+        node = self.users[f"test:{name}"]
+        return Step(name=node.name, runs=another, causes=causes, cost_s=cost, after=list(node.after))
 
     def _diffs(self, name: str, causes: list[str]) -> dict[str, str]:
         """How the texts changed that the causes name."""

@@ -149,12 +149,7 @@ class Results:
 
     def parts(self, name: str) -> dict[str, str]:
         """What decides the suite's result: the parts of its node in the plan."""
-        return self.node(name).parts
-
-    def node(self, name: str) -> plan.Node:
-        """The suite's node in the plan."""
-        nodes = plan.suite_nodes(self.config, self.tree, self.system())
-        return next(node for node in nodes if node.name == f"test:{name}")
+        return {**plan.build_parts(self.config, self.tree, self.system()), **plan.suite_parts(self.config.suites[name])}
 
     def former_parts(self, name: str) -> dict[str, str]:
         """What decides it as results of older versions have it."""
