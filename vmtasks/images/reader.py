@@ -143,12 +143,15 @@ class Reader(State):
         """The parts of the node `render:N`."""
         names, values = self.part_names(number), dict(texts.values)
         own = values.pop("vars")
-        parts = {names["phase.sh"]: _digest(texts.template), names["poweroff"]: _digest(self.config.guest.poweroff)}
-        parts |= {names[name]: _digest(text) for name, text in texts.shipped.items()}
+        parts = {
+            names["phase.sh"]: text_digest(texts.template),
+            names["poweroff"]: text_digest(self.config.guest.poweroff),
+        }
+        parts |= {names[name]: text_digest(text) for name, text in texts.shipped.items()}
         parts |= {"machine.disk_serial": str(values["disk_serial"]), "ssh.user": str(values["ssh_user"])}
         parts |= {"name": str(values["guest"]), "version": str(values["version"])}
         parts |= {f"vars.{name}": plan.digest_of("value", value) for name, value in _table(own).items()}
-        return {**parts, plan.FORMAT_PART: f"{plan.FORMAT} {_digest(PFI)}"}
+        return {**parts, plan.FORMAT_PART: f"{plan.FORMAT} {text_digest(PFI)}"}
 
     def texts_by_part(self, number: int, texts: Texts) -> dict[str, str]:
         """The texts that phase `number` is rendered from, by the parts that sources() names."""
@@ -186,7 +189,9 @@ class Reader(State):
     def file_parts(self, number: int, made: Mapping[str, str]) -> dict[str, str]:
         """The digests of rendered files by named part."""
         names = self.part_names(number)
-        return {names[name]: plan.file_part(IsoFile(name, MODES[name], _digest(text))) for name, text in made.items()}
+        return {
+            names[name]: plan.file_part(IsoFile(name, MODES[name], text_digest(text))) for name, text in made.items()
+        }
 
     # -- records beside those of the workspace
 
@@ -376,7 +381,8 @@ def _table(value: object) -> dict[str, object]:
     return value if isinstance(value, dict) else {}
 
 
-def _digest(text: str) -> str:
+def text_digest(text: str) -> str:
+    """SHA-256 (hex) of a text in UTF-8."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from vmtasks.host import files, progress
 from vmtasks.host.locks import lock
 from vmtasks.images import make, plan, prune
 from vmtasks.images.plan import IsoFile, Node
-from vmtasks.images.reader import MODES, PLAIN, BuiltRecord, IsoRecord, Reader, RenderRecord, Texts
+from vmtasks.images.reader import MODES, PLAIN, BuiltRecord, IsoRecord, Reader, RenderRecord, Texts, text_digest
 from vmtasks.images.workspace import PhaseRecord
 from vmtasks.installer import installer
 from vmtasks.media.iso import write_iso
@@ -59,11 +59,11 @@ class Builder(Reader):
 
     def make_key(self) -> None:
         """Make the user's key pair when it is first needed, and its public half anew when that cannot be read."""
-        if self.key.is_file() and _holdspublic_line(self.public_key):
+        if self.key.is_file() and _holds_public_key(self.public_key):
             return
         with self.store.lock("key", timeout_s=60):
             if self.key.is_file():
-                if not _holdspublic_line(self.public_key):
+                if not _holds_public_key(self.public_key):
                     progress.say(f"{self.public_key}: no public key; made anew from the private one")
                     files.write(self.public_key, keypair.public_text(self.key))
                 return
@@ -126,7 +126,7 @@ class Builder(Reader):
             parts=rendering.sources,
             files=rendering.files,
             key=public_key,
-            left={name: hashlib.sha256(text.encode()).hexdigest() for name, text in made.items()},
+            left={name: text_digest(text) for name, text in made.items()},
         )
         files.write_if_changed(self.render_file(number), msgspec.json.encode(record))
         return Rendered(private, public_key, made)
@@ -139,9 +139,11 @@ class Builder(Reader):
             files.write(keypair.public_half(private), public + "\n")
         return public
 
-    def _write_iso(self, number: int, nodes: Mapping[str, Node], rendered: Rendered) -> None:
+    def _write_iso(self, number: int, nodes: Mapping[str, Node], rendered: Rendered) -> str:
+        """Write the phase's ISO and what it was made of; returns its token."""
         entries = self.iso_entries(number, rendered.files)
-        entries.append(Entry("token", "file", PLAIN, f"{iso_token(entries)}\n".encode()))
+        token = iso_token(entries)
+        entries.append(Entry("token", "file", PLAIN, f"{token}\n".encode()))
         if any(e.path.startswith("packages/") for e in entries):
             entries.append(Entry("packages", "dir", 0o555))
         iso, node = self.iso(number), nodes[f"phase_iso:{number}"]
@@ -155,6 +157,7 @@ class Builder(Reader):
             mtime_ns=stat.st_mtime_ns,
         )
         files.write(self.iso_file(number), msgspec.json.encode(record))
+        return token
 
     @alone
     def build(self, number: int, *, anew: bool = False) -> None:
@@ -284,7 +287,7 @@ class Builder(Reader):
     def job(self, number: int, texts: Texts, nodes: Mapping[str, Node], below: ImageRecord | None) -> make.Job:
         """All that making the image takes. Another run may have rendered meanwhile, so that its CD is written anew."""
         rendered, node = self._write_files(number, texts, nodes), nodes[f"phase:{number}"]
-        self._write_iso(number, nodes, rendered)
+        token = self._write_iso(number, nodes, rendered)
         return make.Job(
             config=self.config,
             store=self.store,
@@ -292,7 +295,7 @@ class Builder(Reader):
             phase=self.phase(number),
             number=number,
             digest=node.digest,
-            token=iso_token(self.iso_entries(number, rendered.files)),
+            token=token,
             isos={"installer": self.installer(), "phase": self.iso(number)},
             below=below,
             parts=node.parts,
@@ -310,7 +313,7 @@ def _whole(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _holdspublic_line(path: Path) -> bool:
+def _holds_public_key(path: Path) -> bool:
     try:
         return bool(arguments.public_keys(files.read_text(path), str(path)))
     except (OSError, ValueError, ConfigError):
