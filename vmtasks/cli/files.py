@@ -31,7 +31,7 @@ def cp(
     # With a folder before it, no local name is taken for a host or an option.
     ours = str(Path(source if into else dest).absolute()) + ("/" if (source if into else dest).endswith("/") else "")
     theirs = f"{target.name}:{path or '.'}"
-    words = ["scp", "-F", str(target.config), "-q", "-r", "-p", "--", *([ours, theirs] if into else [theirs, ours])]
+    words = target.scp(ours, theirs) if into else target.scp(theirs, ours)
     with health.warn_when_stuck(found.place), using(found.place, "cp", f"{source} {dest}") as outcome:
         outcome.status = ssh.attach(target, words)
     raise typer.Exit(outcome.status)

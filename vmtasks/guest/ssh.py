@@ -95,6 +95,10 @@ class Target:
         """`ssh -F config [options] name [words]`."""
         return ["ssh", "-F", str(self.config), *options, self.name, *words]
 
+    def scp(self, source: str, dest: str) -> list[str]:
+        """Scp's words to copy a file or a folder with modes and times; one of the two begins with `name:`."""
+        return ["scp", "-F", str(self.config), "-q", "-r", "-p", "--", source, dest]
+
 
 def write_config(target: Target) -> None:
     """Write the OpenSSH configuration and known_hosts of a machine; rsync, scp, git and editors use it too."""
@@ -191,7 +195,7 @@ def explain(stderr: str) -> str:
 
 
 def attach(target: Target, argv: Sequence[str], *, stdin: bool = True, timeout_s: float | None = None) -> int:
-    """Run ssh or scp on our own streams over the shared connection; returns its status. See proc.attach()."""
+    """Run ssh or scp on our own streams over the shared connection; returns its status. See process.attach()."""
     shared = _share(target)
     if shared.status == 0:
         return process.attach(argv, stdin=stdin, timeout_s=timeout_s)

@@ -211,8 +211,7 @@ class Machine:
             if Path(source).is_dir():
                 folder = posixpath.dirname(dest.rstrip("/")) or "."
                 self._linked().execute(["mkdir", "-p", "--", folder], timeout_s=COMMAND_S)
-                words = ["-q", "-r", "-p", "--", str(Path(source).absolute()), f"{target.name}:{dest}"]
-                process.run(["scp", "-F", str(target.config), *words], timeout_s=COPY_S)
+                process.run(target.scp(str(Path(source).absolute()), f"{target.name}:{dest}"), timeout_s=COPY_S)
             else:
                 files.put(target, Path(source), dest)
 
