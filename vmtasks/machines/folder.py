@@ -76,7 +76,7 @@ class Place:
 
     @property
     def events(self) -> Path:
-        """The base of the files that hold QEMU's events; see machine/events.py."""
+        """The base of the files that hold QEMU's events; see qemu/events.py."""
         return self.folder / "events"
 
     @property

@@ -52,7 +52,7 @@ class Spec:
     console_log: Path
     qmp_socket: Path
     events: Path | None = None
-    """The base of the two files of machine/events.py."""
+    """The base of the two files of qemu/events.py."""
     firmware_log: Path | None = None
     pidfile: Path | None = None
     throwaway: bool = False

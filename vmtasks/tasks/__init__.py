@@ -1,4 +1,4 @@
-"""The doit tasks, which a project's dodo.py imports. They hold no logic: they call build, session and suites."""
+"""The doit tasks, which a project's dodo.py imports. They hold no logic: they call images, machines and suites."""
 
 import inspect
 from collections.abc import Iterator
