@@ -18,7 +18,7 @@ from vmtasks.images import plan
 from vmtasks.images.plan import Inputs, Installer, IsoFile, Node, Rendering
 from vmtasks.images.workspace import PhaseRecord, State
 from vmtasks.media import template
-from vmtasks.store.store import ImageRecord, MediaRecord, R, read_record
+from vmtasks.store.store import ImageRecord, MediaRecord, read_json, read_record
 
 PROGRAM, PLAIN = 0o555, 0o444
 PFI = "pfi_script=run.sh\n"
@@ -78,10 +78,12 @@ class Reader(State):
 
     def nodes(self, read: Mapping[int, Texts] | None = None) -> dict[str, Node]:
         """The nodes from `fetch` to `snapshot` by name, of what is on the host now or was `read` for some phases."""
-        texts = read or {}
-        phases = tuple(self.rendering(number, texts.get(number)) for number in self.numbers)
-        inputs = Inputs(installer=self._installer(), phases=phases)
-        return {node.name: node for node in plan.image_nodes(self.config, inputs)}
+        return {node.name: node for node in plan.image_nodes(self.config, self.inputs(read or {}))}
+
+    def inputs(self, read: Mapping[int, Texts]) -> Inputs:
+        """What the plan of the images is made of: on the host now, or as it was `read` for some phases."""
+        phases = tuple(self.rendering(number, read.get(number)) for number in self.numbers)
+        return Inputs(installer=self._installer(), phases=phases)
 
     @property
     def numbers(self) -> range:
@@ -197,7 +199,7 @@ class Reader(State):
 
     def render_record(self, number: int) -> RenderRecord | None:
         """What phase `number` was last rendered from; None when that is not known."""
-        return _read_json(self.render_file(number), RenderRecord)
+        return read_json(self.render_file(number), RenderRecord)
 
     def render_file(self, number: int) -> Path:
         """Where that is recorded."""
@@ -205,7 +207,7 @@ class Reader(State):
 
     def built(self, number: int) -> BuiltRecord | None:
         """What the image that our record of phase `number` names was rendered from, if that is known."""
-        return _read_json(self.built_file(number), BuiltRecord)
+        return read_json(self.built_file(number), BuiltRecord)
 
     def built_file(self, number: int) -> Path:
         """Where that is recorded."""
@@ -277,7 +279,7 @@ class Reader(State):
         return [f"{folder.name}/{name} is not as it was rendered" for name in MODES if not _is(folder / name, record)]
 
     def _iso_causes(self, number: int, nodes: Mapping[str, Node]) -> list[str]:
-        node, record, iso = nodes[f"phase_iso:{number}"], _read_json(self.iso_file(number), IsoRecord), self.iso(number)
+        node, record, iso = nodes[f"phase_iso:{number}"], read_json(self.iso_file(number), IsoRecord), self.iso(number)
         if node.unknown:
             return [node.unknown]
         if not iso.is_file():
@@ -396,10 +398,3 @@ def _is(path: Path, record: RenderRecord) -> bool:
         return path.stat().st_mode & 0o777 == MODES[path.name] and files.sha256(path) == record.left.get(path.name)
     except OSError:
         return False
-
-
-def _read_json(path: Path, kind: type[R]) -> R | None:
-    try:
-        return msgspec.json.decode(files.read(path), type=kind)
-    except (OSError, ValueError, msgspec.MsgspecError):
-        return None

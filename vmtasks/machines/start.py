@@ -277,7 +277,7 @@ def spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
         console_log=place.console_log.absolute(),
         qmp_socket=place.qmp,
         events=place.events.absolute(),
-        pidfile=(place.folder / f"{place.name}.pid").absolute(),
+        pidfile=place.pidfile,
         **more,
     )
 

@@ -33,6 +33,7 @@ from vmtasks.host.progress import History
 from vmtasks.store import qcow2
 
 R = TypeVar("R", bound=msgspec.Struct)
+J = TypeVar("J")
 LONG_TEXT = re.compile(r"""(?m)^((?:[\w-]+|"[^"\\]*") = |    )"([^"\\']{32,})"(,?)$""")
 """A digest, say, as tomli_w writes it. As a literal string it is read ten times as fast, and runs read many."""
 
@@ -401,6 +402,14 @@ def read_record(path: Path, kind: type[R]) -> R | None:
     """Read a record; None when it is absent, damaged or of another format."""
     try:
         return load_record(path, kind)
+    except (OSError, ValueError):
+        return None
+
+
+def read_json(path: Path, kind: type[J]) -> J | None:
+    """As read_record(), of one that is kept as JSON."""
+    try:
+        return msgspec.json.decode(files.read(path), type=kind)
     except (OSError, ValueError):
         return None
 

@@ -57,23 +57,21 @@ class Forecast:
         self.config = config
         self.reader = Reader(config, read_only=True)
         self.results = Results(config, read_only=True)
-        self.users = {node.name: node for node in plan.suite_nodes(config, tree="", image="")}
-        """The nodes that use a machine, for what each comes after."""
 
     def steps(self, asked: Iterable[str] = ()) -> list[Step]:
         """The steps that the tasks `asked` for need, in the order of the plan; of all tasks without any.
 
         ConfigError for a name that is no step's.
         """
-        nodes = self.reader.nodes()
+        nodes = {node.name: node for node in plan.plan(self.config, self.reader.inputs({}))}
         asked = list(asked)
         wanted = self._needed(asked, nodes)
         images = self._images(nodes)
-        made = [*images.steps, *self._suite_steps(asked, wanted, images)]
+        made = [*images.steps, *self._suite_steps(asked, wanted, images, nodes)]
         return [step for step in made if step.name in wanted]
 
     def _needed(self, asked: list[str], nodes: dict[str, Node]) -> set[str]:
-        after = {name: set(node.after) for name, node in {**nodes, **self.users}.items()}
+        after = {name: set(node.after) for name, node in nodes.items()}
         after |= {kind: {name for name in nodes if name.startswith(f"{kind}:")} for kind in plan.PER_PHASE}
         after |= {"auto_install": {"snapshot"}, "start": {"snapshot"}, "quick": {"snapshot"}}
         after["quick"] |= {f"test:{name}" for name in self.config.quick}
@@ -166,10 +164,10 @@ class Forecast:
         found = store.record(named.digest, named.sha256) if named else None
         return found or (store.find(node.digest, chain=below.chain if below else "")[0] if node.digest else None)
 
-    def _suite_steps(self, asked: list[str], wanted: set[str], images: Images) -> list[Step]:
+    def _suite_steps(self, asked: list[str], wanted: set[str], images: Images, nodes: dict[str, Node]) -> list[Step]:
         another: Runs = images.another if self.results.state.on_clean(self.config.name) else "no"
         system = self.results.system(images.last.sha256 if images.last is not None else None)
-        suites = [self._suite(name, system, another) for name in self.config.suites]
+        suites = [self._suite(name, system, another, nodes) for name in self.config.suites]
         running = [step.name for step in suites if step.runs == "yes" and step.name in wanted]
         causes = [f"{name} will run" for name in running]
         before = [
@@ -177,13 +175,13 @@ class Forecast:
                 name=name,
                 runs="yes" if causes or name in asked else "no",
                 causes=causes or (["it is always carried out"] if name in asked else []),
-                after=list(self.users[name].after),
+                after=list(nodes[name].after),
             )
             for name in ("sync", "build")
         ]
         return [*before, *suites]
 
-    def _suite(self, name: str, system: str, another: Runs) -> Step:
+    def _suite(self, name: str, system: str, another: Runs, nodes: dict[str, Node]) -> Step:
         cause, last = self.results.cause(name, system if another == "no" else None), self.results.last(name)
         if not cause and another != "no":
             cause = "snapshot is another image" if another == "yes" else "snapshot may be another image"
@@ -191,7 +189,7 @@ class Forecast:
             another = "yes" if cause else "no"
         causes = [cause] if cause else []
         cost = last.duration_s if last and causes else None
-        node = self.users[f"test:{name}"]
+        node = nodes[f"test:{name}"]
         return Step(name=node.name, runs=another, causes=causes, cost_s=cost, after=list(node.after))
 
     def _diffs(self, name: str, causes: list[str]) -> dict[str, str]:

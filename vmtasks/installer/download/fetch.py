@@ -21,8 +21,9 @@ from vmtasks.host import files
 from vmtasks.host.locks import lock
 from vmtasks.host.progress import Say, is_terminal, seconds
 from vmtasks.installer.download.content import holds
-from vmtasks.installer.download.transfer import Progress, Transfer, megabytes, read_json
+from vmtasks.installer.download.transfer import Progress, Transfer, megabytes
 from vmtasks.installer.download.want import HEX_DIGITS, Digest, Fetched, Limits, Record, Release, Want, parse_sums
+from vmtasks.store.store import read_json
 
 SUMS_LIMITS = Limits(total_s=120, attempts=2)
 SUMS_BYTES = 1_000_000

@@ -8,7 +8,6 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import unquote
 
 import httpx
@@ -19,8 +18,7 @@ from vmtasks.host import files
 from vmtasks.host.progress import seconds
 from vmtasks.installer.download.content import BLOCK, NETWORK_HINT, Pass, Problem, holds, html_page, write_all
 from vmtasks.installer.download.want import Digest, Fetched, Limits, Record, Want, shown
-
-R = TypeVar("R")
+from vmtasks.store.store import read_json
 
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 GROWTH = 3
@@ -235,14 +233,6 @@ class Transfer:
         self._pieced = False
         self._sidecar.unlink(missing_ok=True)
         self._part.unlink(missing_ok=True)
-
-
-def read_json(path: Path, kind: type[R]) -> R | None:
-    """Read a record; None when it is absent or damaged."""
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=kind)
-    except (OSError, ValueError):
-        return None
 
 
 # -- what a URL names, and what its server answers
