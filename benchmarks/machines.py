@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from vmtasks.images.workspace import MachineRecord
-from vmtasks.store.store import write_record
+from vmtasks.store.records import write_record
 
 PS_LIMIT, OTHER_LIMIT = 2.2, 1.15
 VMTASKS = [sys.executable, "-m", "vmtasks.cli"]

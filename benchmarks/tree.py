@@ -19,7 +19,7 @@ from timing import bare_doit, compare, run
 
 from vmtasks.config.load import load
 from vmtasks.config.scaffold import scaffold
-from vmtasks.store.store import write_record
+from vmtasks.store.records import write_record
 from vmtasks.suites.results import ResultRecord, Results
 
 LIMIT = 4.0

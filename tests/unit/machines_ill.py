@@ -14,7 +14,7 @@ from bootsector import hang, sector
 from vmtasks.images.workspace import PhaseRecord, State
 from vmtasks.machines import Project
 from vmtasks.qemu import argv
-from vmtasks.store.store import ImageRecord, write_record
+from vmtasks.store.records import ImageRecord, write_record
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WAIT_S = 60.0

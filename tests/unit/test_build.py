@@ -16,7 +16,7 @@ from vmtasks.installer.installer import recipe as recipe_of
 from vmtasks.media import disk
 from vmtasks.qemu import argv
 from vmtasks.qemu.accel import Accel
-from vmtasks.store.store import MediaRecord, write_record
+from vmtasks.store.records import MediaRecord, write_record
 
 pytestmark = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
 

@@ -24,7 +24,7 @@ from vmtasks.guest.jobview import JobView
 from vmtasks.images import prune
 from vmtasks.images.workspace import MachineRecord, PhaseRecord, State
 from vmtasks.machines import MachineSpec, Project
-from vmtasks.store.store import ImageRecord, write_record
+from vmtasks.store.records import ImageRecord, write_record
 
 
 def bare(home: Path) -> dict[str, str]:

@@ -26,7 +26,8 @@ from vmtasks.images.make import Job, spec
 from vmtasks.images.steps import Builder
 from vmtasks.qemu.accel import Accel
 from vmtasks.qemu.argv import command
-from vmtasks.store.store import MediaRecord, Store, write_record
+from vmtasks.store.records import MediaRecord, write_record
+from vmtasks.store.store import Store
 
 TOP = Path(__file__).parents[2]
 NUMBERS = (1, 2, 3)

@@ -19,7 +19,7 @@ from vmtasks.errors import ConfigError, FetchError
 from vmtasks.images.steps import Builder
 from vmtasks.installer.download import fetch
 from vmtasks.installer.download.want import Release
-from vmtasks.store.store import MediaRecord, read_record
+from vmtasks.store.records import MediaRecord, read_record
 
 TOP = Path(__file__).parents[2]
 ISO = b"CD001 made up" * 5000

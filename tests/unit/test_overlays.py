@@ -19,7 +19,7 @@ from vmtasks.installer.installer import recipe as recipe_of
 from vmtasks.machines import Machine, MachineSpec, Project
 from vmtasks.media import disk
 from vmtasks.qemu import argv
-from vmtasks.store.store import read_record, write_record
+from vmtasks.store.records import read_record, write_record
 
 pytestmark = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
 WAYS = ["doit", "run"]

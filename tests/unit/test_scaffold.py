@@ -11,7 +11,7 @@ import pytest
 from vmtasks.config.load import Config, load
 from vmtasks.config.scaffold import scaffold
 from vmtasks.images.workspace import PhaseRecord, State
-from vmtasks.store.store import write_record
+from vmtasks.store.records import write_record
 from vmtasks.suites.results import ResultRecord, Results
 
 ALWAYS = ["/.git/", "/.venv/", "__pycache__/", "/dodo.py"]

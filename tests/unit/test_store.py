@@ -22,7 +22,8 @@ from vmtasks.host.locks import lock
 from vmtasks.images import prune
 from vmtasks.media import disk
 from vmtasks.store import leftovers, qcow2
-from vmtasks.store.store import ImageRecord, Store, read_record, write_record
+from vmtasks.store.records import ImageRecord, read_record, write_record
+from vmtasks.store.store import Store
 
 
 def fill(store: Store, digest: str, data: bytes = b"disk") -> None:

@@ -20,7 +20,8 @@ from vmtasks.host import process
 from vmtasks.images import prune
 from vmtasks.images.workspace import MachineRecord, PhaseRecord
 from vmtasks.media import disk
-from vmtasks.store.store import ImageRecord, MediaRecord, Store, write_record
+from vmtasks.store.records import ImageRecord, MediaRecord, write_record
+from vmtasks.store.store import Store
 
 Spoil = Callable[[Path], object]
 

@@ -27,7 +27,8 @@ from vmtasks.machines import MachineSpec
 from vmtasks.machines import Project as Machines
 from vmtasks.media import disk
 from vmtasks.qemu import vm
-from vmtasks.store.store import ImageRecord, Store, write_record
+from vmtasks.store.records import ImageRecord, write_record
+from vmtasks.store.store import Store
 
 pytestmark = pytest.mark.timeout(400)
 

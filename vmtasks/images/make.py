@@ -16,7 +16,8 @@ from vmtasks.qemu import hardware, vm
 from vmtasks.qemu.accel import Accel
 from vmtasks.qemu.argv import Spec, command, on_terminal
 from vmtasks.qemu.console import Account
-from vmtasks.store.store import ImageRecord, Store
+from vmtasks.store.records import ImageRecord
+from vmtasks.store.store import Store
 
 
 @dataclass(frozen=True, kw_only=True)

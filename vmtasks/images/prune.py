@@ -17,7 +17,8 @@ from vmtasks.host import files
 from vmtasks.host.progress import say
 from vmtasks.images.workspace import MachineRecord, PhaseRecord
 from vmtasks.store import leftovers, qcow2
-from vmtasks.store.store import MediaRecord, R, Store, read_record, write_record
+from vmtasks.store.records import MediaRecord, R, read_record, write_record
+from vmtasks.store.store import Store
 
 NAMES_S = 600.0
 NOTHING_GOES = "so that no image and no installer is removed, as it may name any"

@@ -18,7 +18,7 @@ from vmtasks.images import plan
 from vmtasks.images.plan import Inputs, Installer, IsoFile, Node, Rendering
 from vmtasks.images.workspace import PhaseRecord, State
 from vmtasks.media import template
-from vmtasks.store.store import ImageRecord, MediaRecord, read_json, read_record
+from vmtasks.store.records import ImageRecord, MediaRecord, read_json, read_record
 
 PROGRAM, PLAIN = 0o555, 0o444
 PFI = "pfi_script=run.sh\n"

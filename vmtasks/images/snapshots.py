@@ -7,7 +7,7 @@ from pathlib import Path
 from vmtasks.images import prune
 from vmtasks.images.workspace import MachineRecord, PhaseRecord, State
 from vmtasks.media import disk
-from vmtasks.store.store import ImageRecord, write_record
+from vmtasks.store.records import ImageRecord, write_record
 
 
 def save(state: State, overlay: Path, record: MachineRecord, name: str, key: Path | None = None) -> ImageRecord:

@@ -25,7 +25,8 @@ from vmtasks.images.workspace import PhaseRecord
 from vmtasks.installer import installer
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
-from vmtasks.store.store import ImageRecord, Look, MediaRecord, read_record, write_record
+from vmtasks.store.records import ImageRecord, MediaRecord, read_record, write_record
+from vmtasks.store.store import Look
 
 LOCK_S = 4 * 3600.0
 P = ParamSpec("P")

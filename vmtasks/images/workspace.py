@@ -15,7 +15,8 @@ from vmtasks.config.load import Config
 from vmtasks.config.tables import NAME, PhaseTable
 from vmtasks.errors import ConfigError, StateError
 from vmtasks.host import files
-from vmtasks.store.store import MediaRecord, Store, load_record, read_record
+from vmtasks.store.records import MediaRecord, load_record, read_record
+from vmtasks.store.store import Store
 
 CLEAN, MANUAL = "clean", "manual"
 """The snapshot that the phases end in, and what a machine says that was installed by hand."""

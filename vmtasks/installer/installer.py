@@ -13,7 +13,8 @@ from vmtasks.host import files
 from vmtasks.host.progress import Say
 from vmtasks.installer.download.want import release
 from vmtasks.media import tree
-from vmtasks.store.store import MediaRecord, Store
+from vmtasks.store.records import MediaRecord
+from vmtasks.store.store import Store
 
 FORMAT = 1
 """Increase it when the composer's output changes for the same recipe."""

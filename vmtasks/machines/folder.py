@@ -11,7 +11,7 @@ from vmtasks.host.locks import lock
 from vmtasks.images.workspace import MachineRecord, State
 from vmtasks.qemu import qmp, vm
 from vmtasks.qemu.events import Events
-from vmtasks.store.store import write_record
+from vmtasks.store.records import write_record
 
 LOCK_S = 1800.0
 STOPS_AGAIN_S = 1.0

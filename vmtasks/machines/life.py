@@ -25,7 +25,7 @@ from vmtasks.machines import binds, breakin, identity, overlay, start
 from vmtasks.machines import stop as ladder
 from vmtasks.machines.folder import Place
 from vmtasks.media import disk
-from vmtasks.store.store import ImageRecord
+from vmtasks.store.records import ImageRecord
 
 
 def require_running(place: Place) -> ssh.Target:

@@ -32,7 +32,7 @@ from vmtasks.qemu.console import read_log
 from vmtasks.qemu.events import Events
 from vmtasks.qemu.ports import port_free
 from vmtasks.qemu.vm import wait_until
-from vmtasks.store.store import ImageRecord
+from vmtasks.store.records import ImageRecord
 
 if TYPE_CHECKING:
     from vmtasks.guest.link import Link

@@ -13,7 +13,7 @@ from vmtasks.machines import identity, start
 from vmtasks.machines.folder import Place
 from vmtasks.media import disk
 from vmtasks.store import qcow2
-from vmtasks.store.store import ImageRecord, read_record
+from vmtasks.store.records import ImageRecord, read_record
 
 KEPT = (
     "own", "throwaway", "owner", "owner_started", "lease_until", "login", "authorized", "disk_size", "want_port",

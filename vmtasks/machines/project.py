@@ -24,7 +24,7 @@ from vmtasks.machines import binds, identity, overlay, reap, spec
 from vmtasks.machines.folder import Place
 from vmtasks.machines.machine import Machine
 from vmtasks.machines.spec import MachineSpec
-from vmtasks.store.store import read_record, write_record
+from vmtasks.store.records import read_record, write_record
 
 
 class Project:

@@ -15,7 +15,7 @@ from vmtasks.images import plan
 from vmtasks.images.plan import Node
 from vmtasks.images.reader import REBUILT, Reader
 from vmtasks.images.workspace import PhaseRecord
-from vmtasks.store.store import ImageRecord, read_record
+from vmtasks.store.records import ImageRecord, read_record
 from vmtasks.suites.results import Results
 
 Runs = Literal["no", "yes", "unknown"]

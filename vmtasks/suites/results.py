@@ -15,7 +15,7 @@ from vmtasks.host.progress import seconds
 from vmtasks.images import plan
 from vmtasks.images.private import Private
 from vmtasks.images.workspace import CLEAN, PhaseRecord, State
-from vmtasks.store.store import read_record, write_record
+from vmtasks.store.records import read_record, write_record
 
 BUILD = "_build"
 """The result of a build that has failed or not ended. No suite has this name."""

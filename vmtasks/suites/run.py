@@ -21,7 +21,7 @@ from vmtasks.host.locks import lock
 from vmtasks.host.progress import Say
 from vmtasks.images import plan
 from vmtasks.machines import Machine
-from vmtasks.store.store import read_record, write_record
+from vmtasks.store.records import read_record, write_record
 from vmtasks.suites.results import BUILD, LOG, ResultRecord, Results
 
 CHOWN_S = 300.0

@@ -23,7 +23,7 @@ from vmtasks.host.progress import Say, is_terminal, seconds
 from vmtasks.installer.download.content import holds
 from vmtasks.installer.download.transfer import Progress, Transfer, megabytes
 from vmtasks.installer.download.want import HEX_DIGITS, Digest, Fetched, Limits, Record, Release, Want, parse_sums
-from vmtasks.store.store import read_json
+from vmtasks.store.records import read_json
 
 SUMS_LIMITS = Limits(total_s=120, attempts=2)
 SUMS_BYTES = 1_000_000

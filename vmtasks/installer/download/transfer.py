@@ -18,7 +18,7 @@ from vmtasks.host import files
 from vmtasks.host.progress import seconds
 from vmtasks.installer.download.content import BLOCK, NETWORK_HINT, Pass, Problem, holds, html_page, write_all
 from vmtasks.installer.download.want import Digest, Fetched, Limits, Record, Want, shown
-from vmtasks.store.store import read_json
+from vmtasks.store.records import read_json
 
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 GROWTH = 3
