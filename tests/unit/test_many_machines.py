@@ -11,7 +11,7 @@ import pytest
 from vmtasks.host import processes, progress
 from vmtasks.images.workspace import MachineRecord
 from vmtasks.machines import Project
-from vmtasks.store import store
+from vmtasks.store import records, store
 
 MANY = 100
 
@@ -37,7 +37,7 @@ def write(project: Project, name: str, **values: object) -> None:
 
 def parsed() -> int:
     """How often a record's text was asked for as TOML so far."""
-    info = store._parsed.cache_info()
+    info = records._parsed.cache_info()
     return info.hits + info.misses
 
 
@@ -48,9 +48,9 @@ def test_no_record_is_parsed_to_find_what_is_over(project: Project) -> None:
 
 
 def test_each_record_is_parsed_once_for_a_list(project: Project) -> None:
-    store._parsed.cache_clear()
+    records._parsed.cache_clear()
     assert {one.status().status for one in project.machines()} == {"stopped"}
-    assert store._parsed.cache_info().misses == MANY
+    assert records._parsed.cache_info().misses == MANY
 
 
 def test_a_lease_that_has_run_out_ends_a_machine_and_one_that_was_renewed_does_not(project: Project) -> None:
