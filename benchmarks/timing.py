@@ -1,6 +1,7 @@
 """What the benchmarks share: a bare doit to compare with, timed commands, and medians with the ratio of two of them."""
 
 import os
+import shutil
 import statistics
 import subprocess
 import time
@@ -10,8 +11,13 @@ from pathlib import Path
 TASK = 'def task_one():\n    return {"actions": ["true"], "targets": ["made"], "uptodate": [True]}\n'
 
 
-def bare_doit(folder: Path) -> Path:
-    """Make `folder` a project of doit's with one task, which is up to date."""
+def bare_doit(folder: Path, pyproject: Path | None = None) -> Path:
+    """Make `folder` a project of doit's with one task, which is up to date.
+
+    doit parses a `pyproject.toml` beside its dodo.py: the one that is compared with it has the same one.
+    """
+    if pyproject is not None:
+        shutil.copy(pyproject, folder)
     (folder / "dodo.py").write_text(TASK)
     (folder / "made").touch()
     return folder

@@ -50,7 +50,7 @@ def described(found: "Machine") -> dict[str, Any]:
         "key": str(target.key),
         "ssh_config": str(found.folder / "ssh_config"),
         "ssh": view.ssh,
-        "ports": [asdict(forward) for forward in forwards],
+        "ports": [msgspec.to_builtins(forward) for forward in forwards],
         "binds": [msgspec.to_builtins(bind) for bind in record.binds],
         "sessions": [asdict(use) for use in uses(found.place)],
         "fault": "",

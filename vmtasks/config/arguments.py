@@ -6,9 +6,10 @@ import hashlib
 import posixpath
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from pathlib import PurePosixPath
+
+import msgspec
 
 from vmtasks.config.load import UNITS
 from vmtasks.config.mistakes import show_value
@@ -38,8 +39,7 @@ def memory(text: str) -> int:
     return mib << 20
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(msgspec.Struct, frozen=True):
     """A loopback port of this host that leads to a port of the guest. `host` 0: any that is free."""
 
     host: int
@@ -83,8 +83,7 @@ def _port(text: str, whole: str, side: str) -> int:
     return int(text)
 
 
-@dataclass(frozen=True)
-class Bind:
+class Bind(msgspec.Struct, frozen=True):
     """A folder of this host at a path of the guest."""
 
     host: str
@@ -181,8 +180,7 @@ def _not_too_long(what: str, text: str, most: int) -> None:
         raise ConfigError(f"{what} {show_value(text)}: too long, {len(text)} characters; use {most} at most")
 
 
-@dataclass(frozen=True)
-class PublicKey:
+class PublicKey(msgspec.Struct, frozen=True):
     """One line of authorized_keys, without options."""
 
     kind: str

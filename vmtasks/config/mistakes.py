@@ -4,11 +4,9 @@ msgspec's own message names no key in a table of tables (`$.suites[...]`), one b
 types are walked here.
 """
 
-import difflib
 import re
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -19,8 +17,7 @@ SHOWN_CHARS = 70
 BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(msgspec.Struct, frozen=True):
     """A fault at `key`. `remedy` ends the line; `value` is what the user wrote, shortened, or '' for a missing key."""
 
     key: str
@@ -95,6 +92,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """The one of `known` that is nearest to `name`, or ''."""
+    import difflib  # noqa: PLC0415 - only a mistake has use for it
+
     return next(iter(difflib.get_close_matches(name, sorted(known), 1)), "")
 
 

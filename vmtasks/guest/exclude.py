@@ -3,11 +3,11 @@
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 
-@dataclass(frozen=True)
-class Excluder:
+class Excluder(msgspec.Struct, frozen=True):
     """What simple rsync patterns say of a whole path, as bytes (folders end in `/`)."""
 
     runs: tuple[tuple[bool, re.Pattern[bytes]], ...] = ()

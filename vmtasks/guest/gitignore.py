@@ -2,8 +2,9 @@
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
 from functools import cached_property
+
+import msgspec
 
 FILE = b".gitignore"
 STAR = rb"[^/\0]*"
@@ -26,14 +27,17 @@ CLASSES = {
 }
 
 
-@dataclass(frozen=True)
-class Rule:
-    """One line. `path`: it is held against the path below the file's folder, and not against the last name."""
+class Rule(msgspec.Struct, frozen=True, dict=True):
+    """One line. `path`: it is held against the path below the file's folder, and not against the last name.
+
+    `depth`: how many folders are in a path that it matches; None when that is not certain.
+    """
 
     pattern: bytes
     path: bool
     folders_only: bool
     keeps: bool
+    depth: int | None = None
 
     @cached_property
     def expression(self) -> re.Pattern[bytes]:
@@ -41,18 +45,22 @@ class Rule:
         return re.compile(self.pattern, re.DOTALL)
 
 
-@dataclass(frozen=True)
-class Rules:
-    """The rules of one file, which stands in the folder `base` (empty, or ending in `/`), below those of `above`."""
+class Rules(msgspec.Struct, frozen=True):
+    """The rules of one file, which stands in the folder `base` (empty, or ending in `/`), below those of `above`.
+
+    The other fields follow from them.
+    """
 
     base: bytes
     rules: tuple[Rule, ...]
     above: "Rules | None" = None
-    whole: frozenset[bytes] = field(init=False, compare=False)
-    suffixes: tuple[bytes, ...] = field(init=False, compare=False)
-    by_name: re.Pattern[bytes] | None = field(init=False, compare=False)
-    by_path: re.Pattern[bytes] | None = field(init=False, compare=False)
-    certain: tuple[frozenset[bytes], tuple[bytes, ...]] = field(init=False, compare=False)
+    whole: frozenset[bytes] = frozenset()
+    suffixes: tuple[bytes, ...] = ()
+    by_name: re.Pattern[bytes] | None = None
+    by_path: re.Pattern[bytes] | None = None
+    depths: frozenset[int | None] = frozenset()
+    """Those of what is held against paths: in most folders that is nothing."""
+    certain: tuple[frozenset[bytes], tuple[bytes, ...]] = (frozenset(), ())
     """Last names, and their ends, that are ignored whatever has them, and whatever else matches."""
 
     def __post_init__(self) -> None:
@@ -78,10 +86,11 @@ class Rules:
             "suffixes": tuple(ends),
             "by_name": _any_of(rest),
             "by_path": _any_of(by_path),
+            "depths": frozenset(rule.depth for rule in self.rules if rule.path),
             "certain": (frozenset(), ()) if keeps else (frozenset(sure_names), tuple(sure_ends)),
         }
         for what, value in made.items():
-            object.__setattr__(self, what, value)
+            msgspec.structs.force_setattr(self, what, value)
 
     def suspects(self, folder_path: bytes, names: Collection[bytes]) -> set[bytes]:
         """Those of the `names` in a folder that a rule matches, though another may keep them."""
@@ -93,7 +102,8 @@ class Rules:
             if suffixes:
                 found.update([name for name in names if name.endswith(suffixes)])
             below = folder_path[len(level.base) :]
-            for expression, lead in ((level.by_name, b""), (level.by_path, below)):
+            deep = None in level.depths or below.count(b"/") in level.depths
+            for expression, lead in ((level.by_name, b""), (level.by_path if deep else None, below)):
                 if expression is not None:
                     text = b"\0" + lead + (b"\0" + lead).join(names) + b"\0"
                     found.update(path[len(lead) :] for path in expression.findall(text))
@@ -141,7 +151,8 @@ def _rule(line: bytes) -> Rule | None:
     expression = _expression(line) if line else None
     if expression is None:
         return None
-    return Rule(expression, path, folders_only, keeps)
+    certain = not any(special in line for special in (b"**", b"[", b"\\"))
+    return Rule(expression, path, folders_only, keeps, line.count(b"/") if certain else None)
 
 
 def _expression(glob: bytes) -> bytes | None:

@@ -1,10 +1,8 @@
 """Which files a sync would send, and one digest that tells whether any of them has changed."""
 
 import errno
-import gc
 import hashlib
 import io
-import itertools
 import json
 import marshal
 import os
@@ -12,8 +10,10 @@ import stat
 import threading
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import cached_property
+from itertools import chain, islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -27,6 +27,7 @@ SETTLED_NS = 2_000_000_000
 GIT_S = 120.0
 WHOLE, FILES = 0, 1
 """The lines of the cache."""
+END_OF_NAMES = b"\0\0"
 KIND, FOLDER = 0o170000, stat.S_IFDIR
 """What of a mode says whether it is a folder, a file or something else; and what it says of a folder."""
 
@@ -162,12 +163,9 @@ class Walk:
         # Most are plain files, and there may be many: what is none is looked at more closely.
         odd = {*suspects, *hidden} if plain else set(infos)
         odd.update([name for name, info in infos.items() if info.st_mode & KIND == FOLDER or info.st_nlink > 1])
-        found: list[_Entry] = []
-        for name, info in infos.items():
-            path = base + name
-            if name not in odd:
-                found.append((path, info))
-                continue
+        found = [(base + name, info) for name, info in infos.items() if name not in odd]
+        for name in sorted(odd.intersection(infos)):
+            path, info = base + name, infos[name]
             end = b"/" if info.st_mode & KIND == FOLDER else b""
             if (end or info.st_nlink > 1) and self._is_private(info):
                 self.hidden.append(path + end)
@@ -185,7 +183,7 @@ class Walk:
             found.append((path, info))
             if end:
                 below.append((path + end, place + b"/" + name, rules, repository, named))
-        return found
+        return sorted(found, key=itemgetter(0)) if odd else found
 
     def _is_private(self, info: os.stat_result) -> bool:
         return self.private is not None and (info.st_dev, info.st_ino) in self.private.places
@@ -255,17 +253,15 @@ def tree_digest(walk: Walk, cache: Path | None = None, *, keep: bool = True) -> 
     `cache` remembers contents by size, times and inode, so that only changed files are read. What was changed just now
     is not remembered: a second change in the same tick of the clock would not show. Without `keep` nothing is written.
     """
-    with _uncollected():
-        names, facts = _facts(walk)
-        # No name holds a NUL.
-        stamp = hashlib.sha256(b"%b\0\0%b" % (b"\0".join(names), marshal.dumps(facts, 2))).hexdigest()
+    looks = list(_looks(walk))
+    stamp = hashlib.sha256(b"".join(looks)).hexdigest()
     settled_ns = time.time_ns() - SETTLED_NS
     whole = _known(cache, WHOLE)
     if whole.get("stamp") == stamp and isinstance(same := whole.get("digest"), str):
         return same
     known, seen, settled = _known(cache, FILES), {}, True
     digest = hashlib.sha256()
-    for name, (mode, size, mtime_ns, ctime_ns, inode) in zip(names, facts, strict=True):
+    for name, (mode, size, mtime_ns, ctime_ns, inode) in chain.from_iterable(map(_facts, looks)):
         content, path = "", walk.root + b"/" + name
         if stat.S_ISREG(mode):
             key = f"{size} {mtime_ns} {ctime_ns} {inode} "
@@ -286,30 +282,27 @@ def tree_digest(walk: Walk, cache: Path | None = None, *, keep: bool = True) -> 
     return digest.hexdigest()
 
 
-def _facts(walk: Walk) -> tuple[list[bytes], list[tuple[int, int, int, int, int]]]:
-    """The names, and of each its mode, size in bytes, times of change and inode; of folders only the mode counts."""
-    names, facts = [], []
+def _looks(walk: Walk) -> Iterator[bytes]:
+    """What is seen in one folder at a time, packed: 50,000 files as objects would cost more time than looking at them.
+
+    First the names: none holds a NUL. Then of each its mode, size in bytes, times of change and inode; of folders only
+    the mode counts.
+    """
     for entries in walk.by_folder():
-        names += [name for name, _ in entries]
-        facts += [
-            (info.st_mode, 0, 0, 0, 0)
-            if info.st_mode & KIND == FOLDER
-            else (info.st_mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
-            for _, info in entries
-        ]
-    return names, facts
+        if entries:
+            facts = [
+                (info.st_mode, 0, 0, 0, 0)
+                if info.st_mode & KIND == FOLDER
+                else (info.st_mode, info.st_size, info.st_mtime_ns, info.st_ctime_ns, info.st_ino)
+                for _, info in entries
+            ]
+            yield b"\0".join([name for name, _ in entries]) + END_OF_NAMES + marshal.dumps(facts, 2)
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Make many objects that all stay: the garbage collector would look through them again and again."""
-    before = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if before:
-            gc.enable()
+def _facts(look: bytes) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
+    """Unpack a look: each name with its facts."""
+    names, _, facts = look.partition(END_OF_NAMES)
+    return zip(names.split(b"\0"), marshal.loads(facts), strict=True)  # noqa: S302 - our own, of this process
 
 
 def _list(folder: bytes) -> list[bytes]:
@@ -384,7 +377,7 @@ def _known(cache: Path | None, line: int) -> dict[str, object]:
     """A line of the cache: a stamp with the tree's digest, or what is known of each file. Empty for what is damaged."""
     try:
         with files.opened(cache) if cache is not None else io.BytesIO() as lines:
-            data = json.loads(next(itertools.islice(lines, line, None), "{}"))
+            data = json.loads(next(islice(lines, line, None), "{}"))
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}

@@ -8,8 +8,9 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from vmtasks.errors import BusyError, StateError
 from vmtasks.host import files, processes, signals
@@ -18,8 +19,7 @@ Waiting = Callable[[str], None]
 POLL_S = 0.1
 
 
-@dataclass(frozen=True)
-class Holder:
+class Holder(msgspec.Struct, frozen=True):
     """The process that a lock's note names: its pid, its start, and the digest of its command line."""
 
     pid: int

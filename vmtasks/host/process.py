@@ -1,6 +1,5 @@
 """The one door to other processes: list argv, stdin closed, explicit deadline, always reaped."""
 
-import logging
 import os
 import selectors
 import shlex
@@ -12,15 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
+
+import msgspec
 
 from vmtasks.errors import CommandError, CommandTimeoutError, MissingToolError
 from vmtasks.host import signals
 from vmtasks.host.prctl import before_exec
-
-log = logging.getLogger(__name__)
 
 PACKAGES = {
     "apt-get": "apt",
@@ -50,8 +48,7 @@ TIMED_OUT = 124
 """The status that stands for our deadline, as timeout(1) has it. A command may end with it by itself: see Ended."""
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(msgspec.Struct, frozen=True):
     """How a command ended. `status` is 128 + N after signal N; `timed_out`: by us at its deadline, with TIMED_OUT."""
 
     status: int
@@ -79,8 +76,7 @@ class Head:
 AT_DEADLINE = Ended(TIMED_OUT, timed_out=True)
 
 
-@dataclass(frozen=True)
-class Result:
+class Result(msgspec.Struct, frozen=True):
     """What a finished command left: `status` and `timed_out` as of Ended; text is decoded leniently."""
 
     argv: tuple[str, ...]
@@ -106,8 +102,10 @@ def quote(argv: Sequence[str]) -> str:
 
 def _found(argv: Sequence[str | Path], how: str) -> list[str]:
     """`argv` with the path of its program, logged. MissingToolError."""
+    import logging  # noqa: PLC0415 - costs a run that starts nothing 3 ms
+
     words = [find(str(argv[0])), *map(str, argv[1:])]
-    log.debug("%s %s", how, quote(words))
+    logging.getLogger(__name__).debug("%s %s", how, quote(words))
     return words
 
 

@@ -74,5 +74,7 @@ class Private:
         yield default_state(os.environ)
         for store in stores:
             yield store
-            yield from (path for path in store.glob("keys/**/*") if path.suffix != ".pub")
+            for folder, _, names in os.walk(store / "keys"):
+                yield Path(folder)
+                yield from (Path(folder, name) for name in names if not name.endswith(".pub"))
             yield from prune.state_folders(Store(store))

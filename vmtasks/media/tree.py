@@ -3,9 +3,10 @@
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import msgspec
 
 from vmtasks.errors import ImageError
 
@@ -14,8 +15,7 @@ MODE_PLAIN = 0o644
 MODE_PROGRAM = 0o755
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One path of a tree.
 
     `path` is relative, with `/` between its parts. A file's bytes are `data`, or those of the file that `data` names.
@@ -157,5 +157,5 @@ def chmod(entries: Iterable[Entry], modes: dict[str, str]) -> list[Entry]:
             found.setdefault(path, Entry(path, "dir", MODE_FOLDER))
         if path not in found:
             raise ImageError(f"there is no {name} whose mode could be set")
-        found[path] = replace(found[path], mode=int(mode, 8))
+        found[path] = msgspec.structs.replace(found[path], mode=int(mode, 8))
     return merge(found.values())

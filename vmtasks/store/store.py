@@ -13,7 +13,6 @@ locks/, accel.json, history.json
 """
 
 import contextlib
-import glob
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -93,10 +92,16 @@ class Store:
 
     def made(self, digest: str) -> list[ImageRecord]:
         """The readable records of all images of this digest, newest first."""
-        folder, name = self.root / "images", glob.escape(digest)
-        paths = (*folder.glob(f"{name}.toml"), *folder.glob(f"{name}.*.toml"))
-        found = (read_record(path, ImageRecord) for path in paths)
+        found = (read_record(path, ImageRecord) for path in self._images(digest, ".toml"))
         return sorted((r for r in found if r is not None and r.digest == digest), key=lambda r: -r.created)
+
+    def _images(self, digest: str, suffix: str) -> list[Path]:
+        """What lies there of the images of this digest; not by a glob, whose expression would be new each time."""
+        folder = self.root / "images"
+        with contextlib.suppress(OSError):
+            names = sorted(os.listdir(folder))  # noqa: PTH208 - names will do
+            return [folder / name for name in names if name.startswith(f"{digest}.") and name.endswith(suffix)]
+        return []
 
     def record(self, digest: str, sha256: str) -> ImageRecord | None:
         """The record of the image with these bytes, or None."""
@@ -116,7 +121,7 @@ class Store:
         exact = self.record(digest, sha256) if sha256 else None
         made = [exact] if exact else self.made(digest)
         if not made:
-            aside = any((self.root / "images").glob(f"{glob.escape(digest)}*.damaged"))
+            aside = any(self._images(digest, ".damaged"))
             return None, "the image was damaged" if aside else "the image is gone" if sha256 else "not built yet"
         asked = [r for r in made if sha256 in ("", r.sha256) and chain in (None, r.backing_sha256)]
         why = "" if asked else "the image was rebuilt" if sha256 else "the image below it was rebuilt"
