@@ -98,6 +98,27 @@ def test_a_kernel_that_refuses_is_asked_again_soon():
     assert min(gaps) > banner.PAUSE_S / 2, "but not without a pause"
 
 
+def test_nobody_calls_a_guest_whose_network_card_is_not_up():
+    """What is called before costs the guest a process each, when it has the least time for it."""
+    began = time.monotonic()
+    with serving(lambda connection, _: connection.sendall(WORD)) as (port, came):
+        stage = banner.wait(port, timeout_s=30, alive=lambda: True, network=lambda: time.monotonic() - began > 2)
+    assert (stage, len(came)) == ("", 1)
+    assert came[0] - began > 2
+
+
+def test_whoever_has_heard_the_kernel_refuse_waits_for_a_slow_server_without_more_calls():
+    def no_server_yet(connection: socket.socket, number: int) -> None:
+        if number > 2:
+            time.sleep(3)
+            connection.sendall(WORD)
+        connection.close()
+
+    with serving(no_server_yet) as (port, came):
+        stage, _ = waiting(port, 30)
+    assert (stage, len(came)) == ("", 3)
+
+
 @pytest.mark.parametrize(
     ("peer", "expected"),
     [

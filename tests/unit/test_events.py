@@ -94,3 +94,18 @@ def test_an_event_after_one_that_a_full_disk_has_cut_is_heard(tmp_path: Path):
     for cut in range(len(whole) - 1):
         (tmp_path / "events.out").write_bytes(whole[:cut] + whole)
         assert Events(base).cpu_stopped(), cut
+
+
+def test_a_network_card_that_came_up_is_remembered_until_qemu_is_started_anew(tmp_path: Path):
+    base = tmp_path / "events"
+    record = Events(base)
+    assert not record.network()
+    events.prepare(base)
+    assert not record.network()
+    with (tmp_path / "events.out").open("ab") as out:
+        out.write(b'{"timestamp": {"seconds": 1, "microseconds": 2}, "event": "NIC_RX_FILTER_CHANGED"}\n')
+        out.write(b'{"timestamp": {"seconds": 1, "microseconds": 3}, "event": "RTC_CHANGE"}\n')
+    assert (record.network(), Events(base).network()) == (True, True)
+    events.prepare(base)
+    os.utime(tmp_path / "events.in", ns=(1, 1))
+    assert not record.network()

@@ -67,21 +67,23 @@ def test_the_status_of_a_machine_that_is_up_costs_no_login_and_runs_no_program(d
 LATE = """
 from vmtasks import Project
 from vmtasks.machines import start
+from vmtasks.qemu.events import Events
 
 dev = Project.here().machine("dev")
 dev.stop()
 record = start.start_qemu(dev.place, dev.place.record())
-print(dev.status().status)
+network = Events(dev.place.events).network
+print(dev.status().status, network())
 record = start.reach(dev.place, record)
 print(dev.place.record().ready)
 start.personalize(dev.place, record)
-print(dev.place.record().ready, dev.succeed("hostname"), end="")
+print(dev.place.record().ready, network(), dev.succeed("hostname"), end="")
 """
 
 
 def test_the_three_steps_of_a_start_can_be_called_apart(dev: Cli) -> None:
     done = run(dev, LATE)
-    assert (done.returncode, done.stdout) == (0, "booting\nFalse\nTrue dev\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "booting False\nFalse\nTrue True dev\n"), done.stderr
 
 
 THREADS = """

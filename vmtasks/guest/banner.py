@@ -14,6 +14,8 @@ CLOSED = "closed before a word"
 FIRST_S, LEAST_S = 1.0, 0.4
 SHARE = 6
 """There is a new connection after a sixth of what was waited, which is more than is lost at most."""
+HEARD_S = 4.0
+"""As LEAST_S, once the guest's kernel has refused a call: its network is up, and no packet is lost any more."""
 AT_ONCE = 8
 PAUSE_S = 0.1
 ALIVE_EVERY_S = 0.5
@@ -34,27 +36,37 @@ def read(port: int, timeout_s: float) -> str:
     return ""
 
 
-def wait(port: int, *, timeout_s: float, alive: Callable[[], bool]) -> str:
+def unknown() -> None:
+    """Nobody knows whether the guest's network is up."""
+
+
+def wait(
+    port: int, *, timeout_s: float, alive: Callable[[], bool], network: Callable[[], bool | None] = unknown
+) -> str:
     """Wait until an SSH server speaks. Returns nothing when one has, else how the port was last, in ssh's words.
 
     QEMU accepts at once, whatever the guest does. The first packet of a connection to a guest whose network is not up
     yet is lost, and sent again only after 6 s, 12 s and so on, also when we have hung up: a new connection is quicker,
     but each one costs the guest a process of its server in the end. So they become fewer; and those before are listened
     to, because a guest may be slow. `alive` is asked now and then: when it says no, that is the end.
+
+    `network` says whether the guest has brought up its network card: as long as it says no, there is no call.
     """
-    began = asked = time.monotonic()
-    stage, due = "timed out", began
+    began = asked = due = time.monotonic()
+    first, least_s, stage = 0.0, LEAST_S, "timed out"
     with _Calls(port) as calls:
         while True:
             now = time.monotonic()
-            if now >= due:
-                made = calls.make()
+            if now >= due and network() is False:
+                due = now + PAUSE_S
+            elif now >= due:
+                made, first = calls.make(), first or now
                 stage = stage if made else "Connection refused"
-                due = max(began + FIRST_S, now + max(LEAST_S, (now - began) / SHARE)) if made else now + PAUSE_S
+                due = max(first + FIRST_S, now + max(least_s, (now - first) / SHARE)) if made else now + PAUSE_S
             for said in calls.listen(PAUSE_S):
                 if said.startswith("SSH-"):
                     return ""
-                stage, due = said, time.monotonic() + PAUSE_S
+                stage, due, least_s = said, time.monotonic() + PAUSE_S, HEARD_S
             if now - began > timeout_s:
                 return stage
             if now - asked > ALIVE_EVERY_S:

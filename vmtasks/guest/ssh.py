@@ -137,8 +137,14 @@ def kex_lines() -> tuple[str, ...]:
     return (f"    KexAlgorithms ^{KEX}",) if process.run(words, timeout_s=CONNECT_S, check=False).status == 0 else ()
 
 
-def wait_ready(target: Target, *, timeout_s: float, alive: Callable[[], bool]) -> float:
-    """Wait until an authenticated `true` succeeds; returns the seconds that it took.
+def wait_ready(
+    target: Target,
+    *,
+    timeout_s: float,
+    alive: Callable[[], bool],
+    network: Callable[[], bool | None] = banner.unknown,
+) -> float:
+    """Wait until an authenticated `true` succeeds; returns the seconds that it took. `network`: see banner.wait().
 
     SshError when `alive` says that the machine is gone, at once when it shows another host key, or after `timeout_s`,
     with the stage that was reached.
@@ -147,7 +153,7 @@ def wait_ready(target: Target, *, timeout_s: float, alive: Callable[[], bool]) -
     shared = target.control.exists()
     while True:
         left_s = timeout_s - (time.monotonic() - began)
-        stage = "" if shared else banner.wait(target.port, timeout_s=left_s, alive=alive)
+        stage = "" if shared else banner.wait(target.port, timeout_s=left_s, alive=alive, network=network)
         if not stage:
             tried = process.run(target.argv("true"), timeout_s=CONNECT_S + 5, check=False)
             if tried.status == 0:
@@ -163,11 +169,14 @@ def wait_ready(target: Target, *, timeout_s: float, alive: Callable[[], bool]) -
         time.sleep(0.2)
 
 
-def learn_host_keys(port: int, *, timeout_s: float, alive: Callable[[], bool]) -> list[str]:
+def learn_host_keys(
+    port: int, *, timeout_s: float, alive: Callable[[], bool], network: Callable[[], bool | None] = banner.unknown
+) -> list[str]:
     """The host keys that the server behind a loopback port shows, as `type key`. SshError when none comes in time."""
     began = time.monotonic()
     while True:
-        stage = banner.wait(port, timeout_s=timeout_s - (time.monotonic() - began), alive=alive)
+        left_s = timeout_s - (time.monotonic() - began)
+        stage = banner.wait(port, timeout_s=left_s, alive=alive, network=network)
         if not stage:
             scan = process.run(["ssh-keyscan", "-T", "5", "-p", str(port), banner.HOST], timeout_s=30, check=False)
             lines = [line.split() for line in scan.stdout.splitlines() if line and not line.startswith("#")]

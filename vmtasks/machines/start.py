@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from vmtasks.machines.folder import Place
 from vmtasks.qemu import argv, hardware, qmp, vm
 from vmtasks.qemu.argv import Share, Spec
 from vmtasks.qemu.console import read_log
+from vmtasks.qemu.events import Events
 from vmtasks.qemu.ports import port_free, port_holder
 
 FIRST_PORT = 2222
@@ -26,6 +28,8 @@ ANY_PORT = 0
 """The kernel finds a free one for QEMU, which then says which."""
 CPU_EVERY_S = 3.0
 LOGIN_S = 10.0
+NETWORK_S = 20.0
+"""How long it is believed that a virtio card is down whose driver has not shown that it is up."""
 AGAIN_S = 30.0
 """How long a machine may take that has let us in before."""
 
@@ -107,16 +111,16 @@ def reach(place: Place, record: MachineRecord, console_from: int = 0) -> Machine
     deadline_s = place.config.guest.ssh.ready_timeout_s * place.state.accel.factor
     if record.ready:
         deadline_s = min(deadline_s, AGAIN_S)
-    watch = Watch(place, record, console_from)
+    watch, up = Watch(place, record, console_from), network(place, record)
     if not record.host_keys:
-        learned = ssh.learn_host_keys(record.ssh_port, timeout_s=deadline_s, alive=watch)
+        learned = ssh.learn_host_keys(record.ssh_port, timeout_s=deadline_s, alive=watch, network=up)
         record = place.write(msgspec.structs.replace(record, host_keys=learned))
         deadline_s = LOGIN_S  # its server answers, so that a login must succeed soon
     target = place.target(record)
     place.open_sockets()
     ssh.write_config(target)
     links(place, record)
-    ssh.wait_ready(target, timeout_s=deadline_s, alive=watch)
+    ssh.wait_ready(target, timeout_s=deadline_s, alive=watch, network=up)
     return record
 
 
@@ -180,6 +184,21 @@ class Watch:
         for failure in self.place.config.guest.failures:
             if failure.cause != "login" and transcript.match(failure.expect):
                 raise SshError(f"machine {self.place.name}: the guest {failure.says}")
+
+
+def network(place: Place, record: MachineRecord) -> Callable[[], bool | None]:
+    """What tells whether a guest that has just been started has its network up; None where nobody knows.
+
+    No only for some time at most: not every driver shows when it is up.
+    """
+    events, virtio = Events(place.events), place.config.guest.machine.nic.startswith("virtio")
+
+    def up() -> bool | None:
+        if events.network():
+            return True
+        return False if virtio and time.time() - record.started < NETWORK_S else None
+
+    return up
 
 
 # -- ports

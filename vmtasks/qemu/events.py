@@ -15,6 +15,8 @@ HELLO = b'{"execute": "qmp_capabilities"}\n'
 EVENT = b'{"timestamp":'
 """How QEMU begins each event."""
 BOOT_ENDS = ("RESET", "SHUTDOWN", "GUEST_PANICKED")
+NETWORK = "NIC_RX_FILTER_CHANGED"
+"""The guest's driver has said what its card shall receive. Only virtio's tells, and once."""
 STANDS = {"STOP": True, "RESUME": False}
 
 
@@ -32,7 +34,7 @@ class Events:
         """It need not be there yet."""
         self._base = base
         self._started = self._offset = self._ended = 0
-        self._stands = self._cut = False
+        self._stands = self._cut = self._network = False
         self._lock = threading.Lock()
 
     def boot(self) -> str:
@@ -48,6 +50,11 @@ class Events:
         with self._lock:
             return self._look() and self._stands
 
+    def network(self) -> bool:
+        """Whether a guest has brought up its card since QEMU was started. Only a virtio card's driver shows it."""
+        with self._lock:
+            return self._look() and self._network
+
     def cut(self) -> bool:
         """Whether the last line is not whole: on a full disk QEMU cannot write what has become of its guest."""
         with self._lock:
@@ -59,6 +66,7 @@ class Events:
             started, size = _input(self._base).stat().st_mtime_ns, _output(self._base).stat().st_size
             if started != self._started or size < self._offset:
                 self._started, self._offset, self._ended, self._stands = started, 0, 0, False
+                self._network = False
             if size > self._offset:
                 self._read()
         except OSError:
@@ -77,6 +85,7 @@ class Events:
             name = _event(line)
             self._ended += name in BOOT_ENDS
             self._stands = STANDS.get(name, self._stands)
+            self._network = self._network or name == NETWORK
 
 
 def _event(line: bytes) -> str:
