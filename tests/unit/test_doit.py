@@ -7,13 +7,19 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from conftest import mounted_tmpfs
 
 from vmtasks.config.scaffold import scaffold
-from vmtasks.tasks.machines import EXIT
+from vmtasks.images.steps import Builder
+from vmtasks.tasks import task_vmtasks
+from vmtasks.tasks.actions.images import run_step
+from vmtasks.tasks.actions.machines import EXIT
+from vmtasks.tasks.actions.testing import go_test_output
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -161,11 +167,24 @@ def test_any_encoding_will_do(project: Path, environ: dict[str, str]) -> None:
 
 
 def test_lone_surrogates_of_go_tests_are_shown() -> None:
-    from vmtasks.tasks.testing import _spoken  # noqa: PLC0415 - it reads the project's configuration
-
     shown: list[bytes] = []
-    _spoken(shown.append)(b'{"Action":"output","Output":"a\\ud800b\\n"}\n')
+    go_test_output(shown.append)(b'{"Action":"output","Output":"a\\ud800b\\n"}\n')
     assert shown == [b"a?b\n"]
+
+
+def test_every_action_exists_and_takes_the_options_of_its_task() -> None:
+    seen = 0
+    for task in task_vmtasks():
+        options = [param["name"] for param in task.get("params", ())] + ([task["pos_arg"]] if "pos_arg" in task else [])
+        for action in task.get("actions") or ():
+            target, *arguments = action.args
+            module, _, name = target.partition(":")
+            function = getattr(import_module(module), name)
+            if function is run_step:
+                function, arguments = getattr(Builder, arguments[0]), ["self", *arguments[1:]]
+            signature(function).bind(*arguments, **dict.fromkeys(options))
+            seen += 1
+    assert seen > 20
 
 
 # -- what it prints

@@ -99,16 +99,15 @@ def test_any_other_error_of_the_system_is_a_bug(number: int | None):
 
 
 TASKS = """
-import os
 from vmtasks.tasks.context import action
 
 def full():
     with open("/dev/full", "wb", buffering=0) as device:
         device.write(b"some")
 
-print(action(full)())
+print(action("__main__:full")())
 try:
-    action(os.fstat)(987654)
+    action("os:fstat", 987654)()
 except OSError as bug:
     print("a bug:", bug.strerror)
 """

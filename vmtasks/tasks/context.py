@@ -1,17 +1,18 @@
-"""What all tasks share: the project's configuration, errors turned into doit's failures, and signals."""
+"""What all tasks share: the configuration, lazily imported actions, errors as doit failures, and signals."""
 
 import atexit
-import functools
+import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec
+from typing import Any
 
 from doit import cmd_base, doit_cmd
+from doit.exceptions import TaskError, TaskFailed
 
 from vmtasks.config import rules
 from vmtasks.config.load import Config, load
@@ -19,18 +20,15 @@ from vmtasks.errors import ConfigError, VmTasksError, os_failure
 from vmtasks.host.progress import accept_any_text, open_streams, talk, tell_notes, to_stderr
 from vmtasks.host.signals import unwind_on_signals
 
-P = ParamSpec("P")
-
-
 UNREAD = 141
-"""As a program that SIGPIPE ended: whoever read our output has gone away."""
+"""Exit status 128 + SIGPIPE: the reader of our output has closed it."""
 
 VARIABLES: dict[str, str] = getattr(doit_cmd, "_CMDLINE_VARS", None) or {}
-"""What stands on doit's command line as name=value."""
+"""The name=value arguments of doit's command line."""
 
 
 def read_config() -> Config:
-    """The configuration, or one line on stderr and exit status 2: nothing has been done yet."""
+    """Read the configuration; print one line and exit with status 2 if it is invalid."""
     try:
         config = load(Path.cwd(), VARIABLES)
         rules.check(config)
@@ -40,32 +38,34 @@ def read_config() -> Config:
     return config
 
 
-def action(function: Callable[P, Any]) -> Callable[P, Any]:
-    """Make a doit action of `function`: what a user can mend becomes a failed task without a traceback."""
+def action(target: str, /, *arguments: Any) -> partial[Any]:
+    """A doit action: call `target`, given as "module:function", with `arguments` and the task's options.
 
-    @functools.wraps(function)
-    def wrapper(*args: P.args, **kwargs: P.kwargs) -> Any:
-        from doit.exceptions import TaskError, TaskFailed  # noqa: PLC0415
-
-        try:
-            return function(*args, **kwargs)
-        except VmTasksError as error:
-            kind = TaskError if error.exit_code == ConfigError.exit_code else TaskFailed
-            return kind(str(error))
-        except BrokenPipeError:
-            os._exit(UNREAD)
-        except OSError as error:
-            if not (failure := os_failure(error)):
-                raise
-            return TaskFailed(failure)
-
-    return wrapper
+    The module is imported when the action runs. A failure that the user can fix becomes a failed task without a
+    traceback.
+    """
+    return partial(_run, target, *arguments)
 
 
-def asked_with(task: str, option: str) -> bool:
-    """Whether this run was asked for `task` with `option`, `--name` or shorter, in doit's words.
+def _run(target: str, /, *arguments: Any, **options: Any) -> Any:
+    module, _, name = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)(*arguments, **options)
+    except VmTasksError as error:
+        kind = TaskError if error.exit_code == ConfigError.exit_code else TaskFailed
+        return kind(str(error))
+    except BrokenPipeError:
+        os._exit(UNREAD)
+    except OSError as error:
+        if not (failure := os_failure(error)):
+            raise
+        return TaskFailed(failure)
 
-    Only for what must be known when tasks are made: what a task depends on cannot follow from its options.
+
+def option_given(task: str, option: str) -> bool:
+    """Whether the command line gives `task` the long `option`, in any form that doit accepts.
+
+    For task_dep only: doit parses a task's options after its dependencies are fixed.
     """
     for name, word in pairwise(sys.argv[1:]):
         given = word.partition("=")[0]
@@ -75,16 +75,16 @@ def asked_with(task: str, option: str) -> bool:
 
 
 def quiet_when_unread() -> None:
-    """Have `doit info ... | head` end as any program does whose output nobody reads: these leave nothing to undo."""
+    """Let SIGPIPE end `doit info ... | head`. These commands have nothing to clean up."""
     if set(sys.argv[1:2]) & {"help", "info", "list"}:
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 
 
 def interrupt_on_signals() -> None:
-    """Turn the first signal that asks us to end into KeyboardInterrupt, and say so in one line."""
+    """Turn the first SIGINT, SIGTERM or SIGHUP into KeyboardInterrupt, reported in one line."""
 
     def leave(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        """Say in one line that we were interrupted; everything else is a bug and shows its traceback."""
+        """Report an interrupt in one line. Any other exception is a bug and shows its traceback."""
         if issubclass(kind, KeyboardInterrupt):
             to_stderr(f"interrupted by {error}\n")
             tell_notes(error)
@@ -94,7 +94,7 @@ def interrupt_on_signals() -> None:
             sys.__excepthook__(kind, error, trace)
 
     def flush() -> None:
-        """What is written only now may find nobody who reads it."""
+        """Flush before Python does, which would print a traceback for a closed pipe."""
         try:
             sys.stdout.flush()
         except BrokenPipeError:
@@ -105,10 +105,10 @@ def interrupt_on_signals() -> None:
     unwind_on_signals()
 
 
-if sys.stdout is None:  # it was closed, and doit's commands have it as it was then
+if sys.stdout is None:  # closed; doit's commands took their stream at import
     cmd_base.DoitCmdBase.outstream = property(lambda _: sys.stdout, lambda _, __: None)
 open_streams()
 accept_any_text()
 talk()
 CONFIG = read_config()
-"""Read once, when doit loads the dodo file: tasks are made from it."""
+"""Read once, when doit loads dodo.py."""

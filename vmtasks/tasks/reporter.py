@@ -1,4 +1,4 @@
-"""What doit prints: little. Actions say themselves what they do; this adds what was left alone, and what failed."""
+"""doit's output. Actions report what they do; this adds failures, and up-to-date tasks that have something to say."""
 
 import os
 from collections.abc import Callable
@@ -10,8 +10,8 @@ from doit.reporter import ConsoleReporter
 from vmtasks import printable
 
 
-class Said:
-    """What to say of a task that was left alone: made only when it is said, and readable in `doit info`."""
+class LazyText:
+    """A sentence that is made when it is printed, by the reporter or by `doit info`."""
 
     def __init__(self, sentence: Callable[[], str]) -> None:
         """`sentence` is called each time."""
@@ -27,21 +27,21 @@ class Said:
 
 
 class Reporter(ConsoleReporter):  # type: ignore[misc]
-    """Silent about steps that had nothing to say; failures in one block each, at the end of what they printed."""
+    """One line for an up-to-date task that has `meta["fresh"]`, one block for a failure, nothing else."""
 
     desc = "vmtasks: quiet, with the last result of suites that need not run"
 
     def execute_task(self, task: Any) -> None:
-        """Nothing: the action speaks."""
+        """Print nothing: the action does."""
 
     def skip_uptodate(self, task: Any) -> None:
-        """A line where being up to date is news."""
+        """Print the task's `fresh` text, if it has one."""
         fresh = task.meta.get("fresh") if task.meta else None
         if fresh is not None:
             self.write(f"{self._paint('32', '✓')} {printable.text(fresh())}\n")
 
     def add_failure(self, task: Any, fail: Any) -> None:
-        """The cause, once; what only depends on it, in one line."""
+        """Print the failure, or one line for a task that was not run because of one."""
         if isinstance(fail, UnmetDependency):
             self.write(f"{self._paint('33', '-')} {task.name}: not run, because {fail.message} failed\n")
             return
@@ -52,11 +52,11 @@ class Reporter(ConsoleReporter):  # type: ignore[misc]
             self.write("".join(f"  {line}\n" for line in rest.splitlines()))
 
     def complete_run(self) -> None:
-        """Errors of doit itself; those of tasks were shown when they came."""
+        """Print doit's own errors; failures of tasks were printed before."""
         if self.runtime_errors:
             self.write("\n".join(self.runtime_errors) + "\n")
         elif self.failures and all(isinstance(failure["exception"], TaskFailed) for failure in self.failures):
-            raise SystemExit(1)  # doit makes it 2, an error, as soon as another task was not run because of it
+            raise SystemExit(1)  # doit itself would exit with 2 once a dependent task was not run
 
     def _paint(self, color: str, text: str) -> str:
         terminal = getattr(self.outstream, "isatty", lambda: False)()
