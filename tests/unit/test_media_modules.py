@@ -2,8 +2,8 @@ import gzip
 import lzma
 import shutil
 import subprocess
-from dataclasses import replace
 
+import msgspec
 import pytest
 
 from vmtasks.errors import ImageError
@@ -76,9 +76,9 @@ def test_compressed_modules_are_unpacked_wherever_they_are(base, packing):
     """As Debian 13 and others have them."""
     if packing == "zst" and not shutil.which("zstd"):
         pytest.skip("zstd is not installed")
-    there = [replace(entry, path=entry.path.replace("lib/modules/6.1", base)) for entry in TREE]
+    there = [msgspec.structs.replace(entry, path=entry.path.replace("lib/modules/6.1", base)) for entry in TREE]
     packed = [
-        replace(entry, path=f"{entry.path}.{packing}", data=PACKINGS[packing](entry.data))
+        msgspec.structs.replace(entry, path=f"{entry.path}.{packing}", data=PACKINGS[packing](entry.data))
         if is_module(entry)
         else entry
         for entry in there

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TextIO, cast
 
 from rich.console import Console
@@ -10,11 +10,16 @@ from rich.live import Live
 from rich.spinner import Spinner
 from rich.text import Text
 
+Write = Callable[[TextIO, str], None]
+
 
 @contextmanager
-def live_line(text: Callable[[], str], stream: TextIO | None, *, color: bool) -> Iterator[None]:
-    """Keep one line of the terminal `stream` up to date with `text()`, and clear it at the end."""
-    out = cast("TextIO", _Unbreakable(stream)) if stream else None
+def live_line(text: Callable[[], str], stream: TextIO | None, write: Write, *, color: bool) -> Iterator[None]:
+    """Keep one line of the terminal `stream` up to date with `text()`, and clear it at the end.
+
+    `write` writes to the stream, and raises nothing when the terminal has gone.
+    """
+    out = cast("TextIO", _Unbreakable(stream, write)) if stream else None
     console = Console(file=out, no_color=not color, highlight=False)
     spinner = Spinner("dots", style="cyan" if color else "")
 
@@ -32,8 +37,8 @@ class _Unbreakable(io.TextIOBase):
     The kernel refuses to write (EIO) before SIGHUP arrives, which is what ends us then.
     """
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self, stream: TextIO, write: Write) -> None:
+        self._stream, self._write = stream, write
 
     def isatty(self) -> bool:
         return self._stream.isatty()
@@ -43,10 +48,8 @@ class _Unbreakable(io.TextIOBase):
         return self._stream.encoding
 
     def write(self, text: str) -> int:
-        with suppress(OSError):
-            self._stream.write(text)
+        self._write(self._stream, text)
         return len(text)
 
     def flush(self) -> None:
-        with suppress(OSError):
-            self._stream.flush()
+        self._write(self._stream, "")

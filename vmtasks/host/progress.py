@@ -1,6 +1,7 @@
 """What a person sees while work goes on: a live line on a terminal, plain lines elsewhere, times of the last run."""
 
 import codecs
+import errno
 import io
 import json
 import os
@@ -107,7 +108,7 @@ class CommandLine(Observer):
             return nullcontext()
         from vmtasks.host.live import live_line  # noqa: PLC0415 - rich takes 60 ms
 
-        return live_line(step.line, _stream(), color=not no_color())
+        return live_line(step.line, _stream(), write_or_drop, color=not no_color())
 
 
 _default: list[Observer] = [Observer()]
@@ -188,9 +189,22 @@ def _encoded(error: UnicodeError) -> tuple[bytes, int]:
 
 def to_stderr(text: str) -> None:
     """Write there what no terminal obeys; one that was closed must not keep clean-up from ending."""
-    with suppress(OSError):
-        sys.stderr.write(printable.text(text))
-        sys.stderr.flush()
+    write_or_drop(sys.stderr, printable.text(text))
+
+
+def write_or_drop(stream: TextIO, text: str) -> None:
+    """Write to a stream whose reader may go away: from then on all is dropped.
+
+    What stays in the stream's buffer would make the interpreter exit with status 120.
+    """
+    try:
+        stream.write(text)
+        stream.flush()
+    except OSError as error:
+        if error.errno in (errno.EIO, errno.EPIPE):
+            with suppress(OSError), Path(os.devnull).open("wb") as null:
+                os.dup2(null.fileno(), stream.fileno())
+                stream.flush()
 
 
 def open_streams() -> None:

@@ -1,8 +1,10 @@
 """A recipe and an overlay -> an installer CD of packages, initramfs and loader."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from vmtasks.config.recipe import Recipe
 from vmtasks.errors import ImageError
@@ -96,4 +98,4 @@ def _copy(whole: list[Entry], path: str, glob: str) -> Entry:
     if len(found) != 1:
         names = ", ".join(entry.path for entry in found) or "links only"
         raise ImageError(f"{glob!r}, to be {path} on the CD, must match one file and matches: {names}")
-    return replace(found[0], path=tree.clean(path))
+    return msgspec.structs.replace(found[0], path=tree.clean(path))

@@ -6,8 +6,9 @@ Distributions compress them. They are unpacked here, so that the guest's loader 
 import re
 import tempfile
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import PurePosixPath
+
+import msgspec
 
 from vmtasks.errors import ImageError
 from vmtasks.host import process
@@ -39,7 +40,7 @@ def plain(entry: Entry) -> Entry:
         data = _unzstd(entry) if found[2] == "zst" else _unpack(entry, found[2])
     except Problem as problem:
         raise ImageError(f"the kernel module {entry.path} {problem}") from None
-    return replace(entry, path=found[1], data=data)
+    return msgspec.structs.replace(entry, path=found[1], data=data)
 
 
 def _unpack(entry: Entry, packing: str) -> bytes:
