@@ -1,4 +1,4 @@
-"""The accelerator race on this machine, whatever it is, and the answer that is kept."""
+"""The accelerator benchmark on this host, and the cached choice."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def no_kvm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def seed(file: Path) -> None:
     """Keep an answer that no race here gives, as of now, for "auto" and "tcg"."""
-    accel.keep(file, accel.Kept(accel.facts(Path(process.find(accel.QEMU))), {"auto": SOME, "tcg": SOME}))
+    accel.write_cache(file, accel.Cache(accel.host_facts(Path(process.find(accel.QEMU))), {"auto": SOME, "tcg": SOME}))
 
 
 def children() -> list[str]:
@@ -69,9 +69,9 @@ def test_auto_is_what_really_works(tmp_path: Path):
     # The truth, found another way: does a candidate get through the sector in a second?
     rival = accel.CANDIDATES.get(sys.platform)
     image = tmp_path / "probe.img"
-    image.write_bytes(accel.sector())
+    image.write_bytes(accel.boot_sector())
     qemu = Path(process.find(accel.QEMU))
-    opens = rival is not None and (rival != "kvm" or not accel.refusal())
+    opens = rival is not None and (rival != "kvm" or not accel.kvm_fault())
     runs = [accel.boot(qemu, image, rival, cpu, 2) for cpu in accel.CPUS[rival]] if rival and opens else []
     works = any(run.loop_s is not None and run.total_s < 1 for run in runs)
     assert found.name == (rival if works else "tcg")
@@ -80,7 +80,7 @@ def test_auto_is_what_really_works(tmp_path: Path):
 
 @needs_qemu
 def test_the_sector_does_its_work_under_emulation(tmp_path: Path):
-    (tmp_path / "probe.img").write_bytes(accel.sector())
+    (tmp_path / "probe.img").write_bytes(accel.boot_sector())
     run = accel.boot(Path(process.find(accel.QEMU)), tmp_path / "probe.img", "tcg", "max", 20)
     assert run.status == accel.DONE
     assert run.loop_s is not None
@@ -92,7 +92,7 @@ def test_listing_is_what_nasm_makes_of_it(tmp_path: Path):
     (tmp_path / "a.asm").write_text("\n".join(text for _, text in accel.LISTING) + "\n")
     process.run(["nasm", "-f", "bin", "-o", tmp_path / "a.bin", tmp_path / "a.asm"], timeout_s=10)
     code = (tmp_path / "a.bin").read_bytes()
-    assert accel.sector() == code.ljust(510, b"\0") + b"\x55\xaa"
+    assert accel.boot_sector() == code.ljust(510, b"\0") + b"\x55\xaa"
 
 
 @needs_qemu
@@ -199,9 +199,9 @@ def test_kvm_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     device.chmod(0)
     monkeypatch.setattr(accel, "KVM", device)
     if os.geteuid() == 0:
-        assert accel.refusal() == ""
+        assert accel.kvm_fault() == ""
         return
-    assert accel.refusal() == f"cannot open {device}: Permission denied; add yourself to group kvm"
+    assert accel.kvm_fault() == f"cannot open {device}: Permission denied; add yourself to group kvm"
 
 
 @pytest.mark.parametrize("want", ["hvf", "xen", ""])
@@ -252,11 +252,11 @@ def test_a_second_cpu_model_after_an_abort(tmp_path: Path, monkeypatch: pytest.M
     assert found.reason.endswith("(QEMU aborts with -cpu host: error: failed to set MSR 0x10a to 0x69)")
 
 
-YARDSTICK = Run(33, 0.5, 0.3, "")
+BASELINE = Run(33, 0.5, 0.3, "")
 
 
 @pytest.mark.parametrize(
-    ("run", "works", "wins", "reason"),
+    ("run", "works", "faster", "reason"),
     [
         (Run(33, 0.2, 0.03, ""), True, True, "kvm did in 0.03 s what emulation did in 0.30 s"),
         (Run(33, 1.4, 0.4, ""), True, False, "kvm did in 0.40 s what emulation did in 0.30 s"),
@@ -281,9 +281,9 @@ YARDSTICK = Run(33, 0.5, 0.3, "")
         ),
     ],
 )
-def test_the_judgement(run: Run, works: bool, wins: bool, reason: str):  # noqa: FBT001
-    verdict = accel.judge("kvm", "host", run, YARDSTICK, limit_s=2)
-    assert (verdict.works, verdict.wins, verdict.accel.reason) == (works, wins, reason)
+def test_the_comparison(run: Run, works: bool, faster: bool, reason: str):  # noqa: FBT001
+    result = accel.compare("kvm", "host", run, BASELINE, limit_s=2)
+    assert (result.works, result.faster, result.accel.reason) == (works, faster, reason)
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,9 @@
-"""Which accelerator really works here: a race of boot sectors, and its answer kept until the host boots again.
+"""Choose the accelerator by a benchmark, and cache the choice until the host reboots.
 
-Neither that /dev/kvm opens nor that a guest runs a few instructions proves anything: on some hosts each instruction of
-a KVM guest is emulated, so that a boot sector finishes in seconds and a kernel never. What tells is a fixed amount of
-work. Emulation (TCG) does it first: it works everywhere and is the yardstick. Then the host's own accelerator does the
-same under a limit, and is used only if it was quicker.
+It proves nothing that /dev/kvm opens or that a guest runs a few instructions: on some hosts each instruction of a KVM
+guest is emulated, so that a boot sector finishes in seconds and a kernel never. So a boot sector does a fixed amount of
+work, first under emulation (TCG), which works everywhere and is the baseline, then under the host's accelerator with a
+time limit. The accelerator is used only if it was faster.
 """
 
 import errno
@@ -25,44 +25,44 @@ from vmtasks.host import files, process
 
 log = logging.getLogger(__name__)
 
-Name = Literal["kvm", "hvf", "tcg"]
+Candidate = Literal["kvm", "hvf"]
+Name = Candidate | Literal["tcg"]
 
 QEMU = "qemu-system-x86_64"
 FORMAT = 1
-"""Part of what a kept answer depends on: add 1 when the race changes its rules."""
+"""Part of the cache key: add 1 when the benchmark changes."""
 
 KVM = Path("/dev/kvm")
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-CANDIDATES: dict[str, Literal["kvm", "hvf"]] = {"darwin": "hvf", "linux": "kvm"}
-"""sys.platform -> the accelerator that races against emulation."""
+CANDIDATES: dict[str, Candidate] = {"darwin": "hvf", "linux": "kvm"}
+"""sys.platform -> the accelerator to compare with emulation."""
 
 CPUS: dict[Name, tuple[str, ...]] = {
     "hvf": ("host",),
     "kvm": ("host", "host,-arch-capabilities"),
     "tcg": ("max",),
 }
-"""CPU models in the order tried; the next one only if QEMU aborts: some hosts show MSR 0x10a and refuse to set it."""
+"""CPU models to try in order; the next only if QEMU aborts: some hosts show MSR 0x10a and refuse to set it."""
 
 LOOP = 100_000_000
 HARDWARE_S = 0.033
-"""Seconds that hardware needs for LOOP rounds: a taken `dec`+`jnz` pair fuses into one operation that runs once per
-cycle (Agner Fog's instruction tables: Intel since Sandy Bridge, AMD since Zen), at 3 GHz. Measured outside QEMU, in a
-program of its own on an EPYC server: 0.027 s."""
+"""Seconds that hardware needs for LOOP rounds at 3 GHz: a taken `dec`+`jnz` pair fuses into one operation per cycle
+(Agner Fog's instruction tables: Intel since Sandy Bridge, AMD since Zen). A native program on an EPYC took 0.027 s."""
 
 FACTOR_MAX = 10.0
 TCG_LIMIT_S = 20.0
 LIMIT_MIN_S = 1.5
 LIMIT_TIMES = 4.0
-WHOLE_S = 3.2
-"""The candidate gets LIMIT_TIMES what emulation took, within the time that the whole race may take, but LIMIT_MIN_S
-at least: working hardware needs less than half a second. A host so busy that it needs more is emulated on until it
-boots again, unless the accelerator is asked for by name or the cache file removed."""
+BENCHMARK_MAX_S = 3.2
+"""The candidate's limit is LIMIT_TIMES the emulated run, at most what is left of BENCHMARK_MAX_S, at least LIMIT_MIN_S:
+working hardware needs less than half a second. A host too busy for that uses emulation until it reboots, unless the
+accelerator is asked for by name or the cache file is removed."""
 
 DONE = 33
-"""QEMU's status when the sector has written 0x10 to isa-debug-exit: (0x10 << 1) | 1."""
+"""QEMU's status after the sector wrote 0x10 to isa-debug-exit: (0x10 << 1) | 1."""
 ABORTED = 128 + signal.SIGABRT
-OUTSIDE = frozenset(128 + s for s in (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM))
-"""Statuses that say that somebody else ended QEMU, which proves nothing about the accelerator."""
+KILLED = frozenset(128 + s for s in (signal.SIGHUP, signal.SIGINT, signal.SIGKILL, signal.SIGTERM))
+"""Statuses of a QEMU that another process ended, which proves nothing about the accelerator."""
 
 LISTING: tuple[tuple[str, str], ...] = (
     ("", "bits 16"),
@@ -99,7 +99,7 @@ LISTING: tuple[tuple[str, str], ...] = (
     ("", "gdt_register:"),
     ("0f 00", "dw 15"),
     ("55 7c 00 00", "dd gdt"),
-    # The work, between two marks on the debug console, so that the time of firmware and start-up is not in it.
+    # The work, between two marks on the debug console, so that firmware and start-up are not timed.
     ("", "bits 64"),
     ("", "long_mode:"),
     ("b0 42", "mov al, 'B'"),
@@ -115,15 +115,15 @@ LISTING: tuple[tuple[str, str], ...] = (
     ("ee", "out dx, al"),
     ("f4", "hlt"),
 )
-"""The boot sector: machine code in hexadecimal, and the assembly (nasm) that it comes from."""
+"""The boot sector: machine code in hexadecimal, and its nasm source."""
 
 
 @dataclass(frozen=True)
 class Accel:
     """An accelerator, and why it was chosen.
 
-    `cpu` is for -cpu; `reason` one sentence for people; timeouts that are right on fast hardware are multiplied by
-    `factor`, see slowdown(); `probed_s` is what the race took when it was run.
+    `cpu` is for -cpu; `reason` is one sentence for people; multiply timeouts made for fast hardware by `factor`, see
+    slowdown(); `probed_s` is how long the benchmark took.
     """
 
     name: Name
@@ -135,144 +135,140 @@ class Accel:
 
 @dataclass(frozen=True)
 class Run:
-    """One QEMU with the sector: its shell status, times in seconds, and whether we ended it at the limit.
+    """One QEMU with the sector: its shell status, times in seconds, its stderr, and whether we killed it at the limit.
 
-    `loop_s` is None unless the whole loop was seen; `said` is what QEMU wrote to stderr.
+    `loop_s` is None unless the loop ran to its end.
     """
 
     status: int
     total_s: float
     loop_s: float | None
-    said: str
+    stderr: str
     timed_out: bool = False
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What the race says of the host's accelerator: `works` in time at all, and `wins` against emulation."""
+class Result:
+    """The candidate's result: whether it `works` within its limit, and whether it is `faster` than emulation."""
 
     accel: Accel
     works: bool
-    wins: bool
+    faster: bool
 
 
-class Kept(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The cache file: what the answers depend on, and the answers by what was wanted."""
+class Cache(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The cache file: the host facts that the choices depend on, and the choices by what was wanted."""
 
     host: dict[str, str]
     answers: dict[str, Accel]
 
 
 def probe(cache: Path, *, want: str = "auto") -> Accel:
-    """Choose the accelerator for this host, from the answer kept in the file `cache` or by a race (1 to 4 s at most).
+    """Choose the accelerator for this host, from the file `cache` or by a benchmark (1 to 4 s).
 
-    `want` is "auto" or an accelerator's name. An answer holds until the host boots, QEMU's binary is another or
-    the access to /dev/kvm changes. "No" to an accelerator asked for by name is MachineError and is not kept,
-    so that a remedy works at once. MissingToolError when QEMU is not installed.
+    `want` is "auto" or an accelerator's name. A cached choice is valid until the host reboots, QEMU's binary changes or
+    the access to /dev/kvm changes. MachineError when the accelerator asked for does not work; that is not cached, so
+    that a fix takes effect at once. MissingToolError when QEMU is not installed.
     """
     qemu = Path(process.find(QEMU))
-    host = facts(qemu)
-    kept = load(cache, host)
-    if want in kept.answers:
-        return kept.answers[want]
+    host = host_facts(qemu)
+    known = read_cache(cache, host)
+    if want in known.answers:
+        return known.answers[want]
     begin_s = time.monotonic()
-    answer = choose(want, qemu)
-    answer = replace(answer, probed_s=round(time.monotonic() - begin_s, 2))
-    log.debug("accelerator %s", answer)
-    keep(cache, Kept(host, {**kept.answers, want: answer}))
-    return answer
+    accel = replace(choose(want, qemu), probed_s=round(time.monotonic() - begin_s, 2))
+    log.debug("accelerator %s", accel)
+    write_cache(cache, Cache(host, {**known.answers, want: accel}))
+    return accel
 
 
 def choose(want: str, qemu: Path) -> Accel:
-    """Run the race as far as `want` needs it. MachineError when emulation fails, or what is asked for by name does."""
-    rival = CANDIDATES.get(sys.platform)
-    if want not in {"auto", "tcg", rival}:
+    """Run as much of the benchmark as `want` needs. MachineError when emulation or the accelerator asked for fails."""
+    candidate = CANDIDATES.get(sys.platform)
+    if want not in {"auto", "tcg", candidate}:
         raise MachineError(f"this host has no accelerator {want!r}", hint='set accel = "auto"')
     with tempfile.TemporaryDirectory(prefix="vmtasks-accel-") as folder:
         image = Path(folder, "probe.img")
-        image.write_bytes(sector())
-        yardstick = emulate(qemu, image)
-        tcg = Accel("tcg", CPUS["tcg"][0], "emulation was asked for", slowdown(yardstick), 0)
+        image.write_bytes(boot_sector())
+        baseline = run_baseline(qemu, image)
+        tcg = Accel("tcg", CPUS["tcg"][0], "emulation was asked for", slowdown(baseline), 0)
         if want == "tcg":
             return tcg
-        if rival is None:
+        if candidate is None:
             return replace(tcg, reason=f"only emulation is known to work on {sys.platform}")
-        verdict = challenge(qemu, image, rival, yardstick)
-    if verdict.wins or (verdict.works and want == rival):
-        return verdict.accel
-    if want == rival:
+        result = run_candidate(qemu, image, candidate, baseline)
+    if result.faster or (result.works and want == candidate):
+        return result.accel
+    if want == candidate:
         hint = 'set accel = "auto" or "tcg" to emulate, or use a host with working (nested) virtualisation'
-        raise MachineError(f"{want} was asked for and does not work here: {verdict.accel.reason}", hint=hint)
-    return replace(tcg, reason=verdict.accel.reason)
+        raise MachineError(f"{want} was asked for and does not work here: {result.accel.reason}", hint=hint)
+    return replace(tcg, reason=result.accel.reason)
 
 
-def emulate(qemu: Path, image: Path) -> Run:
-    """Run the yardstick. MachineError when QEMU cannot even emulate: then nothing else would work."""
+def run_baseline(qemu: Path, image: Path) -> Run:
+    """Run the sector under emulation. MachineError when that fails: then nothing else would work."""
     run = boot(qemu, image, "tcg", CPUS["tcg"][0], TCG_LIMIT_S)
     if run.loop_s is None:
         raise MachineError(
-            f"{qemu} did not run a boot sector under emulation: {ending(run)}",
+            f"{qemu} did not run a boot sector under emulation: {failure(run)}",
             hint=f"try: {process.quote(argv(qemu, image, 'tcg', CPUS['tcg'][0]))}",
         )
     return run
 
 
-def challenge(qemu: Path, image: Path, rival: Literal["kvm", "hvf"], yardstick: Run) -> Verdict:
-    """Let `rival` do what emulation did, with each of its CPU models until QEMU does not abort."""
-    cannot = refusal() if rival == "kvm" else ""
-    if cannot:
-        return Verdict(Accel(rival, "", cannot, 1, 0), works=False, wins=False)
-    limit_s = limit(yardstick.total_s)
+def run_candidate(qemu: Path, image: Path, candidate: Candidate, baseline: Run) -> Result:
+    """Run the sector under `candidate`, with each of its CPU models until QEMU does not abort."""
+    fault = kvm_fault() if candidate == "kvm" else ""
+    if fault:
+        return Result(Accel(candidate, "", fault, 1, 0), works=False, faster=False)
+    limit_s = limit(baseline.total_s)
     deadline_s = time.monotonic() + limit_s
-    aside = ""
-    for cpu in CPUS[rival]:
-        run = boot(qemu, image, rival, cpu, deadline_s - time.monotonic())
-        verdict = judge(rival, cpu, run, yardstick, limit_s=limit_s, aside=aside)
+    note = ""
+    for cpu in CPUS[candidate]:
+        run = boot(qemu, image, candidate, cpu, deadline_s - time.monotonic())
+        result = compare(candidate, cpu, run, baseline, limit_s=limit_s, note=note)
         if not aborted(run):
             break
-        aside = f" (QEMU aborts with -cpu {cpu}: {first_line(run.said)})"
-    return verdict
+        note = f" (QEMU aborts with -cpu {cpu}: {first_line(run.stderr)})"
+    return result
 
 
-def judge(
-    rival: Literal["kvm", "hvf"], cpu: str, run: Run, yardstick: Run, *, limit_s: float, aside: str = ""
-) -> Verdict:
-    """Compare two runs of the sector; `aside` is added to the reason."""
-    base_s = yardstick.loop_s or 0
+def compare(candidate: Candidate, cpu: str, run: Run, baseline: Run, *, limit_s: float, note: str = "") -> Result:
+    """Compare a candidate's run with the baseline; `note` is added to the reason."""
+    base_s = baseline.loop_s or 0
     if run.loop_s is not None:
-        wins = run.loop_s < base_s
-        reason = f"{rival} did in {run.loop_s:.2f} s what emulation did in {base_s:.2f} s"
+        reason = f"{candidate} did in {run.loop_s:.2f} s what emulation did in {base_s:.2f} s"
     elif run.timed_out:
-        wins = False
-        reason = f"{rival} did not finish in {limit_s:.1f} s what emulation did in {yardstick.total_s:.2f} s"
+        reason = f"{candidate} did not finish in {limit_s:.1f} s what emulation did in {baseline.total_s:.2f} s"
     else:
-        wins = False
-        reason = f"{rival} did not run a boot sector: {ending(run)}"
-    return Verdict(Accel(rival, cpu, reason + aside, slowdown(run), 0), works=run.loop_s is not None, wins=wins)
+        reason = f"{candidate} did not run a boot sector: {failure(run)}"
+    works = run.loop_s is not None
+    faster = run.loop_s is not None and run.loop_s < base_s
+    return Result(Accel(candidate, cpu, reason + note, slowdown(run), 0), works, faster)
 
 
 def limit(emulated_s: float) -> float:
-    """Seconds for the candidate, after emulation took `emulated_s` from the start of QEMU to its end."""
-    return max(LIMIT_MIN_S, min(LIMIT_TIMES * emulated_s, WHOLE_S - emulated_s))
+    """The candidate's time limit in seconds; QEMU's emulated run took `emulated_s` in all."""
+    return max(LIMIT_MIN_S, min(LIMIT_TIMES * emulated_s, BENCHMARK_MAX_S - emulated_s))
 
 
 def slowdown(run: Run) -> float:
-    """Compare the measured seconds of the loop with hardware's (HARDWARE_S), at least 1 and at most FACTOR_MAX.
+    """The measured loop time relative to hardware's (HARDWARE_S), at least 1 and at most FACTOR_MAX.
 
-    Counting is neither what emulation does worst (memory and system calls are) nor what it does not slow at all
-    (waiting for disk and network), which is what makes it usable for timeouts, and for nothing finer.
+    Precise enough for timeouts only: emulation slows counting less than memory accesses and system calls, and more than
+    waiting for disk and network.
     """
     return 1.0 if run.loop_s is None else round(min(max(run.loop_s / HARDWARE_S, 1.0), FACTOR_MAX), 1)
 
 
-def sector() -> bytes:
-    """Make the 512 bytes of the boot sector."""
+def boot_sector() -> bytes:
+    """The 512 bytes of the boot sector."""
     code = b"".join(bytes.fromhex(piece) for piece, _ in LISTING)
     return code.ljust(510, b"\0") + b"\x55\xaa"
 
 
 def argv(qemu: Path, image: Path, name: Name, cpu: str) -> list[str]:
-    """QEMU with nothing but the disk, a way to say where it is and a way to end."""
+    """QEMU with the disk, a debug console for the marks and a device to exit."""
     return [
         *[str(qemu), "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-monitor", "none"],
         *["-accel", name, "-cpu", cpu, "-machine", "pc", "-m", "16"],
@@ -283,25 +279,28 @@ def argv(qemu: Path, image: Path, name: Name, cpu: str) -> list[str]:
 
 
 def boot(qemu: Path, image: Path, name: Name, cpu: str, limit_s: float) -> Run:
-    """Run the sector to its end or for `limit_s`; QEMU is gone afterwards. MachineError if others ended QEMU."""
+    """Run the sector to its end or for `limit_s`, then kill QEMU. MachineError if another process ended QEMU."""
     begin_s = time.monotonic()
     with process.spawn(argv(qemu, image, name, cpu), pipe=True) as child:
         try:
-            seen = marks(child, begin_s + limit_s)
-            late = child.poll() is None
+            seen = read_marks(child, begin_s + limit_s)
+            timed_out = child.poll() is None
         finally:
-            kill(child)
+            if child.poll() is None:
+                # Nothing less ends a QEMU stuck in KVM; the whole group, because QEMU may be behind a wrapper.
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
         total_s = time.monotonic() - begin_s
-        said = child.stderr.read().decode(errors="replace") if child.stderr else ""
-        status = process.TIMED_OUT if late else process.shell_status(child.returncode)
-    if status in OUTSIDE:
+        stderr = child.stderr.read().decode(errors="replace") if child.stderr else ""
+        status = process.TIMED_OUT if timed_out else process.shell_status(child.returncode)
+    if status in KILLED:
         raise MachineError(f"the accelerator could not be chosen: QEMU was ended by signal {status - 128}")
     done = status == DONE and seen.keys() >= {"B", "E"}
-    return Run(status, total_s, seen["E"] - seen["B"] if done else None, said, timed_out=late)
+    return Run(status, total_s, seen["E"] - seen["B"] if done else None, stderr, timed_out=timed_out)
 
 
-def marks(child: process.Child, deadline_s: float) -> dict[str, float]:
-    """When (monotonic seconds) the sector wrote each of its letters; returns when QEMU has ended or at the deadline."""
+def read_marks(child: process.Child, deadline_s: float) -> dict[str, float]:
+    """Read the sector's marks until QEMU ends or `deadline_s`; returns when (monotonic seconds) each came first."""
     seen: dict[str, float] = {}
     if child.stdout is None:
         return seen
@@ -319,33 +318,26 @@ def marks(child: process.Child, deadline_s: float) -> dict[str, float]:
     return seen
 
 
-def kill(child: process.Child) -> None:
-    """SIGKILL, because a QEMU stuck in KVM heeds nothing less; to the group, because QEMU may be behind a wrapper."""
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-
-
 def aborted(run: Run) -> bool:
-    """Whether QEMU refused the CPU model rather than failed in the accelerator."""
-    return run.status == ABORTED or "failed to set MSR" in run.said
+    """Whether QEMU refused the CPU model, rather than failed in the accelerator."""
+    return run.status == ABORTED or "failed to set MSR" in run.stderr
 
 
-def ending(run: Run) -> str:
-    """How a run ended that did not do the work, for the end of a sentence."""
+def failure(run: Run) -> str:
+    """Why a run failed, for the end of a sentence."""
     if run.timed_out:
         return f"not done after {run.total_s:.1f} s"
-    return f"QEMU ended with status {run.status}: {first_line(run.said)}"
+    return f"QEMU ended with status {run.status}: {first_line(run.stderr)}"
 
 
 def first_line(text: str) -> str:
-    """Find the first line of what QEMU wrote, without the program's name."""
+    """The first line of QEMU's stderr, without the program's name."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "no output")
     return line.removeprefix(f"{QEMU}: ")
 
 
-def refusal() -> str:
-    """Why /dev/kvm cannot be opened and what to do about it; empty if it can."""
+def kvm_fault() -> str:
+    """Why /dev/kvm cannot be opened and what to do about it, or ''."""
     try:
         os.close(os.open(KVM, os.O_RDWR | os.O_CLOEXEC))
     except OSError as error:
@@ -357,16 +349,13 @@ def refusal() -> str:
     return ""
 
 
-def facts(qemu: Path) -> dict[str, str]:
-    """Gather what an answer depends on.
-
-    A new version of QEMU is a new file, so that its date and size stand for it and QEMU need not be started to ask.
-    """
+def host_facts(qemu: Path) -> dict[str, str]:
+    """The facts that a choice depends on. QEMU's path, mtime and size stand for its version, without starting it."""
     real = qemu.resolve()
     binary = real.stat()
     try:
         device = KVM.stat()
-        access = f"{device.st_mode:o} {device.st_uid}:{device.st_gid} {refusal()}"
+        access = f"{device.st_mode:o} {device.st_uid}:{device.st_gid} {kvm_fault()}"
     except OSError as error:
         access = str(error.strerror)
     return {
@@ -378,7 +367,7 @@ def facts(qemu: Path) -> dict[str, str]:
 
 
 def boot_id() -> str:
-    """Read what is another after each boot of the host; empty, and then nothing is kept, where that is not known."""
+    """An id that changes with each boot of the host, or '' where the host has none: then nothing is cached."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:
@@ -388,21 +377,21 @@ def boot_id() -> str:
     return process.run(["sysctl", "-n", name], timeout_s=5, check=False).stdout.strip()
 
 
-def load(file: Path, host: dict[str, str]) -> Kept:
-    """Read the kept answers, if there are any and they are about this `host`; a damaged file is as good as none."""
+def read_cache(file: Path, host: dict[str, str]) -> Cache:
+    """Read the cache file; empty if it is missing, damaged or about another `host`."""
     try:
-        kept = msgspec.json.decode(files.read(file), type=Kept)
+        cache = msgspec.json.decode(files.read(file), type=Cache)
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
-        log.debug("no kept accelerator: %s", error)
-        return Kept(host, {})
-    return kept if kept.host == host else Kept(host, {})
+        log.debug("no cached accelerator: %s", error)
+        return Cache(host, {})
+    return cache if cache.host == host else Cache(host, {})
 
 
-def keep(file: Path, kept: Kept) -> None:
-    """Write the cache file; a folder that cannot be written costs a race next time, nothing else."""
-    if not kept.host["boot"]:
+def write_cache(file: Path, cache: Cache) -> None:
+    """Write the cache file. If that fails, the next probe() runs the benchmark again."""
+    if not cache.host["boot"]:
         return
     try:
-        files.write(file, msgspec.json.format(msgspec.json.encode(kept), indent=2) + b"\n")
+        files.write(file, msgspec.json.format(msgspec.json.encode(cache), indent=2) + b"\n")
     except OSError as error:
-        log.debug("cannot keep the accelerator in %s: %s", file, error)
+        log.debug("cannot cache the accelerator in %s: %s", file, error)
