@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 
 from vmtasks import cli
 from vmtasks.cli import app
-from vmtasks.cli.files import _remote
-from vmtasks.cli.jobs import _how
-from vmtasks.cli.login import loopback, split
+from vmtasks.cli.files import parse_remote
+from vmtasks.cli.jobs import describe_end
+from vmtasks.cli.login import bind_to_loopback, split_ssh_arguments
 from vmtasks.config.rules import first_port
 from vmtasks.errors import ConfigError
 from vmtasks.guest.jobview import JobView
@@ -411,7 +411,7 @@ def test_k24_no_byte_of_a_private_key_goes_anywhere(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_for_ssh_and_what_for_the_guest(given: list[str], options: list[str], command: list[str]) -> None:
-    assert split(given) == (options, command)
+    assert split_ssh_arguments(given) == (options, command)
 
 
 @pytest.mark.parametrize(
@@ -424,13 +424,13 @@ def test_what_is_for_ssh_and_what_for_the_guest(given: list[str], options: list[
     ],
 )
 def test_listeners_are_on_loopback(kind: str, text: str, line: str) -> None:
-    assert loopback(kind, text) == line
+    assert bind_to_loopback(kind, text) == line
 
 
 @pytest.mark.parametrize(("kind", "text"), [("-L", "0.0.0.0:1:h:2"), ("-L", "*:1:h:2"), ("-D", "::1:9"), ("-L", "1")])
 def test_other_listeners_are_refused(kind: str, text: str) -> None:
     with pytest.raises(ConfigError, match=r"127\.0\.0\.1"):
-        loopback(kind, text)
+        bind_to_loopback(kind, text)
 
 
 @pytest.mark.parametrize(
@@ -438,7 +438,7 @@ def test_other_listeners_are_refused(kind: str, text: str) -> None:
     [("a:x", ("a", "x")), ("a:", ("a", "")), ("./a:x", None), ("/x/a:b", None), ("plain", None), ("b:x", ("b", "x"))],
 )
 def test_sides_of_cp(text: str, side: tuple[str, str] | None) -> None:
-    assert _remote(text, ["a"]) == side
+    assert parse_remote(text, ["a"]) == side
 
 
 def test_the_option_is_named_also_from_python(tmp_path: Path) -> None:
@@ -455,10 +455,10 @@ def test_the_option_is_named_also_from_python(tmp_path: Path) -> None:
         (JobView("x", "make", "rebooted"), "ended by a reboot of the guest; its exit status is not known"),
         (
             JobView("x", "make", "lost"),
-            "over, because what ran it in the guest was killed; its exit status is not known",
+            "ended, because its supervisor in the guest was killed; its exit status is not known",
         ),
         (JobView("x", "make", "running"), "still running"),
     ],
 )
 def test_what_is_known_of_the_end_of_a_job(view: JobView, says: str) -> None:
-    assert _how(view) == says
+    assert describe_end(view) == says

@@ -1,4 +1,4 @@
-"""`vmtasks ...`: machines in daily use, on the images that a project's tasks have made. Owns typer."""
+"""The `vmtasks` command: machines in daily use, from the images that a project's tasks build. Owns typer."""
 
 import importlib
 import os
@@ -19,19 +19,19 @@ MODULES = {
     "run": ["run"],
     "snapshots": ["restore", "snapshot", "snapshots"],
 }
-"""The verbs of each module: one that is not asked for is not loaded, and each imports all it needs at its top."""
+"""The verbs of each module. Only the module of the verb that is called is loaded."""
 
 PANELS = ("Machines", "Use", "Jobs", "Look", "Snapshots", "Projects")
-"""The order of `vmtasks --help`."""
+"""Panels of `vmtasks --help`, in order."""
 
 
 def main() -> None:
-    """Run the command line of this process to its end."""
+    """Run the command line of this process."""
     common.main(lambda: load([] if "_VMTASKS_COMPLETE" in os.environ else sys.argv[1:]))
 
 
 def load(words: Iterable[str]) -> None:
-    """Load the module of the verb that the command line `words` has; all of them where it has none that is known."""
+    """Load the module of the verb in the command line `words`; all modules when it has no known verb."""
     verb = _verb(iter(words))
     for module in [name for name, verbs in MODULES.items() if verb in verbs] or MODULES:
         importlib.import_module(f"vmtasks.cli.{module}")
@@ -41,7 +41,7 @@ def load(words: Iterable[str]) -> None:
 
 
 def _verb(words: Iterator[str]) -> str:
-    """The first word that is neither an option that stands before a verb nor its value."""
+    """The first word that is neither a global option nor the value of one."""
     for word in words:
         if word == "-C":
             next(words, "")
@@ -55,7 +55,7 @@ def _name(command: Any) -> str:
 
 
 def __getattr__(name: str) -> Any:
-    """`app`: the application with all its verbs."""
+    """Load `app`, the application with all verbs, when it is first used."""
     if name != "app":
         raise AttributeError(name)
     load([])

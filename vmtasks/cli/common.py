@@ -1,4 +1,4 @@
-"""What all commands share: the application, the project they speak of, output, and names that complete."""
+"""What all verbs share: the application, the current project, output, and arguments with completion."""
 
 import json
 import logging
@@ -12,24 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from typer.core import TyperCommand
 
-from vmtasks import __version__, printable
+import vmtasks
+from vmtasks import printable
 from vmtasks.cli.complete import names
 from vmtasks.errors import ConfigError, VmTasksError, os_failure
-from vmtasks.host.progress import accept_any_text, open_streams, talk, tell_notes, to_stderr
+from vmtasks.host.progress import accept_any_text, open_streams, talk, talk_on_stderr, tell_notes, to_stderr
 from vmtasks.host.signals import ignore, unwind_on_signals
 
 if TYPE_CHECKING:
-    from vmtasks.machines import Machine, Project
+    from vmtasks import Machine, Project
 
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class Plain(TyperCommand):
-    """A command that takes no empty text for one that was left out: it is what an unset shell variable gives."""
+class Command(TyperCommand):
+    """A command that refuses empty arguments, which come from unset shell variables."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As ever. ConfigError for a value that is given and empty."""
+        """Parse as typer does. ConfigError for an empty value."""
         rest = super().parse_args(ctx, args)
         for item in () if ctx.resilient_parsing else self.params:
             source = ctx.get_parameter_source(item.name)
@@ -42,31 +43,31 @@ class Plain(TyperCommand):
         return rest
 
 
-class Through(Plain):
-    """A command whose exit status is that of what it runs: a failure of our own has one that is told from it."""
+class PassThrough(Command):
+    """A command that exits with the status of what it runs, and with VMTASKS_FAILED when vmtasks itself fails."""
 
     def invoke(self, ctx: Any) -> Any:
-        """As ever, but ends with OWN where we have failed ourselves."""
+        """Run the command. SystemExit for a failure of our own."""
         try:
             return super().invoke(ctx)
         except (VmTasksError, OSError) as error:
-            raise SystemExit(report(error, OWN)) from None
+            raise SystemExit(report(error, VMTASKS_FAILED)) from None
 
 
 class App(typer.Typer):
-    """Typer, whose commands are plain unless another kind is asked for."""
+    """A Typer whose commands are of class Command by default."""
 
-    def command(self, name: str | None = None, *, cls: type[TyperCommand] = Plain, **more: Any) -> Callable[[F], F]:  # type: ignore[override]
-        """As typer has it."""
+    def command(self, name: str | None = None, *, cls: type[TyperCommand] = Command, **more: Any) -> Callable[[F], F]:  # type: ignore[override]
+        """See typer.Typer.command()."""
         return super().command(name, cls=cls, **more)
 
 
 app = App(no_args_is_help=True, add_completion=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
-OWN = 125
-"""What `run`, `exec`, `ssh` and `attach` end with when vmtasks itself has failed, as podman does."""
+VMTASKS_FAILED = 125
+"""Exit status of `run`, `exec`, `ssh` and `attach` when vmtasks itself fails; podman uses the same."""
 
 VERBATIM = {"allow_extra_args": True, "allow_interspersed_args": False}
-"""For commands whose last words are somebody else's command line."""
+"""Settings of commands that end in the command line of another program."""
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The machine.", autocompletion=names, show_default=False)]
 AnyName = Annotated[
@@ -82,13 +83,13 @@ Names = Annotated[
     ),
 ]
 Every = Annotated[bool, typer.Option("--all", "-a", help="All machines of this project.")]
-Interactive = Annotated[bool, typer.Option("--interactive", "-i", help="Hand our standard input on to it.")]
-Tty = Annotated[bool, typer.Option("--tty", "-t", help="Give it a terminal; -it for somebody who types.")]
+Interactive = Annotated[bool, typer.Option("--interactive", "-i", help="Pass our standard input to it.")]
+Tty = Annotated[bool, typer.Option("--tty", "-t", help="Allocate a terminal; -it for interactive use.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def main(load: Callable[[], object]) -> None:
-    """Have `load` register verbs and run the command line; failures that a user can mend end without a traceback."""
+    """Call `load`, which registers verbs, and run the command line. User errors print no traceback."""
     open_streams()
     accept_any_text()
     talk()
@@ -100,12 +101,12 @@ def main(load: Callable[[], object]) -> None:
         ignore()
     except BaseException:
         if not caught:
-            raise  # otherwise what came after the signal is not the reason
+            raise  # after a signal, the signal is the cause
     raise SystemExit(128 + caught[0] if caught else status)
 
 
 def _status() -> int:
-    """Run the command line to its exit status."""
+    """Run the command line; returns the exit status."""
     try:
         app(prog_name="vmtasks")
     except (VmTasksError, OSError) as error:
@@ -120,9 +121,9 @@ def _status() -> int:
 
 
 def report(error: VmTasksError | OSError, otherwise: int = VmTasksError.exit_code) -> int:
-    """Tell a failure that a user can mend; returns 2 where it was asked for what makes no sense, else `otherwise`.
+    """Print a failure that the user can fix; returns 2 for a ConfigError, else `otherwise`.
 
-    An OSError that is a bug is raised again.
+    Raises an OSError that is a bug again.
     """
     if isinstance(error, VmTasksError):
         to_stderr(f"error: {error}\n")
@@ -136,14 +137,14 @@ def report(error: VmTasksError | OSError, otherwise: int = VmTasksError.exit_cod
 @app.callback(invoke_without_command=True)
 def _everywhere(
     folder: Annotated[
-        Path | None, typer.Option("-C", metavar="DIR", help="As if it was started in this folder.", show_default=False)
+        Path | None, typer.Option("-C", metavar="DIR", help="Run as if started in this folder.", show_default=False)
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the programs that are run.")] = False,
     version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
 ) -> None:
-    """Virtual machines in daily use: run one, log in, copy files, stop it; on images that `doit` has installed."""
+    """Run virtual machines from images that `doit` has installed: start, log in, copy files, stop."""
     if version:
-        typer.echo(f"vmtasks {__version__}")
+        typer.echo(f"vmtasks {vmtasks.__version__}")
         raise typer.Exit
     if verbose:
         logging.basicConfig(format="+ %(message)s", stream=sys.stderr)
@@ -156,18 +157,15 @@ def _everywhere(
 
 
 def project() -> "Project":
-    """The project that we are in, after what the dead have left was removed. From now on stdout is for data."""
-    from vmtasks.host import progress  # noqa: PLC0415
-    from vmtasks.machines import Project  # noqa: PLC0415
-
-    progress.talk_on_stderr()
-    found = Project.find(Path.cwd(), os.environ)
-    found.reap()
-    return found
+    """The project of the current folder, without machines whose owner has died. Keeps stdout for data from now on."""
+    talk_on_stderr()
+    here = vmtasks.Project.find(Path.cwd(), os.environ)
+    here.reap()
+    return here
 
 
-def machine(name: str) -> "Machine":
-    """The machine of this name; with none, the project's."""
+def find_machine(name: str) -> "Machine":
+    """The machine of this name; for '' the project's."""
     return project().machine(name)
 
 
@@ -177,15 +175,15 @@ def show(data: object) -> None:
 
 
 def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print columns, as wide as they must be. What a guest has named stays on its line, and no terminal obeys it."""
+    """Print a table. Control sequences and line ends in cells, which may come from a guest, are removed."""
     lines = [tuple(map(printable.line, row)) for row in (head, *rows)]
     widths = [max(len(row[n]) for row in lines) for n in range(len(head))]
     for row in lines:
         sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
 
 
-def chosen(here: "Project", names: Sequence[str], *, every: bool) -> list[str]:
-    """The machines that were named, each once, or all there are. ConfigError for both; neither is the project's."""
+def selected(here: "Project", names: Sequence[str], *, every: bool) -> list[str]:
+    """The machines named, without duplicates; with `every` all; else the project's. ConfigError for both."""
     if every and names:
         raise ConfigError("name machines, or give --all; not both")
     if every:
@@ -194,16 +192,16 @@ def chosen(here: "Project", names: Sequence[str], *, every: bool) -> list[str]:
 
 
 class Attempts:
-    """Work on several machines: all are tried, each failure is told, and the exit status is 1. One fails as ever."""
+    """Work on several machines: failures are printed, the rest is still tried, and the exit status is 1."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """`names` are all that will be tried."""
+        """`names`: all that will be tried. With only one, its failure is raised."""
         self._several = len(names) > 1
         self.failed = False
 
     @contextmanager
     def of(self, name: str) -> Iterator[None]:
-        """One of them."""
+        """The attempt with one of them."""
         try:
             yield
         except VmTasksError as error:
@@ -213,13 +211,13 @@ class Attempts:
             self.failed = True
 
     def end(self) -> None:
-        """End with the status of all."""
+        """Exit with 1 if any attempt has failed."""
         if self.failed:
             raise typer.Exit(1)
 
 
 def each(names: Sequence[str], work: Callable[[str], None]) -> None:
-    """Do something with each of these machines."""
+    """Call `work` for each of these machines; see Attempts."""
     attempts = Attempts(names)
     for name in names:
         with attempts.of(name):

@@ -9,19 +9,19 @@ from typing import Annotated
 import typer
 
 from vmtasks.cli import complete
-from vmtasks.cli.common import AsJson, Name, Through, app, machine, show, table
+from vmtasks.cli.common import AsJson, Name, PassThrough, app, find_machine, show, table
 from vmtasks.guest.jobview import JobView
 from vmtasks.host import progress
 from vmtasks.machines import health, life
 from vmtasks.machines.sessions import using
 
 FOREVER_S = 14 * 86400.0
-"""poll(2) takes no longer waits than 24 days."""
+"""Below 24 days, the longest timeout of poll(2)."""
 
 Job = Annotated[
     str,
     typer.Argument(
-        metavar="JOB", help="Its id; the first characters are enough.", autocompletion=complete.jobs, show_default=False
+        metavar="JOB", help="The job's id, or its first characters.", autocompletion=complete.jobs, show_default=False
     ),
 ]
 
@@ -29,16 +29,16 @@ Job = Annotated[
 @app.command(rich_help_panel="Jobs")
 def jobs(
     name: Name,
-    clear: Annotated[bool, typer.Option("--clear", help="Remove those that are over, with their output.")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Remove finished jobs with their output.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """List the jobs of a machine; `vmtasks exec --detach` starts one."""
-    with machine(name) as of:
-        found = of.jobs.list()
+    with find_machine(name) as machine:
+        found = machine.jobs.list()
         if clear:
             for view in found:
                 if view.state not in ("starting", "running"):
-                    of.jobs.remove(view.job)
+                    machine.jobs.remove(view.job)
                     progress.say(f"job {view.job}: removed")
             return
     if as_json:
@@ -52,48 +52,52 @@ def jobs(
     table(("JOB", "STATE", "STATUS", "STARTED", "BYTES", "COMMAND"), rows)
 
 
-@app.command(cls=Through, rich_help_panel="Jobs")
+@app.command(cls=PassThrough, rich_help_panel="Jobs")
 def attach(name: Name, which: Job) -> None:
-    """Show all that a job has written, and go on until it is over; the exit status is the job's. Ctrl-C lets it run."""
-    with machine(name) as found, health.warn_when_stuck(found.place), using(found.place, "attach", which) as outcome:
-        end = found.jobs.follow(which, timeout_s=FOREVER_S, on_data=_pass_on, keep=False)
+    """Print a job's output from the beginning until it ends; exits with its status. Ctrl-C leaves it running."""
+    with (
+        find_machine(name) as machine,
+        health.warn_when_stuck(machine.place),
+        using(machine.place, "attach", which) as outcome,
+    ):
+        end = machine.jobs.follow(which, timeout_s=FOREVER_S, on_data=_print_data, keep=False)
         outcome.status = end.status
     raise typer.Exit(end.status)
 
 
 @app.command(rich_help_panel="Jobs")
 def cancel(name: Name, which: Job) -> None:
-    """End a job with all that it has started: SIGTERM, then SIGKILL."""
-    with machine(name) as found:
-        view = found.jobs.cancel(which)
-    progress.say(f"job {view.job}: {_how(view)}")
+    """End a job and all its processes: SIGTERM, then SIGKILL."""
+    with find_machine(name) as machine:
+        view = machine.jobs.cancel(which)
+    progress.say(f"job {view.job}: {describe_end(view)}")
 
 
 def start_job(name: str, words: list[str], *, cwd: str, env: dict[str, str], user: str) -> str:
-    """Start a program as a job; returns its id."""
-    with machine(name) as found:
-        life.wait_ready(found.place)
-        with using(found.place, "exec", shlex.join(words), user, goes_on=True) as outcome:
-            started = found.jobs.start(words, cwd=cwd, env=env, user=user)
+    """Start a program as a job; returns the job's id."""
+    with find_machine(name) as machine:
+        life.wait_ready(machine.place)
+        with using(machine.place, "exec", shlex.join(words), user, goes_on=True) as outcome:
+            job = machine.jobs.start(words, cwd=cwd, env=env, user=user)
             outcome.status = 0
-    return started
+    return job
 
 
-def _how(view: "JobView") -> str:
-    """What is known of a job's end, if it has ended."""
+def describe_end(view: JobView) -> str:
+    """How a job has ended, or that it has not."""
     unknown = "its exit status is not known"
     if view.state == "rebooted":
         return f"ended by a reboot of the guest; {unknown}"
     if view.state == "lost":
-        return f"over, because what ran it in the guest was killed; {unknown}"
+        return f"ended, because its supervisor in the guest was killed; {unknown}"
     if view.state == "damaged":
-        return f"over, but its status in the guest cannot be read; {unknown}"
+        return f"ended, but its status in the guest cannot be read; {unknown}"
     if view.status is None:
         return f"still {view.state}"
     return f"ended by signal {view.signal}, status {view.status}" if view.signal else f"ended, status {view.status}"
 
 
-def _pass_on(data: bytes, stream: str) -> None:
+def _print_data(data: bytes, stream: str) -> None:
     sink = (sys.stderr if stream == "stderr" else sys.stdout).buffer
     sink.write(data)
     sink.flush()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from vmtasks.cli.common import App, AsJson, Name, app, machine, show, table
+from vmtasks.cli.common import App, AsJson, Name, app, find_machine, show, table
 from vmtasks.cli.run import read_keys
 from vmtasks.errors import StateError
 from vmtasks.host import progress
@@ -16,14 +16,14 @@ from vmtasks.machines import Machine, keys, life
 group = App(no_args_is_help=True, help="Who may log in to a machine: list, add, rm, rotate.")
 app.add_typer(group, name="keys", rich_help_panel="Use")
 
-User = Annotated[str, typer.Option(help="A user of the guest; by default the one we log in as.", show_default=False)]
+User = Annotated[str, typer.Option(help="A user of the guest; by default the login user.", show_default=False)]
 
 
 @group.command("list")
 def list_keys(name: Name, user: User = "", as_json: AsJson = False) -> None:
-    """Show the keys that let in, with their fingerprints; `machine` is the machine's own."""
-    found, record = _running(name)
-    there = keys.listed(found.place, record, user or record.ssh_user)
+    """List authorized keys with their fingerprints; `machine` marks the machine's own key."""
+    machine, record = _require_running(name)
+    listed = keys.listed(machine.place, record, user or record.ssh_user)
     if as_json:
         show(
             [
@@ -33,29 +33,29 @@ def list_keys(name: Name, user: User = "", as_json: AsJson = False) -> None:
                     "comment": item.key.comment,
                     "machine": item.ours,
                 }
-                for item in there
+                for item in listed
             ]
         )
         return
-    rows = [(item.key.kind, item.key.fingerprint, item.key.comment, "machine" if item.ours else "") for item in there]
+    rows = [(item.key.kind, item.key.fingerprint, item.key.comment, "machine" if item.ours else "") for item in listed]
     table(("TYPE", "FINGERPRINT", "COMMENT", ""), rows)
 
 
 @group.command()
 def add(
     name: Name,
-    file: Annotated[
-        Path, typer.Argument(metavar="FILE.pub", help="Public keys, one in each line.", show_default=False)
-    ],
+    file: Annotated[Path, typer.Argument(metavar="FILE.pub", help="Public keys, one per line.", show_default=False)],
     user: User = "",
 ) -> None:
-    """Let the holder of a key in."""
+    """Authorize public keys."""
     added = read_keys(file, "FILE.pub")
-    found, record = _running(name)
-    with found.place.lock():
-        keys.add(found.place, record, added, user or record.ssh_user)
+    machine, record = _require_running(name)
+    with machine.place.lock():
+        keys.add(machine.place, record, added, user or record.ssh_user)
     for key in added:
-        progress.say(f"machine {found.name}: {user or record.ssh_user} may log in with {key.fingerprint} {key.comment}")
+        progress.say(
+            f"machine {machine.name}: {user or record.ssh_user} may log in with {key.fingerprint} {key.comment}"
+        )
 
 
 @group.command("rm")
@@ -64,30 +64,30 @@ def remove(
     which: Annotated[str, typer.Argument(metavar="KEY", help="Fingerprint, comment, or FILE.pub.", show_default=False)],
     user: User = "",
 ) -> None:
-    """Refuse a key from now on; the machine's own can only be rotated."""
-    found, record = _running(name)
-    with found.place.lock():
-        gone = keys.remove(found.place, record, which, user or record.ssh_user)
-    for key in gone:
-        progress.say(f"machine {found.name}: removed {key.fingerprint} {key.comment}")
+    """Revoke a key; the machine's own key can only be rotated."""
+    machine, record = _require_running(name)
+    with machine.place.lock():
+        removed = keys.remove(machine.place, record, which, user or record.ssh_user)
+    for key in removed:
+        progress.say(f"machine {machine.name}: removed {key.fingerprint} {key.comment}")
 
 
 @group.command()
 def rotate(name: Name) -> None:
-    """Give a running machine a new key of its own; the old one is refused, sessions that are open stay open."""
-    found, record = _running(name)
+    """Replace a running machine's own key; open sessions stay open."""
+    machine, record = _require_running(name)
     if record.key != "own":
-        raise StateError(f"machine {found.name} has no key of its own: it is the project's, with the store's key")
-    with found.place.lock():
-        key = keys.rotate(found.place, record)
+        raise StateError(f"machine {machine.name} has no key of its own: it is the project's, with the store's key")
+    with machine.place.lock():
+        key = keys.rotate(machine.place, record)
     sys.stdout.write(f"{key.fingerprint}\n")
 
 
-def _running(name: str) -> "tuple[Machine, MachineRecord]":
-
-    found = machine(name)
-    life.wait_ready(found.place)
-    record = found.place.record()
+def _require_running(name: str) -> tuple[Machine, MachineRecord]:
+    """The machine and its record, when SSH answers. StateError when it was removed meanwhile."""
+    machine = find_machine(name)
+    life.wait_ready(machine.place)
+    record = machine.place.record()
     if record is None:
         raise StateError(f"machine {name} was removed")
-    return found, record
+    return machine, record

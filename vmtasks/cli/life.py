@@ -1,4 +1,4 @@
-"""`vmtasks ps | start | restart | stop | rm | wait | pause | resume`: a machine's life."""
+"""`vmtasks ps | start | restart | stop | rm | wait | pause | resume`: a machine's life cycle."""
 
 import shlex
 import sys
@@ -17,14 +17,14 @@ from vmtasks.cli.common import (
     Name,
     Names,
     app,
-    chosen,
     each,
-    machine,
+    find_machine,
     project,
+    selected,
     show,
     table,
 )
-from vmtasks.cli.look import described
+from vmtasks.cli.look import machine_json
 from vmtasks.errors import ConfigError, SshError, StateError
 from vmtasks.host import progress
 from vmtasks.machines import Machine, health
@@ -35,7 +35,7 @@ WAIT_S = 600
 
 
 Force = Annotated[
-    bool, typer.Option("--force", "-f", help="Do not ask the guest, nor wait for another command: cut its power.")
+    bool, typer.Option("--force", "-f", help="Cut the power: do not ask the guest, do not wait for another command.")
 ]
 Timeout = Annotated[
     float | None, typer.Option(help="Seconds for each of: power off in the guest, ACPI.", show_default=False)
@@ -45,9 +45,9 @@ Timeout = Annotated[
 @app.command(rich_help_panel="Machines")
 def ps(
     as_json: AsJson = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only their names.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only names.")] = False,
 ) -> None:
-    """List machines: what they are, what they do, and who uses them now."""
+    """List machines with image, status, uptime, ports and sessions."""
     if quiet and as_json:
         raise ConfigError("ps: --quiet and --json do not go together")
     here = project()
@@ -55,8 +55,8 @@ def ps(
         sys.stdout.write("".join(f"{name}\n" for name in here.names()))
         return
     machines = list(here.machines())
-    with ThreadPoolExecutor(8) as threads:  # one that does not answer must not hold up the others
-        found = list(threads.map(described, machines))
+    with ThreadPoolExecutor(8) as threads:  # a machine that does not answer must not delay the others
+        found = list(threads.map(machine_json, machines))
     if as_json:
         show(found)
         return
@@ -75,7 +75,7 @@ def ps(
 
 @app.command(rich_help_panel="Machines")
 def start(names: Names = None, every: Every = False, as_json: AsJson = False) -> None:
-    """Start machines, and wait until they let us in; one that runs already is left as it is."""
+    """Start machines and wait until SSH answers; running ones are left alone."""
     _start(names or [], every=every, as_json=as_json, before=lambda _: None)
 
 
@@ -83,28 +83,28 @@ def start(names: Names = None, every: Every = False, as_json: AsJson = False) ->
 def restart(
     names: Names = None, every: Every = False, force: Force = False, timeout: Timeout = None, as_json: AsJson = False
 ) -> None:
-    """Stop machines as `stop` does, and start them; one that does not run is started."""
+    """Stop machines as `stop` does, then start them; stopped ones are only started."""
 
-    def stop_first(found: "Machine") -> None:
-        if found.folder.exists():
-            found.stop(gentle=not force, timeout_s=timeout)
+    def stop_first(machine: Machine) -> None:
+        if machine.folder.exists():
+            machine.stop(gentle=not force, timeout_s=timeout)
 
     _start(names or [], every=every, as_json=as_json, before=stop_first)
 
 
-def _start(names: list[str], *, every: bool, as_json: bool, before: "Callable[[Machine], object]") -> None:
-    """Start machines, and show how to log in to each."""
+def _start(names: list[str], *, every: bool, as_json: bool, before: Callable[[Machine], object]) -> None:
+    """Start machines and print how to log in to each."""
     here, shown = project(), []
-    wanted = chosen(here, names, every=every)
+    wanted = selected(here, names, every=every)
 
     def work(name: str) -> None:
-        found = here.machine(name) if names or every else here.default()
-        before(found)
-        found.start()
+        machine = here.machine(name) if names or every else here.default()
+        before(machine)
+        machine.start()
         if as_json:
-            shown.append(described(found))
+            shown.append(machine_json(machine))
         else:
-            sys.stdout.write(f"{found.ssh_line()}\n")
+            sys.stdout.write(f"{machine.ssh_line()}\n")
             sys.stdout.flush()
 
     try:
@@ -116,20 +116,20 @@ def _start(names: list[str], *, every: bool, as_json: bool, before: "Callable[[M
 
 @app.command(rich_help_panel="Machines")
 def stop(names: Names = None, every: Every = False, force: Force = False, timeout: Timeout = None) -> None:
-    """Stop machines: power off in the guest, then ACPI, QMP quit, SIGTERM, SIGKILL; says which was needed."""
+    """Stop machines: power off in the guest, then ACPI, QMP quit, SIGTERM, SIGKILL; prints which was needed."""
     here = project()
 
     def work(name: str) -> None:
-        found = here.machine(name)
-        record = found.place.state.machine(found.name)
-        rung = found.stop(gentle=not force, timeout_s=timeout)
+        machine = here.machine(name)
+        record = machine.place.state.machine(machine.name)
+        rung = machine.stop(gentle=not force, timeout_s=timeout)
         if rung == "already stopped":
-            progress.say(f"machine {found.name} is not running")
+            progress.say(f"machine {machine.name} is not running")
         if record is not None and record.throwaway:
-            found.remove()
-            progress.say(f"machine {found.name}: removed")
+            machine.remove()
+            progress.say(f"machine {machine.name}: removed")
 
-    each(chosen(here, names or [], every=every), work)
+    each(selected(here, names or [], every=every), work)
 
 
 @app.command(rich_help_panel="Machines")
@@ -140,37 +140,37 @@ def rm(
     ] = None,
     every: Annotated[bool, typer.Option("--all", "-a", help="All of `vmtasks run`; not the project's own.")] = False,
     force: Annotated[
-        bool, typer.Option("--force", "-f", help="Running ones too, ask nobody, wait for no other command.")
+        bool, typer.Option("--force", "-f", help="Also running ones; do not ask, do not wait for another command.")
     ] = False,
 ) -> None:
     """Remove machines with their disks and keys; images and snapshots stay.
 
-    --all leaves alone what `doit start` has made: only its name, given here, or `doit destroy` removes that.
+    --all leaves alone the machine that `doit start` makes: name it here, or use `doit destroy`.
     """
     if every == bool(names):
         raise ConfigError("rm: name machines, or give --all")
     here = project()
-    found: list[Machine] = []
+    machines: list[Machine] = []
 
-    def look(name: str) -> None:
-        one = here.machine(name)
-        if not force and one.place.runs():
+    def add(name: str) -> None:
+        machine = here.machine(name)
+        if not force and machine.place.runs():
             raise StateError(f"running: {name}; nothing was removed", hint=f"vmtasks stop {name}, or rm --force")
-        found.append(one)
+        machines.append(machine)
 
-    wanted = [one.name for one in here.own_machines()] if every else chosen(here, names or [], every=False)
+    wanted = [machine.name for machine in here.own_machines()] if every else selected(here, names or [], every=False)
     attempts = Attempts(wanted)
     for name in wanted:
         with attempts.of(name):
-            look(name)
-    if found and not force:
+            add(name)
+    if machines and not force:
         named = "--all" if every else shlex.join(names or [])
-        question = f"Remove {', '.join(one.name for one in found)} with all that is on their disks?"
+        question = f"Remove {', '.join(machine.name for machine in machines)} with all that is on their disks?"
         progress.confirm(question, f"vmtasks rm --force {named}")
-    for one in found:
-        with attempts.of(one.name):
-            one.remove(force=force)
-            progress.say(f"machine {one.name}: removed")
+    for machine in machines:
+        with attempts.of(machine.name):
+            machine.remove(force=force)
+            progress.say(f"machine {machine.name}: removed")
     if every and not wanted:
         progress.say("there are no machines of `vmtasks run`; nothing was removed")
     attempts.end()
@@ -179,37 +179,39 @@ def rm(
 @app.command(rich_help_panel="Machines")
 def wait(
     name: Name,
-    stopped: Annotated[bool, typer.Option("--stopped", help="Wait for its end, not for its SSH.")] = False,
+    stopped: Annotated[bool, typer.Option("--stopped", help="Wait until it has stopped, not for SSH.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds.")] = WAIT_S,
 ) -> None:
-    """Wait until a machine lets us in, or until it has ended; exit status 1 when that takes too long."""
-    found = machine(name)
+    """Wait until SSH answers, or until the machine has stopped; exits with 1 after the timeout."""
+    machine = find_machine(name)
 
-    def settled() -> bool:
-        return not found.place.runs() or found.status().status == "running"
+    def has_stopped() -> bool:
+        return not machine.place.runs()
 
-    if not wait_until((lambda: not found.place.runs()) if stopped else settled, timeout, every_s=0.5):
+    def is_ready() -> bool:
+        return has_stopped() or machine.status().status == "running"
+
+    if not wait_until(has_stopped if stopped else is_ready, timeout, every_s=0.5):
         if stopped:
-            raise StateError(f"machine {name} has not ended within {timeout:g} s")
-        raise SshError(f"machine {name} does not let us in within {timeout:g} s: {health.is_alive(found.place).reason}")
+            raise StateError(f"machine {name} has not stopped within {timeout:g} s")
+        raise SshError(f"machine {name} refuses logins after {timeout:g} s: {health.is_alive(machine.place).reason}")
     if not stopped:
-        found.require_running()
+        machine.require_running()
 
 
 @app.command(rich_help_panel="Machines")
 def pause(name: Name) -> None:
-    """Stop a machine's CPU, and keep it as it is."""
-    _tell(name, "stop")
+    """Pause a machine's CPU."""
+    _run_qmp(name, "stop")
 
 
 @app.command(rich_help_panel="Machines")
 def resume(name: Name) -> None:
-    """Let a machine's CPU run on."""
-    _tell(name, "cont")
+    """Resume a paused machine."""
+    _run_qmp(name, "cont")
 
 
-def _tell(name: str, command: str) -> None:
-
-    found = machine(name)
-    found.require_running()
-    vm.control(found.place.qmp, command)()
+def _run_qmp(name: str, command: str) -> None:
+    machine = find_machine(name)
+    machine.require_running()
+    vm.control(machine.place.qmp, command)()

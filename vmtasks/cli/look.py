@@ -1,4 +1,4 @@
-"""`vmtasks inspect | logs | port | doctor`: look at a machine, or at this host."""
+"""`vmtasks inspect | logs | port | doctor`: inspect a machine or this host."""
 
 import os
 import sys
@@ -12,28 +12,41 @@ import typer
 
 from vmtasks import printable
 from vmtasks.cli import complete
-from vmtasks.cli.common import AnyName, AsJson, Every, Name, Names, app, chosen, each, machine, project, show, table
+from vmtasks.cli.common import (
+    AnyName,
+    AsJson,
+    Every,
+    Name,
+    Names,
+    app,
+    each,
+    find_machine,
+    project,
+    selected,
+    show,
+    table,
+)
 from vmtasks.config.arguments import Forward
 from vmtasks.errors import ConfigError, MachineError
-from vmtasks.machines import Machine, Project, health
+from vmtasks.machines import Machine, health
 from vmtasks.machines.sessions import uses
 from vmtasks.store.store import Store
 
 POLL_S = 0.2
 
 
-def described(found: "Machine") -> dict[str, Any]:
-    """A machine as every `--json` shows it; docs/machines.md has the keys."""
-    view = found.status()
-    if view.record is None:
-        return {**unknown(found), "status": view.status, "fault": view.fault}
-    record = view.record
-    alive = view.status not in ("stale", "stopped")
-    target = found.place.target(record)
+def machine_json(machine: Machine) -> dict[str, Any]:
+    """A machine as `--json` shows it; docs/machines.md has the keys."""
+    state = machine.status()
+    if state.record is None:
+        return {**_without_record(machine), "status": state.status, "fault": state.fault}
+    record = state.record
+    alive = state.status not in ("stale", "stopped")
+    target = machine.place.target(record)
     forwards = [Forward(record.ssh_port, 22), *map(Forward.parse, record.forwards)] if alive else []
     return {
-        "name": found.name,
-        "status": view.status,
+        "name": machine.name,
+        "status": state.status,
         "image": f"{record.family or record.guest}:{record.snapshot}",
         "digest": record.image,
         "created": record.created,
@@ -48,25 +61,25 @@ def described(found: "Machine") -> dict[str, Any]:
         "network": record.network,
         "user": record.ssh_user,
         "key": str(target.key),
-        "ssh_config": str(found.folder / "ssh_config"),
-        "ssh": view.ssh,
+        "ssh_config": str(machine.folder / "ssh_config"),
+        "ssh": state.ssh,
         "ports": [msgspec.to_builtins(forward) for forward in forwards],
         "binds": [msgspec.to_builtins(bind) for bind in record.binds],
-        "sessions": [asdict(use) for use in uses(found.place)],
+        "sessions": [asdict(use) for use in uses(machine.place)],
         "fault": "",
     }
 
 
-def unknown(found: "Machine") -> dict[str, Any]:
-    """The same keys for a machine of which nothing is recorded: the process that was found for it, and where it is."""
+def _without_record(machine: Machine) -> dict[str, Any]:
+    """The same keys for a machine without a readable record; `pid` is of the QEMU that was found for it."""
     try:
-        process = found.place.process()
-    except MachineError:  # it is somebody else's
+        process = machine.place.process()
+    except MachineError:  # another user's
         process = None
     pid = process.number if process is not None else 0
     texts = ("image", "digest", "accel", "network", "user", "key", "ssh_config", "ssh")
     return {
-        "name": found.name,
+        "name": machine.name,
         **dict.fromkeys(texts, ""),
         "created": 0.0,
         "started": 0.0,
@@ -83,7 +96,7 @@ def unknown(found: "Machine") -> dict[str, Any]:
 
 
 def _cpu_s(pid: int) -> float:
-    """Seconds of CPU that a process has used; see proc(5)."""
+    """CPU time of a process in seconds; see proc(5)."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -92,7 +105,7 @@ def _cpu_s(pid: int) -> float:
 
 
 def _rss(pid: int) -> int:
-    """Bytes of memory that a process holds."""
+    """Resident memory of a process in bytes."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
@@ -101,26 +114,26 @@ def _rss(pid: int) -> int:
 
 @app.command(rich_help_panel="Look")
 def inspect(names: Names = None, every: Every = False) -> None:
-    """Show all that is known of machines, as a list in JSON."""
-    here: Project = project()
+    """Print all details of machines as a JSON list."""
+    here = project()
     shown: list[dict[str, Any]] = []
 
     def look(name: str) -> None:
-        found = here.machine(name)
-        record = found.place.state.machine(name)
+        machine = here.machine(name)
+        record = machine.place.state.machine(name)
         shown.append(
             {
-                **described(found),
+                **machine_json(machine),
                 "disk_size": record.disk_size if record is not None else 0,
-                "folder": str(found.folder),
-                "disk": str(found.place.disk),
-                "console_log": str(found.place.console_log),
-                "qemu_log": str(found.place.qemu_log),
+                "folder": str(machine.folder),
+                "disk": str(machine.place.disk),
+                "console_log": str(machine.place.console_log),
+                "qemu_log": str(machine.place.qemu_log),
             }
         )
 
     try:
-        each(chosen(here, names or [], every=every), look)
+        each(selected(here, names or [], every=every), look)
     finally:
         show(shown)
 
@@ -128,23 +141,23 @@ def inspect(names: Names = None, every: Every = False) -> None:
 @app.command(rich_help_panel="Look")
 def logs(
     name: AnyName = "",
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the machine ends.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="As it came, with control sequences.")] = False,
-    qemu: Annotated[bool, typer.Option("--qemu", help="What QEMU said, not the guest.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the machine stops.")] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Keep control sequences.")] = False,
+    qemu: Annotated[bool, typer.Option("--qemu", help="QEMU's log instead of the console's.")] = False,
 ) -> None:
-    """Print what the serial console has said."""
-    found = machine(name)
-    path = found.place.qemu_log if qemu else found.place.console_log
+    """Print the log of the serial console."""
+    machine = find_machine(name)
+    path = machine.place.qemu_log if qemu else machine.place.console_log
     cleaner = printable.Cleaner()
     out = sys.stdout.buffer
 
-    while not path.exists() and follow and found.place.runs():
+    while not path.exists() and follow and machine.place.runs():
         time.sleep(POLL_S)
     if not path.exists():
         return
     with path.open("rb") as log:
         while True:
-            last = not found.place.runs()  # asked first: what is said before the end is then still read
+            last = not machine.place.runs()  # first, so that output from just before the end is still read
             data = log.read(65536)
             out.write(data if raw else cleaner.feed(data).encode())
             out.flush()
@@ -156,10 +169,10 @@ def logs(
 
 @app.command(rich_help_panel="Look")
 def port(name: Name, as_json: AsJson = False) -> None:
-    """Show which loopback ports lead to which ports of a machine."""
-    found = machine(name)
-    found.require_running()
-    ports = described(found)["ports"]
+    """List the loopback ports that are forwarded to a machine."""
+    machine = find_machine(name)
+    machine.require_running()
+    ports = machine_json(machine)["ports"]
     if as_json:
         show(ports)
     else:
@@ -176,16 +189,16 @@ def doctor(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Look at this host, or at a machine layer by layer; exit status 1 when something is wrong, and says what."""
+    """Diagnose this host, or a machine layer by layer; exits with 1 when a check fails."""
     if name and store:
-        raise ConfigError("--store looks at all images of this host's store: leave the machine out")
+        raise ConfigError("--store checks the whole store of this host: leave the machine out")
     here = project()
     if store:
-        looks = health.store_layers(Store(here.config().store_dir))
+        checks = health.store_layers(Store(here.config().store_dir))
     else:
-        looks = health.machine_layers(here.machine(name).place) if name else health.host_layers(here.config())
+        checks = health.machine_layers(here.machine(name).place) if name else health.host_layers(here.config())
     layers = []
-    for layer in looks:
+    for layer in checks:
         layers.append(layer)
         if not as_json:
             mark = {True: "✓", False: "✗", None: "-"}[layer.passed]

@@ -1,4 +1,4 @@
-"""`vmtasks snapshot | snapshot rm | restore | snapshots`: keep what is on a machine's disk, go back, forget it."""
+"""`vmtasks snapshot | snapshot rm | restore | snapshots`: snapshots of a machine's disk."""
 
 import sys
 import time
@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from vmtasks.cli import complete
-from vmtasks.cli.common import App, AsJson, Name, app, each, machine, project, show, table
+from vmtasks.cli.common import App, AsJson, Name, app, each, find_machine, project, show, table
 from vmtasks.errors import StateError
 from vmtasks.host import progress
 from vmtasks.machines import overlay
@@ -21,7 +21,7 @@ class SaveByDefault(TyperGroup):
     default = "save"
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As ever, with the verb that was left out."""
+        """Insert the default verb if there is none."""
         if args and not args[0].startswith("-") and args[0] not in self.commands:
             args = [self.default, *args]
         return super().parse_args(ctx, args)
@@ -30,7 +30,7 @@ class SaveByDefault(TyperGroup):
 group = App(
     cls=SaveByDefault,
     no_args_is_help=True,
-    help="Save a stopped machine's disk: `vmtasks snapshot NAME SNAPSHOT`; or remove what was saved.",
+    help="Save a stopped machine's disk: `vmtasks snapshot NAME SNAPSHOT`; or remove a snapshot.",
 )
 app.add_typer(group, name="snapshot", rich_help_panel="Snapshots")
 
@@ -38,12 +38,12 @@ app.add_typer(group, name="snapshot", rich_help_panel="Snapshots")
 @group.command()
 def save(
     name: Name,
-    tag: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Its name; one of that name is replaced.")],
+    tag: Annotated[str, typer.Argument(metavar="SNAPSHOT", help="Its name; replaces a snapshot of that name.")],
 ) -> None:
     """Save a stopped machine's disk; `vmtasks run GUEST:SNAPSHOT` makes machines from it."""
-    found = machine(name)
-    found.snapshot(tag)
-    sys.stdout.write(f"{found.config.guest.name}:{tag}\n")
+    machine = find_machine(name)
+    machine.snapshot(tag)
+    sys.stdout.write(f"{machine.config.guest.name}:{tag}\n")
 
 
 @group.command("rm")
@@ -53,14 +53,14 @@ def remove(
     ],
     force: Annotated[bool, typer.Option("--force", "-f", help="Do not ask.")] = False,
 ) -> None:
-    """Remove snapshots with their images; one that a machine stands on stays."""
+    """Remove snapshots with their images, unless a machine uses them."""
     here = project()
     if not force:
         progress.confirm(f"Remove {', '.join(images)}?", "vmtasks snapshot rm --force")
 
     def work(image: str) -> None:
-        whole = here.remove_snapshot(image)
-        progress.say(f"snapshot {image}: removed{'' if whole else '; its image stays until vmtasks prune'}")
+        image_removed = here.remove_snapshot(image)
+        progress.say(f"snapshot {image}: removed{'' if image_removed else '; its image stays until vmtasks prune'}")
 
     each(list(dict.fromkeys(images)), work)
 
@@ -70,16 +70,20 @@ def restore(
     name: Name,
     tag: Annotated[
         str,
-        typer.Argument(metavar="SNAPSHOT", help="By default the one it came from.", autocompletion=complete.snapshots),
+        typer.Argument(
+            metavar="SNAPSHOT",
+            help="By default the one that the machine was made from.",
+            autocompletion=complete.snapshots,
+        ),
     ] = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Throw away what a machine has written, and go back to a snapshot; it is stopped then."""
-    found = machine(name)
+    """Stop a machine, discard what it has written, and restore a snapshot."""
+    machine = find_machine(name)
     if not yes:
-        progress.confirm(f"Throw away all that machine {name} has written?", "vmtasks restore --yes", "changed")
-    image = found.restore(tag)
-    progress.say(f"machine {name}: restored to {tag or 'where it came from'} ({image.digest[:12]})")
+        progress.confirm(f"Discard all that machine {name} has written?", "vmtasks restore --yes", "changed")
+    image = machine.restore(tag)
+    progress.say(f"machine {name}: restored to {tag or 'its own snapshot'} ({image.digest[:12]})")
 
 
 @app.command(rich_help_panel="Snapshots")
