@@ -59,7 +59,7 @@ class VmTasksError(Exception):
             lines.append(f"hint: {self.hint}")
         return printable.text("\n".join(lines))
 
-    def but(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> Self:
         """A copy with other values, `hint` or `log` say, to raise `from` this one: an error that was raised stays.
 
         AttributeError for a value that this kind of error does not have.

@@ -18,7 +18,7 @@ from vmtasks.errors import PhaseError
 from vmtasks.images.judge import CAUSES, Limits, Phase
 from vmtasks.qemu import argv, vm
 from vmtasks.qemu.argv import Spec
-from vmtasks.qemu.console import Account
+from vmtasks.qemu.console import ScriptReport
 
 needs_qemu = pytest.mark.skipif(not shutil.which(argv.PROGRAM), reason="QEMU is not installed")
 
@@ -109,7 +109,7 @@ def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable
                     dialogue=talk or [],
                     failures=failures,
                     firmware_log=spec.firmware_log,
-                    said=Account(TOKEN, on_step),
+                    said=ScriptReport(TOKEN, on_step),
                 )
                 went.host_keys = run.run()
         except PhaseError as error:

@@ -24,7 +24,7 @@ from rehearsal.loader_peer import Vices
 from vmtasks.config.tables import Exchange, GuestFile
 from vmtasks.errors import PhaseError
 from vmtasks.images.judge import Limits, Phase
-from vmtasks.qemu.console import Account, Serial
+from vmtasks.qemu.console import ScriptReport, Serial
 from vmtasks.qemu.vm import Booted
 
 TOP = Path(__file__).resolve().parents[2]
@@ -76,7 +76,7 @@ def talk(vices: Vices, dialogue: list[Exchange]) -> Went:
         dialogue=dialogue,
         failures=GUEST.failures,
         firmware_log=Path(os.devnull),
-        said=Account(TOKEN, lambda _: None),
+        said=ScriptReport(TOKEN, lambda _: None),
     )
     error = None
     try:
@@ -155,7 +155,7 @@ def went() -> Iterator[dict[str, Went]]:
     cases["checked"] = (Vices(lose_key=16), exchanges())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("vmtasks.images.judge.ECHO_S", 0.3)
-        patch.setattr("vmtasks.qemu.console.SETTLE_S", 0.1)
+        patch.setattr("vmtasks.qemu.console.QUIET_S", 0.1)
         with ThreadPoolExecutor(8) as pool:
             yield dict(zip(cases, pool.map(talk, *zip(*cases.values(), strict=True)), strict=True))
 

@@ -30,7 +30,7 @@ def fail() -> None:
 def test_an_error_that_was_raised_stays_as_it_was():
     first = CommandError("it failed", status=3, stderr="why", hint="mend it")
     first.add_note("and the clean-up too")
-    copy = first.but(log=Path("/log"), message="make failed")
+    copy = first.replace(log=Path("/log"), message="make failed")
     assert (first.message, first.log, first.args) == ("it failed", None, ("it failed",))
     assert type(copy) is CommandError
     assert (copy.status, copy.stderr, copy.hint, copy.log) == (3, "why", "mend it", Path("/log"))
@@ -38,11 +38,11 @@ def test_an_error_that_was_raised_stays_as_it_was():
     copy.add_note("another")
     assert first.__notes__ == ["and the clean-up too"]
     with pytest.raises(AttributeError, match="CommandError has no cause"):
-        first.but(cause="panic")
+        first.replace(cause="panic")
 
 
 def test_what_a_lost_connection_left_goes_with_the_copy():
-    lost = ConnectionLostError("lost", started=False, stdout=b"some").but(message="lost; rebooted", explained=True)
+    lost = ConnectionLostError("lost", started=False, stdout=b"some").replace(message="lost; rebooted", explained=True)
     assert (lost.started, lost.stdout, lost.explained, str(lost)) == (False, b"some", True, "lost; rebooted")
 
 

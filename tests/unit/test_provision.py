@@ -17,7 +17,7 @@ from unit.shellserver import serving
 from vmtasks.byhand.provision import _judge, _remove, _run, _send
 from vmtasks.errors import PhaseError, SshError, VmTasksError
 from vmtasks.guest.link import Link
-from vmtasks.qemu.console import Account
+from vmtasks.qemu.console import ScriptReport
 
 SHIPPED = Path(__file__).parents[2] / "vmtasks/media/phase"
 TOKEN = "0123456789abcdef"  # noqa: S105 - of a line, not of a person
@@ -40,8 +40,8 @@ def start(media: Path, script: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(words, env=env, stdout=pipe, stderr=subprocess.STDOUT, start_new_session=True)
 
 
-def hear(output: bytes) -> Account:
-    heard = Account(TOKEN, lambda _: None)
+def hear(output: bytes) -> ScriptReport:
+    heard = ScriptReport(TOKEN, lambda _: None)
     for n in range(0, len(output), 7):
         heard.feed(output[n : n + 7])
     return heard
@@ -97,7 +97,7 @@ def test_the_cause_of_each_failure(
     media: Path, script: str, kind: type[VmTasksError], says: str, tmp_path: Path
 ) -> None:
     (media / "phase.sh").write_text(script)
-    home, log, heard = tmp_path / "home", tmp_path / "log", Account(TOKEN, lambda _: None)
+    home, log, heard = tmp_path / "home", tmp_path / "log", ScriptReport(TOKEN, lambda _: None)
     over = threading.Event()
     with serving(home) as target, Link(target, window_s=5) as link:
 
@@ -123,7 +123,7 @@ def test_the_cause_of_each_failure(
 @pytest.mark.skipif(os.geteuid() != 0, reason="the script is run as root")
 def test_what_is_sent_is_run_and_removed(media: Path, tmp_path: Path) -> None:
     (media / "phase.sh").write_text("step a\necho hello\n")
-    archive, heard = io.BytesIO(), Account(TOKEN, lambda _: None)
+    archive, heard = io.BytesIO(), ScriptReport(TOKEN, lambda _: None)
     with tarfile.open(fileobj=archive, mode="w") as tar:
         for path in media.iterdir():
             tar.add(path, path.name)

@@ -161,7 +161,7 @@ def test_b11_sessions_that_begin_while_others_end(cli: Cli) -> None:
 
 
 def test_b11_the_first_sessions_of_a_machine_log_in_once(cli: Cli) -> None:
-    """None says that another has made the connection; see attach() in guest/ssh.py."""
+    """None says that another has made the connection; see run_attached() in guest/ssh.py."""
     subprocess.run(["ssh", "-F", str(cli.machine("box")["ssh_config"]), "-O", "exit", "box"], check=True, timeout=30)
     many = [cli.start("exec", "box", "sh", "-c", "echo $PPID") for _ in range(8)]
     said = [(*one.communicate(timeout=120), one.returncode) for one in many]

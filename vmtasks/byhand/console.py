@@ -140,7 +140,7 @@ def look(builder: Builder, number: int, *, cd: bool, live: bool, display: str, s
         if cd:
             say("The phase's CD is in its drive: the phase will run, and power off. Nothing of it is kept.")
         try:
-            status = process.attach(argv.on_terminal(machine, display))
+            status = process.run_attached(argv.on_terminal(machine, display))
         finally:
             copy.unlink(missing_ok=True)
     if status != 0:

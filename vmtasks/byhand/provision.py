@@ -18,7 +18,7 @@ from vmtasks.machines import Machine, life
 from vmtasks.machines.folder import Place
 from vmtasks.media import template
 from vmtasks.media.tree import Entry
-from vmtasks.qemu.console import Account
+from vmtasks.qemu.console import ScriptReport
 
 SEND_S = 600.0
 LEFT_OUT = {"pfi.conf", "poweroff", "run.sh"}
@@ -53,7 +53,7 @@ def provision(config: Config, number: int = 0) -> Path:
         private = place.target(record).key if record else builder.key
         made = builder.render_files(number, builder.read(number), builder.public_line(private))
         step.now("send the script")
-        said = Account(secrets.token_hex(8), step.now)
+        said = ScriptReport(secrets.token_hex(8), step.now)
         timeout_s = phases[number - 1].timeout_s * builder.accel.factor
         with Machine(config).link() as link:
             folder = _send(link, _archive(builder.iso_entries(number, made)))
@@ -92,7 +92,7 @@ def _send(link: Link, archive: bytes) -> str:
     return said[-1]
 
 
-def _run(link: Link, folder: str, said: Account, log: Path, timeout_s: float) -> tuple[str, str]:
+def _run(link: Link, folder: str, said: ScriptReport, log: Path, timeout_s: float) -> tuple[str, str]:
     """Run the wrapper as root; returns what ended it, should it have given no verdict: a cause and a few words."""
     env = {"VMTASKS_MEDIA": folder, "VMTASKS_TOKEN": said.token}
     text = f"exec /bin/sh {folder}/{WRAPPER} 2>&1"
@@ -113,14 +113,14 @@ def _run(link: Link, folder: str, said: Account, log: Path, timeout_s: float) ->
     return "no-verdict", f"the script ended with {done.status} and without a verdict"
 
 
-def _judge(what: str, said: Account, end: tuple[str, str], log: Path) -> None:
+def _judge(what: str, said: ScriptReport, end: tuple[str, str], log: Path) -> None:
     """Raise the failure, with its cause, unless the script ended with 0. `end` is what _run() returns."""
     if said.status == 0:
         return
     cause, told = end
-    where, tail = said.where, said.transcript.tail()
+    where, tail = said.at_step, said.transcript.tail()
     if said.status is not None and cause != "timeout":  # at the deadline the script is ended, and says so
-        cause, told = "verdict", said.verdict
+        cause, told = "verdict", said.exit_text
     if cause == "lost":
         told = f"{what}: {told}{where}; how the script ended is not known"
         raise SshError(told, log=log, console=tail, hint="doit status")

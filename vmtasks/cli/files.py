@@ -33,7 +33,7 @@ def cp(
     remote = f"{target.name}:{path or '.'}"
     words = target.scp(local, remote) if into else target.scp(remote, local)
     with health.warn_when_stuck(machine.place), using(machine.place, "cp", f"{source} {dest}") as outcome:
-        outcome.status = ssh.attach(target, words)
+        outcome.status = ssh.run_attached(target, words)
     raise typer.Exit(outcome.status)
 
 

@@ -159,7 +159,7 @@ def forward(
     target = life.wait_ready(machine.place)
     progress.say(f"forwarding {', '.join(f'{kind} {item}' for kind, item in wanted)}; Ctrl-C stops")
     with using(machine.place, "forward", shlex.join(options[5:])) as outcome:
-        outcome.status = process.attach(target.argv(options=options))
+        outcome.status = process.run_attached(target.argv(options=options))
     raise typer.Exit(outcome.status)
 
 

@@ -246,5 +246,5 @@ def connect(
     try:
         transport = login.open_transport(target, time.monotonic() + timeout_s)
     except SshError as error:
-        raise error.but(console=tuple(console()) if console else ()) from error
+        raise error.replace(console=tuple(console()) if console else ()) from error
     return Connection(target, transport, keepalive_s, gone)

@@ -136,7 +136,7 @@ def follow(
             view = _rest(link, tap)
         except CommandTimeoutError as late:
             how = "is not over in time" if late.which == "overall" else "has fallen silent"
-            raise late.but(message=f"job {job} {how}") from late
+            raise late.replace(message=f"job {job} {how}") from late
         except ConnectionLostError as lost:
             try:
                 link.recover(before, lost)

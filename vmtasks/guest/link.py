@@ -171,7 +171,7 @@ class Link:
             raise lost
         verdict = self.recover(before, lost)
         known = "; the guest has not rebooted" if verdict == "same" else ""
-        raise lost.but(message=lost.message + known, explained=True) from lost
+        raise lost.replace(message=lost.message + known, explained=True) from lost
 
     def recover(self, before: Boot, lost: ConnectionLostError) -> Verdict:
         """Connect again after a loss: "same" boot, or "unknown". RebootedError if the guest has booted since `before`.
@@ -187,7 +187,7 @@ class Link:
         except SshError as error:
             when = f" within {self.window_s:g} s" if isinstance(error, PASSING) else ""
             message = f"{lost.message}; the guest did not come back{when}: {error.message}"
-            raise lost.but(message=message, console=error.console, explained=True) from error
+            raise lost.replace(message=message, console=error.console, explained=True) from error
         if verdict == "rebooted":
             ssh.close(self.target)  # OpenSSH would not learn for a minute that its connections are dead
             raise RebootedError(

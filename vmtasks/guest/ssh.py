@@ -203,11 +203,11 @@ def explain(stderr: str) -> str:
     return stderr.strip().splitlines()[-1] if stderr.strip() else "ssh gave no reason"
 
 
-def attach(target: Target, argv: Sequence[str], *, stdin: bool = True, timeout_s: float | None = None) -> int:
-    """Run ssh or scp on our own streams over the shared connection; returns its status. See process.attach()."""
+def run_attached(target: Target, argv: Sequence[str], *, stdin: bool = True, timeout_s: float | None = None) -> int:
+    """Run ssh or scp on our own streams over the shared connection; returns its status. See process.run_attached()."""
     shared = _share(target)
     if shared.status == 0:
-        return process.attach(argv, stdin=stdin, timeout_s=timeout_s)
+        return process.run_attached(argv, stdin=stdin, timeout_s=timeout_s)
     late = f"ssh: {target.name} did not let us in within {SHARE_S} s\n" if shared.timed_out else ""
     progress.to_stderr(shared.stderr + late)
     return FAILED

@@ -155,7 +155,7 @@ def run(
     return result
 
 
-def attach(argv: Sequence[str | Path], *, stdin: bool = True, timeout_s: float | None = None) -> int:
+def run_attached(argv: Sequence[str | Path], *, stdin: bool = True, timeout_s: float | None = None) -> int:
     """Run a program on our own terminal and streams, to its end; returns its status.
 
     Without `stdin` it reads nothing of ours. CommandTimeoutError after `timeout_s`; without that there is no deadline:

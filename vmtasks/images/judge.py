@@ -15,7 +15,7 @@ from vmtasks.config.tables import Exchange, FailureText, PhaseTable
 from vmtasks.errors import MachineError, PhaseError
 from vmtasks.host import files
 from vmtasks.host.progress import seconds
-from vmtasks.qemu.console import Account
+from vmtasks.qemu.console import ScriptReport
 from vmtasks.qemu.vm import Booted
 
 CAUSES = (
@@ -87,7 +87,7 @@ class Phase:
     dialogue: Sequence[Exchange]
     failures: Sequence[FailureText]
     firmware_log: Path
-    said: Account
+    said: ScriptReport
     shutdown_reason: str = ""
     _done: int = 0
     _typed: bool = False
@@ -222,7 +222,7 @@ class Phase:
 
     def _judge_verdict(self) -> None:
         if self.said.status:
-            self._fail("verdict", self.said.verdict)
+            self._fail("verdict", self.said.exit_text)
 
     def _reason(self) -> str:
         """The kernel's own word for why it panicked, which the trace that follows may have scrolled away."""
@@ -238,7 +238,9 @@ class Phase:
             self._take(self.booted.serial.read(left))
         if cause == "panic":
             sentence += self._reason()
-        raise PhaseError(f"{self.title}: {sentence}{self.said.where}", cause=cause, console=self.said.transcript.tail())
+        raise PhaseError(
+            f"{self.title}: {sentence}{self.said.at_step}", cause=cause, console=self.said.transcript.tail()
+        )
 
 
 def _told(error: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ from vmtasks.media import disk
 from vmtasks.qemu import hardware, vm
 from vmtasks.qemu.accel import Accel
 from vmtasks.qemu.argv import Spec, command, on_terminal
-from vmtasks.qemu.console import Account
+from vmtasks.qemu.console import ScriptReport
 from vmtasks.store.records import ImageRecord
 from vmtasks.store.store import Store
 
@@ -120,7 +120,7 @@ def _boot(job: Job, partial: Path, lock: int, step: progress.Step) -> list[str]:
                 dialogue=job.config.guest.dialogue.get(job.phase.dialogue, []),
                 failures=job.config.guest.failures,
                 firmware_log=firmware,
-                said=Account(job.token, step.now),
+                said=ScriptReport(job.token, step.now),
             )
             try:
                 return run.run()
@@ -169,22 +169,22 @@ def _kept(job: Job, error: VmTasksError) -> VmTasksError:
     log = job.console_log if job.console_log.exists() else error.log
     partial = job.store.partial(job.digest)
     if not partial.exists():
-        return error.but(log=log)
+        return error.replace(log=log)
     if isinstance(error, PhaseError) and error.cause == "host-disk":
         # The disk tells nothing about the guest, and takes what space there is.
         note_failure(error, partial.unlink, f"{partial} could not be removed")
-        return error.but(
+        return error.replace(
             log=log, hint="free some space, or put the store elsewhere with VMTASKS_STORE=/path (or store=)"
         )
     try:
         look = _look(job)
     except (OSError, VmTasksError) as trouble:
         error.add_note(f"the disk could not be kept: {trouble}")
-        return error.but(log=log)
+        return error.replace(log=log)
     screen = job.console_log.with_suffix(".png")
     seen = f"; its screen: {screen}" if screen.exists() else ""
     inside = f"look inside with {look} (or {look} boot); the kept disk stays as it is{seen}"
-    return error.but(log=log, hint=error.hint or inside)
+    return error.replace(log=log, hint=error.hint or inside)
 
 
 def _look(job: Job) -> Path:

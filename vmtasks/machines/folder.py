@@ -151,7 +151,7 @@ class Place:
         QEMU is asked only where its events say so, or where the last one could not be written.
         """
         events = Events(self.events)
-        state = qmp.status(self.qmp) if events.cpu_stopped() or events.cut() else ""
+        state = qmp.status(self.qmp) if events.cpu_stopped() or events.truncated() else ""
         return state if state in qmp.STUCK else ""
 
     def remedy(self, state: str) -> str:

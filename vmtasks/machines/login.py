@@ -45,7 +45,7 @@ def log_in(
         if command:
             argv = ssh.session_argv(target, mark, command, cwd=cwd, env=env, user=user, options=options, tty=tty)
         # Options may ask for another user, or for a connection of its own.
-        run = partial(process.attach, argv) if options else partial(ssh.attach, target, argv)
+        run = partial(process.run_attached, argv) if options else partial(ssh.run_attached, target, argv)
         try:
             outcome.status = run(stdin=stdin, timeout_s=timeout_s)
         except CommandTimeoutError:

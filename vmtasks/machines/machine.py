@@ -369,7 +369,7 @@ class Machine:
             window_s=window_s,
             console=lambda: read_log(log).tail(),
             alive=start.Watch(self.place, record, now, patient=True) if record is not None else lambda: False,
-            events=Events(self.place.events).boot,
+            events=Events(self.place.events).boot_marker,
         )
 
     # -- parts

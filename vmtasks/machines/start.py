@@ -54,7 +54,7 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
             if stuck == qmp.FULL:
                 hint = f"its disk could not be written: free some space in {place.folder}"
             said = tuple(read_log(place.console_log, begins).tail())
-            raise error.but(console=said, log=place.console_log, hint=hint) from error
+            raise error.replace(console=said, log=place.console_log, hint=hint) from error
     history.record(key, step.elapsed_s)
     return target
 
@@ -194,7 +194,7 @@ def network(place: Place, record: MachineRecord) -> Callable[[], bool | None]:
     events, virtio = Events(place.events), place.config.guest.machine.nic.startswith("virtio")
 
     def up() -> bool | None:
-        if events.network():
+        if events.network_up():
             return True
         return False if virtio and time.time() - record.started < NETWORK_S else None
 
@@ -321,4 +321,4 @@ def on_terminal(place: Place, record: MachineRecord, display: str, **more: Any) 
     """Run the machine in the foreground with its console here; returns QEMU's status."""
     place.open_sockets()
     port = place.config.ssh_port or next(filter(port_free, (FIRST_PORT, *FALLBACK_PORTS)), ANY_PORT)
-    return process.attach(argv.on_terminal(spec(place, record, port, **more), display))
+    return process.run_attached(argv.on_terminal(spec(place, record, port, **more), display))

@@ -55,7 +55,7 @@ def _tidy(place: Place, record: MachineRecord | None) -> None:
     """Remove what only a machine that runs has, and write that it is at rest."""
     if record is not None:
         ssh.close(place.target(record))
-    elif place.qmp.exists() and vm.served(place.qmp):
+    elif place.qmp.exists() and vm.has_listener(place.qmp):
         raise MachineError(
             f"machine {place.name}: somebody serves {place.qmp} and does not end; nothing was removed",
             hint="see who has it open (fuser), and end that",

@@ -56,7 +56,7 @@ def first_start(machine: Machine, *, die_with_us: bool = False, keep: bool = Fal
         if not keep:
             note_failure(error, machine.remove, f"machine {machine.name} could not be removed")
         if isinstance(error, VmTasksError):
-            raise error.but(log=log) from error
+            raise error.replace(log=log) from error
         raise
 
 

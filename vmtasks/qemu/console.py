@@ -36,7 +36,7 @@ KILL_LINE = "\x15"
 LINE_TRIES, ENTER_TRIES = 8, 3
 """How often a line is typed that does not come back as it was, and Enter, when no new line comes."""
 
-SETTLE_S = 0.3
+QUIET_S = 0.3
 """Without a word for so long, no echo of what was typed before is under way any more."""
 
 _SENTINEL = re.compile(r"::vmtasks:([0-9a-f]{16}):(begin|step|hostkey|exit)(?: (.*))?")
@@ -118,7 +118,7 @@ class Transcript:
 
 
 @dataclass
-class Account:
+class ScriptReport:
     """What a phase's script has told the host: steps, host keys, exit status. Lines with another token do not count.
 
     `on_step` gets the title of each step. `status` is None until the script has ended.
@@ -154,12 +154,12 @@ class Account:
                     self.status, self.step = int(status), step or self.step
 
     @property
-    def where(self) -> str:
+    def at_step(self) -> str:
         """` at step 'Format the disk'`, as a message goes on; empty before the first step."""
         return f" at step '{self.step}'" if self.step else ""
 
     @property
-    def verdict(self) -> str:
+    def exit_text(self) -> str:
         """`its script exited with 1 (line 12: false)`."""
         last = f" ({self.transcript.last_command})" if self.transcript.last_command else ""
         return f"its script exited with {self.status}{last}"
@@ -198,12 +198,12 @@ class Echo:
         """Take in what was read."""
         self.text += self._cleaner.feed(data)
 
-    def shows(self, count: int) -> bool:
+    def matches(self, count: int) -> bool:
         """Whether the first `count` characters have come back, once or twice each, and nothing else."""
         wanted = self._line[:count]
         return self.last in (wanted, _twice(wanted))
 
-    def fits(self) -> bool:
+    def can_match(self) -> bool:
         """Whether what has come back can still become the line."""
         return self._line.startswith(self.last) or _twice(self._line).startswith(self.last)
 
@@ -279,14 +279,14 @@ class Serial:
             if time.monotonic() > deadline:
                 break
             stray = Echo(line)
-            yield from self._settle(stray, deadline)
+            yield from self._read_until_quiet(stray, deadline)
             if stray.text or not clean:
-                yield from self._key(KILL_LINE, Echo(line), lambda: False, min(patience_s, SETTLE_S))
+                yield from self._key(KILL_LINE, Echo(line), lambda: False, min(patience_s, QUIET_S))
             clean = False
             echo = Echo(line)
             yield from self._keys(line, echo, patience_s, deadline)
-            if not echo.shows(len(line)):
-                yield from self._settle(echo, deadline)
+            if not echo.matches(len(line)):
+                yield from self._read_until_quiet(echo, deadline)
                 continue
             lines = echo.text.count("\n")
             for _ in range(ENTER_TRIES):
@@ -302,8 +302,8 @@ class Serial:
         One that does not is not typed again: whether it got lost, or only its echo, cannot be known.
         """
         for count, character in enumerate(line, 1):
-            yield from self._key(character, echo, lambda: echo.shows(count) or not echo.fits(), patience_s)  # noqa: B023
-            if not echo.shows(count) or time.monotonic() > deadline:
+            yield from self._key(character, echo, lambda: echo.matches(count) or not echo.can_match(), patience_s)  # noqa: B023
+            if not echo.matches(count) or time.monotonic() > deadline:
                 return
 
     def _key(self, key: str, echo: Echo, done: Callable[[], bool], timeout_s: float) -> Iterator[bytes]:
@@ -316,10 +316,10 @@ class Serial:
             echo.feed(data)
             yield data
 
-    def _settle(self, echo: Echo, deadline: float) -> Iterator[bytes]:
+    def _read_until_quiet(self, echo: Echo, deadline: float) -> Iterator[bytes]:
         """Read until nothing has come for a while."""
         quiet = time.monotonic()
-        while (now := time.monotonic()) - quiet < SETTLE_S and now < deadline:
+        while (now := time.monotonic()) - quiet < QUIET_S and now < deadline:
             data = self.read(KEY_DELAY_S)
             echo.feed(data)
             quiet = now if data else quiet

@@ -1,7 +1,7 @@
-"""QEMU's own account of a machine: its events, which QEMU itself writes to a file as they happen.
+"""QMP events of a machine, which QEMU writes to a file as they happen.
 
-A control socket serves one client at a time and tells its events to nobody else. So QEMU is given a second monitor,
-whose input is a file with one command and whose output is the record: any number of readers may look, also later.
+A control socket serves one client at a time and sends events only to it. So QEMU gets a second monitor, whose input is
+a file with one command and whose output is a file that any number of readers can read, also after QEMU has ended.
 """
 
 import json
@@ -11,62 +11,62 @@ from pathlib import Path
 from vmtasks.host import files
 
 HELLO = b'{"execute": "qmp_capabilities"}\n'
-"""Without it a monitor tells no events; see QEMU's qmp-spec."""
+"""Without it a monitor sends no events; see QEMU's qmp-spec."""
 EVENT = b'{"timestamp":'
-"""How QEMU begins each event."""
+"""The beginning of each event's line."""
 BOOT_ENDS = ("RESET", "SHUTDOWN", "GUEST_PANICKED")
 NETWORK = "NIC_RX_FILTER_CHANGED"
-"""The guest's driver has said what its card shall receive. Only virtio's tells, and once."""
-STANDS = {"STOP": True, "RESUME": False}
+"""Sent when a virtio driver in the guest first sets its receive filter; other cards do not send it."""
+CPU_STOPPED = {"STOP": True, "RESUME": False}
 
 
 def prepare(base: Path) -> None:
-    """Make the two files `base`.in and `base`.out anew, by the names that `-chardev pipe` takes."""
+    """Create the files `base`.in and `base`.out, empty but for HELLO; `-chardev pipe` expects these names."""
     for path, content in ((_input(base), HELLO), (_output(base), b"")):
         path.unlink(missing_ok=True)
         path.write_bytes(content)
 
 
 class Events:
-    """The record of the QEMU that was started last with this base. To be asked from any thread."""
+    """The events of the QEMU that was started last with this base. Thread-safe."""
 
     def __init__(self, base: Path) -> None:
-        """It need not be there yet."""
+        """The files need not exist yet."""
         self._base = base
         self._started = self._offset = self._ended = 0
-        self._stands = self._cut = self._network = False
+        self._cpu_stopped = self._truncated = self._network_up = False
         self._lock = threading.Lock()
 
-    def boot(self) -> str:
-        """A word that is another one after each reset, power-off, panic and start of QEMU; empty where none is known.
+    def boot_marker(self) -> str:
+        """A string that changes with each reset, power-off, panic and start of QEMU; '' without events.
 
-        A reset makes more than one event, so that the word may change again within the second.
+        A reset sends more than one event, so that the marker may change twice within a second.
         """
         with self._lock:
-            return f"{self._started}-{self._ended}" if self._look() and self._offset else ""
+            return f"{self._started}-{self._ended}" if self._update() and self._offset else ""
 
     def cpu_stopped(self) -> bool:
-        """Whether the guest's CPU stands still: somebody has paused it, its kernel has panicked, its disk is full."""
+        """Whether the guest's CPU is stopped: paused, after a panic, or because the host's disk is full."""
         with self._lock:
-            return self._look() and self._stands
+            return self._update() and self._cpu_stopped
 
-    def network(self) -> bool:
-        """Whether a guest has brought up its card since QEMU was started. Only a virtio card's driver shows it."""
+    def network_up(self) -> bool:
+        """Whether the guest has brought up its network card since QEMU started. Known for virtio cards only."""
         with self._lock:
-            return self._look() and self._network
+            return self._update() and self._network_up
 
-    def cut(self) -> bool:
-        """Whether the last line is not whole: on a full disk QEMU cannot write what has become of its guest."""
+    def truncated(self) -> bool:
+        """Whether the last line is incomplete, as when the host's disk is full and QEMU cannot write events."""
         with self._lock:
-            return self._look() and self._cut
+            return self._update() and self._truncated
 
-    def _look(self) -> bool:
-        """Take in what is new; False when there is no record."""
+    def _update(self) -> bool:
+        """Read new events; False when there is no file."""
         try:
             started, size = _input(self._base).stat().st_mtime_ns, _output(self._base).stat().st_size
             if started != self._started or size < self._offset:
-                self._started, self._offset, self._ended, self._stands = started, 0, 0, False
-                self._network = False
+                self._started, self._offset, self._ended, self._cpu_stopped = started, 0, 0, False
+                self._network_up = False
             if size > self._offset:
                 self._read()
         except OSError:
@@ -74,30 +74,30 @@ class Events:
         return True
 
     def _read(self) -> None:
-        """Take in what has come; the last line may not be whole yet. A line that cannot be read tells nothing."""
+        """Read the new lines. The last may be incomplete; lines that are not JSON are skipped."""
         with files.opened(_output(self._base)) as record:
             record.seek(self._offset)
             new = record.read()
         whole = new[: new.rfind(b"\n") + 1]
-        self._cut = len(whole) < len(new)
+        self._truncated = len(whole) < len(new)
         self._offset += len(whole)
         for line in whole.splitlines():
             name = _event(line)
             self._ended += name in BOOT_ENDS
-            self._stands = STANDS.get(name, self._stands)
-            self._network = self._network or name == NETWORK
+            self._cpu_stopped = CPU_STOPPED.get(name, self._cpu_stopped)
+            self._network_up = self._network_up or name == NETWORK
 
 
 def _event(line: bytes) -> str:
-    """The name of the event that a line tells of; empty for all other lines.
+    """The name of the event in a line, or ''.
 
-    On a full disk QEMU writes as much of a line as there is room for. The next one then follows on the same line.
+    On a full disk QEMU writes part of a line, and continues with the next event on the same line.
     """
     try:
-        told = json.loads(line[max(0, line.rfind(EVENT)) :])
+        message = json.loads(line[max(0, line.rfind(EVENT)) :])
     except (ValueError, RecursionError):
         return ""
-    name = told.get("event") if isinstance(told, dict) else None
+    name = message.get("event") if isinstance(message, dict) else None
     return name if isinstance(name, str) else ""
 
 

@@ -233,7 +233,7 @@ def socket_place(machine: Path) -> Path:
 def socket_folder(machine: Path) -> Path:
     """The folder for the sockets of the machine whose state is in `machine`; made if needed, and now in use."""
     folder = socket_place(machine)
-    with _alone(socket_base()):
+    with _exclusive(socket_base()):
         folder.mkdir(mode=0o700, exist_ok=True)
         os.utime(folder)
     return folder
@@ -246,9 +246,9 @@ def reap_sockets(idle_s: float = IDLE_S) -> list[Path]:
     """
     base, gone = socket_base(make=False), []
     for folder in base.iterdir() if base.is_dir() else ():
-        if not re.fullmatch(r"[0-9a-f]{12}", folder.name) or not _idle(folder, idle_s) or _served(folder):
+        if not re.fullmatch(r"[0-9a-f]{12}", folder.name) or not _idle(folder, idle_s) or _in_use(folder):
             continue
-        with _alone(base):
+        with _exclusive(base):
             if _idle(folder, idle_s):  # still: socket_folder() may have handed it out meanwhile
                 shutil.rmtree(folder, ignore_errors=True)
                 gone.append(folder)
@@ -256,7 +256,7 @@ def reap_sockets(idle_s: float = IDLE_S) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _alone(base: Path) -> Iterator[None]:
+def _exclusive(base: Path) -> Iterator[None]:
     """Be the only one that hands out or removes a socket folder."""
     handle = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -272,12 +272,12 @@ def _idle(folder: Path, idle_s: float) -> bool:
     return False
 
 
-def _served(folder: Path) -> bool:
+def _in_use(folder: Path) -> bool:
     """Whether anybody listens on a socket in the folder. One that cannot be asked counts as served."""
-    return any(path.is_socket() and served(path) for path in sorted(folder.iterdir()))
+    return any(path.is_socket() and has_listener(path) for path in sorted(folder.iterdir()))
 
 
-def served(path: Path) -> bool:
+def has_listener(path: Path) -> bool:
     """Whether anybody listens on a socket. One that cannot be asked counts as served."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(0)

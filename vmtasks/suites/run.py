@@ -130,7 +130,7 @@ class Suites:
                     link.execute(take, cwd=self.config.sync.dest, user="root", timeout_s=CHOWN_S)
                 done = self._send(target)
         except CommandError as error:
-            raise error.but(message=f"sync: {error.message}", hint=self._sync_hint(error)) from error
+            raise error.replace(message=f"sync: {error.message}", hint=self._sync_hint(error)) from error
         write_record(self._ready, held)
         return done, held
 
@@ -272,7 +272,7 @@ class Suites:
                     _end_leftover(link, note)
                 return process.AT_DEADLINE
             except SshError as error:
-                raise error.but(log=self.machine.place.console_log, hint=error.hint or "doit status") from error
+                raise error.replace(log=self.machine.place.console_log, hint=error.hint or "doit status") from error
         return process.Ended(end.status)
 
     def _collect(self, suite: SuiteTable, cwd: str, dest: Path) -> Fetched:
