@@ -2,7 +2,7 @@
 
     from vmtasks import Machine, Project, temp_machine, CommandResult, VmTasksError
 
-docs/python.md shows how these are used.
+See docs/python.md.
 """
 
 import importlib
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["CommandResult", "Machine", "Project", "VmTasksError", "temp_machine"]
 __version__ = "0.1.0"
 
-_WHERE = {
+_MODULES = {
     "CommandResult": "vmtasks.guest.command",
     "Machine": "vmtasks.machines.machine",
     "Project": "vmtasks.machines.project",
@@ -28,10 +28,10 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import what is asked for: who only wants the version pays for nothing else."""
-    if name not in _WHERE:
+    """Import a public name when it is first used, so that `import vmtasks` stays cheap."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_WHERE[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)
 
 
 def __dir__() -> list[str]:

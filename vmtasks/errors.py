@@ -3,24 +3,24 @@
 VmTasksError
 ├── ConfigError        the user's input is wrong: exit status 2, nothing was done
 ├── MissingToolError   a program that must be installed is not
-├── FetchError         a download or a set of packages could not be fetched, or is not what was promised
-├── CommandError       a helper program failed
-├── ImageError         an image or ISO is damaged, or could not be made
-├── PhaseError         a guest did not finish its phase; `cause` says which of the ways
+├── FetchError         a download or a set of packages could not be fetched, or has the wrong digest
+├── CommandError       a helper program failed or timed out
+├── ImageError         an image or ISO is damaged, or could not be written
+├── PhaseError         a guest did not finish its phase; `cause` says why
 ├── MachineError       QEMU did not start, stop or answer
-├── BindError          a folder of this host cannot be had in a guest that is well
-├── SshError           the guest could not be reached, or a command in it did not end
+├── BindError          a folder of this host cannot be bound into a guest that works otherwise
+├── SshError           the guest could not be reached, or a command in it did not finish
 │   ├── ConnectRefusedError    nothing listens on the port
-│   ├── BannerError            the port is open, but no SSH server shows itself behind it
-│   ├── HostKeyError           the server is not the one whose keys the image recorded
-│   ├── AuthFailedError        the server does not take our key
-│   ├── ConnectTimeoutError    the deadline passed at another stage
-│   ├── ConnectionLostError    the connection broke: how the command ended is not known
-│   ├── RebootedError          the guest has booted anew: the command was ended by that
-│   └── CommandTimeoutError    the command's own deadline passed, overall or without output
-├── WrongStatusError   a command in a guest, or a wait for something there, ended otherwise than was asked for
-└── StateError         what is on disk does not allow what was asked (a missing snapshot, a damaged record)
-    └── BusyError      another command is at work on the same thing
+│   ├── BannerError            the port is open, but no SSH server answers
+│   ├── HostKeyError           the server's host key is not one that the image recorded
+│   ├── AuthFailedError        the server refuses our key
+│   ├── ConnectTimeoutError    the login did not complete before the deadline
+│   ├── ConnectionLostError    the connection broke: the command's exit status is unknown
+│   ├── RebootedError          the guest rebooted, which ended the command
+│   └── CommandTimeoutError    the command's deadline passed, overall or without output
+├── WrongStatusError   a command in a guest, or a wait in it, ended otherwise than expected
+└── StateError         the state on disk does not allow the request (a missing snapshot, a damaged record)
+    └── BusyError      another command holds the lock
 """
 
 import errno
@@ -33,12 +33,12 @@ from vmtasks import printable
 
 
 class VmTasksError(Exception):
-    """A failure with its cause, what to do about it, and the log that shows it."""
+    """A failure with its cause, a hint, and the log that shows it."""
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "", log: Path | None = None, console: Sequence[str] = ()) -> None:
-        """`message` is one sentence; `hint` names the next step; `log` exists; `console`: what it last said."""
+        """`message` is one sentence; `hint` names the next step; `log` exists; `console`: its last lines."""
         super().__init__(message)
         self.message = message
         self.hint = hint
@@ -46,9 +46,9 @@ class VmTasksError(Exception):
         self.console = tuple(console)
 
     def __str__(self) -> str:
-        """Message, notes, the console's last lines, log and hint, each on lines of its own: what a front end prints.
+        """Message, notes, last console lines, log and hint, each on its own line, as front ends print them.
 
-        Whoever is quoted there, a guest say, no terminal obeys it.
+        Control sequences, which quoted output of a guest may contain, are removed.
         """
         lines = [self.message, *(f"also: {note}" for note in getattr(self, "__notes__", ()))]
         if self.console:
@@ -60,9 +60,9 @@ class VmTasksError(Exception):
         return printable.text("\n".join(lines))
 
     def replace(self, **changes: Any) -> Self:
-        """A copy with other values, `hint` or `log` say, to raise `from` this one: an error that was raised stays.
+        """A copy with some fields replaced, as `hint` or `log`, to raise `from` this one.
 
-        AttributeError for a value that this kind of error does not have.
+        AttributeError for a field that this class does not have.
         """
         if unknown := changes.keys() - self.__dict__.keys():
             raise AttributeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
@@ -85,11 +85,11 @@ class MissingToolError(VmTasksError):
 
 
 class FetchError(VmTasksError):
-    """Media could not be fetched, or is not what its digest promises."""
+    """Media could not be fetched, or has the wrong digest."""
 
 
 class CommandError(VmTasksError):
-    """A helper program exited with a status other than 0, or not in time."""
+    """A helper program exited with a status other than 0, or timed out."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class CommandError(VmTasksError):
         hint: str = "",
         log: Path | None = None,
     ) -> None:
-        """`status` as the shell would see it: 128 + N after signal N. `timed_out`: the command was ended by us."""
+        """`status` is 128 + N after signal N, as in the shell. `timed_out`: we ended the command."""
         super().__init__(message, hint=hint, log=log)
         self.status = status
         self.stderr = stderr
@@ -124,22 +124,22 @@ class PhaseError(VmTasksError):
 
 
 class MachineError(VmTasksError):
-    """QEMU did not start, stop or answer as it must."""
+    """QEMU did not start, stop or answer."""
 
 
 class BindError(VmTasksError):
-    """A folder of this host cannot be had in the guest, which is well otherwise."""
+    """A folder of this host cannot be bound into the guest, which works otherwise."""
 
 
 class SshError(VmTasksError):
-    """A guest could not be reached, or a command in it did not end as it must."""
+    """A guest could not be reached, or a command in it did not finish."""
 
 
 class WrongStatusError(VmTasksError, AssertionError):
-    """A command in a guest, or a wait for something there, ended otherwise than was asked for: a test fails by it."""
+    """A command in a guest, or a wait in it, ended otherwise than expected. An AssertionError, so that tests fail."""
 
     def __init__(self, message: str, *, result: Any = None) -> None:
-        """`result` is the CommandResult, where one command was the reason."""
+        """`result` is the CommandResult, if one command was the cause."""
         super().__init__(message)
         self.result = result
 
@@ -149,28 +149,28 @@ class ConnectRefusedError(SshError):
 
 
 class BannerError(SshError):
-    """The port accepts connections, but no SSH server shows itself: QEMU accepts whatever the guest does."""
+    """The port accepts connections, as QEMU always does, but no SSH server in the guest answers."""
 
 
 class HostKeyError(SshError):
-    """The server shows another host key than those that are pinned. Nothing was sent to it."""
+    """The server's host key is not one of the pinned keys. Nothing was sent to it."""
 
 
 class AuthFailedError(SshError):
-    """The server does not take our key, or the key cannot be used."""
+    """The server refuses our key, or the key cannot be used."""
 
 
 class ConnectTimeoutError(SshError):
-    """The deadline passed before the login was complete."""
+    """The login did not complete before the deadline."""
 
 
 class ConnectionLostError(SshError):
-    """The connection broke. How the command ended is not known, unless it was not started; nothing is run again."""
+    """The connection broke. The command's exit status is unknown, unless it was not started; it is not run again."""
 
     def __init__(
         self, message: str, *, started: bool = True, stdout: bytes = b"", stderr: bytes = b"", hint: str = ""
     ) -> None:
-        """`started` False: the command was never sent. `stdout` and `stderr`: what had come, as far as it was kept."""
+        """`started` False: the command was never sent. `stdout` and `stderr`: the output so far, if it was kept."""
         super().__init__(message, hint=hint)
         self.started = started
         self.explained = False
@@ -179,7 +179,7 @@ class ConnectionLostError(SshError):
 
 
 class RebootedError(SshError):
-    """The guest has booted anew since the command was started, which ended it."""
+    """The guest has rebooted since the command started, which ended it."""
 
 
 class CommandTimeoutError(SshError):
@@ -194,7 +194,7 @@ class CommandTimeoutError(SshError):
         stderr: bytes = b"",
         hint: str = "",
     ) -> None:
-        """`which` deadline; `stdout` and `stderr` are what had come until then, as far as it was kept."""
+        """`which` deadline; `stdout` and `stderr`: the output so far, if it was kept."""
         super().__init__(message, hint=hint)
         self.which = which
         self.stdout = stdout
@@ -202,19 +202,18 @@ class CommandTimeoutError(SshError):
 
 
 class StateError(VmTasksError):
-    """What is on disk does not allow what was asked."""
+    """The state on disk does not allow the request."""
 
 
 class BusyError(StateError):
-    """Another command holds the lock, and did not let go of it in time."""
+    """Another command holds the lock and did not release it in time."""
 
 
 @contextmanager
 def finally_do(undo: Callable[[], object], what: str) -> Iterator[None]:
-    """Call `undo` at the end of the block, whichever way it ends.
+    """Call `undo` at the end of the block, also when the block fails.
 
-    When the block fails, its error is the one that is raised; a failure of `undo` becomes a note on it that begins with
-    `what`. When the block succeeds, a failure of `undo` is raised.
+    If both fail, raises the block's error with a note about `undo` that begins with `what`.
     """
     try:
         yield
@@ -225,27 +224,27 @@ def finally_do(undo: Callable[[], object], what: str) -> Iterator[None]:
 
 
 def note_failure(error: BaseException, undo: Callable[[], object], what: str) -> None:
-    """Call `undo` while `error` is handled; its own failure becomes a note on `error` that begins with `what`."""
+    """Call `undo` while `error` is handled; if that fails, add a note to `error` that begins with `what`."""
     try:
         undo()
-    except Exception as second:  # noqa: BLE001 - whatever it is, the first error is the one that counts
+    except Exception as second:  # noqa: BLE001 - the first error is the one to raise
         error.add_note(f"{what}: {second}")
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-IN_THE_WAY = {
+WRONG_TYPE = {
     errno.EEXIST: "a folder belongs there: move that file away",
     errno.EISDIR: "a file belongs there: move that folder away",
     errno.ELOOP: "a file belongs there, not a link: remove the link",
     errno.ENOTDIR: "a folder belongs there: move that file away",
     errno.ENXIO: "a file belongs there: move what is there away",
 }
-"""What lies where a file or folder of ours should be, and the remedy."""
-OF_THE_HOST = (
+"""Errors of a path that has another type than it should, with the remedy."""
+HOST_ERRNOS = (
     *FULL,
     *FORBIDDEN,
-    *IN_THE_WAY,
+    *WRONG_TYPE,
     errno.EFBIG,
     errno.EIO,
     errno.EMFILE,
@@ -254,21 +253,21 @@ OF_THE_HOST = (
     errno.ENOMEM,
     errno.ESTALE,
 )
-"""What a full, broken, read-only or oddly built file system gives, and a host that has run out of something."""
+"""Errors that the state of the host explains: its file systems, or exhausted resources."""
 
 
 def os_failure(error: OSError) -> str:
-    """What to tell a user of an error that this host's state explains; '' for any other, which is a bug."""
-    if error.errno not in OF_THE_HOST:
+    """The message for an error that the host's state explains; '' for any other, which is a bug."""
+    if error.errno not in HOST_ERRNOS:
         return ""
-    path = error.filename2 or error.filename  # of a rename, the name that a user knows
+    path = error.filename2 or error.filename  # the target of a rename: the name that a user knows
     where = f"{path}: " if path else ""
     text = f"{where}{error.strerror}"
     if error.errno in FULL:
         where = "put the store elsewhere with VMTASKS_STORE=/path (or store=), the state folder with VM_DIR=/path"
         return f"{text}\nhint: free some space, or {where}"
     if error.errno in FORBIDDEN:
-        return f"{text}\nhint: choose folders that you may write with VMTASKS_STORE=/path and VM_DIR=/path"
-    if path and error.errno in IN_THE_WAY:
-        return f"{text}\nhint: {IN_THE_WAY[error.errno]}"
+        return f"{text}\nhint: choose folders that you can write to with VMTASKS_STORE=/path and VM_DIR=/path"
+    if path and error.errno in WRONG_TYPE:
+        return f"{text}\nhint: {WRONG_TYPE[error.errno]}"
     return text

@@ -196,7 +196,7 @@ def test_info_is_for_people(project: Path) -> None:
         assert done.returncode in (0, 1), done.stderr
         for python in (b"<", b"args=", b"{'", b"nothing has changed"):
             assert python not in done.stdout, done.stdout
-    assert b"status: to be done" in done.stdout
+    assert b"status: stale" in done.stdout
     assert b"there is no record clean.toml" in done.stdout
     assert b"--name: name of a snapshot" in done.stdout
     assert doit(project, "info", "nosuch").stderr.startswith(b"ERROR: info: name one task")

@@ -1,1 +1,1 @@
-"""One QEMU: choose its accelerator, build its argv, start it, talk to it, stop it."""
+"""One QEMU: choose the accelerator, build argv, start, control and stop it."""

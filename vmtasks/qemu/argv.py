@@ -1,4 +1,4 @@
-"""PURE: a machine's description -> QEMU's argv, one small function for each device. Nothing is started here."""
+"""PURE: Spec -> QEMU's argv, one small function per device. Starts nothing."""
 
 import json
 from dataclasses import dataclass, replace
@@ -8,12 +8,12 @@ GUEST_SSH_PORT = 22
 PROGRAM = "qemu-system-x86_64"
 SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
 WINDOW_SANDBOX = "on,obsolete=deny,elevateprivileges=deny"
-"""For a machine in a window, whose toolkit starts helpers and sets the priorities of its threads."""
+"""For a machine in a window: GUI toolkits spawn processes and set thread priorities."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A folder of this host that the guest may mount by its tag, where its kernel has 9p."""
+    """A folder of this host that a guest with 9p support can mount by its tag."""
 
     tag: str
     folder: str
@@ -22,10 +22,10 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One QEMU. `memory` in bytes; `ssh_port` None: no forward; `network` "none": the guest reaches nobody.
+    """One QEMU. `memory` in bytes; `ssh_port` None: no SSH forward; `network` "none": no outgoing connections.
 
-    `forwards` are loopback ports of this host (0: any) with the guest's ports that they lead to. Without `mac` the card
-    has the address that QEMU gives to the first one of any machine.
+    `forwards` are pairs of a loopback port of this host (0: any) and a port of the guest. Without `mac` the network
+    card has QEMU's default address, the same in every machine.
     """
 
     name: str
@@ -52,16 +52,16 @@ class Spec:
     console_log: Path
     qmp_socket: Path
     events: Path | None = None
-    """The base of the two files of qemu/events.py."""
+    """Base name of the two files of qemu/events.py."""
     firmware_log: Path | None = None
     pidfile: Path | None = None
     throwaway: bool = False
-    """A phase: its disk need not survive a crash of the host, because an image is synced before it is published, and a
-    reboot ends it."""
+    """For a phase: the disk need not survive a host crash, because an image is synced before it is published, and a
+    reboot ends QEMU."""
 
 
 def command(spec: Spec) -> list[str]:
-    """The whole argv, beginning with the program."""
+    """The complete argv, with the program first."""
     return [
         PROGRAM,
         *basics(spec),
@@ -78,9 +78,9 @@ def command(spec: Spec) -> list[str]:
 
 
 def on_terminal(spec: Spec, display: str = "none") -> list[str]:
-    """The argv of the same machine in the foreground, its console and QEMU's monitor on the terminal.
+    """The argv of the same machine with its console and QEMU's monitor on the terminal.
 
-    `display` is what shows its screen in a window, as `-display` takes it.
+    `display` is the value of `-display`.
     """
     plain = replace(spec, pidfile=None, firmware_log=None)
     here = ["-serial", "mon:stdio", "-display", display, "-vga", "std"]
@@ -90,7 +90,7 @@ def on_terminal(spec: Spec, display: str = "none") -> list[str]:
 
 
 def basics(spec: Spec, sandbox: str = SANDBOX) -> list[str]:
-    """Nothing that was not asked for, and no system calls that QEMU does not need."""
+    """Name, no default devices or configuration files, and the seccomp sandbox."""
     return ["-name", f"guest={_comma(spec.name)}", "-nodefaults", "-no-user-config", "-sandbox", sandbox]
 
 
@@ -102,7 +102,7 @@ def board(spec: Spec) -> list[str]:
 
 
 def disk(spec: Spec) -> list[str]:
-    """The disk, on its bus. The SCSI controller comes with it, for CDs on the same bus too."""
+    """The disk on its bus, and the controllers, which CDs may share."""
     node: dict[str, object] = {"driver": "qcow2", "node-name": "disk0", "discard": "unmap", "file": _file(spec.disk)}
     cache = {"direct": spec.disk_cache == "none", "no-flush": spec.throwaway or spec.disk_cache == "unsafe"}
     if any(cache.values()):
@@ -119,7 +119,7 @@ def disk(spec: Spec) -> list[str]:
 
 
 def cds(spec: Spec) -> list[str]:
-    """CD drives in order: the first is the guest's first CD. One file may be in two drives: all are read-only."""
+    """CD drives, in the order that the guest sees. All are read-only, so that two drives may have the same file."""
     argv = []
     for n, path in enumerate(spec.cds):
         node = {"driver": "raw", "node-name": f"cd{n}", "read-only": True, "file": {**_file(path), "read-only": True}}
@@ -133,20 +133,20 @@ def cds(spec: Spec) -> list[str]:
 
 
 def network(spec: Spec) -> list[str]:
-    """User networking; SSH comes in through a loopback port that QEMU itself binds."""
+    """User networking. QEMU binds the loopback ports that are forwarded."""
     options = ["user", "id=net0"]
     if spec.network == "none":
         options.append("restrict=on")
     if spec.ssh_port is not None:
         options.append(f"hostfwd=tcp:127.0.0.1:{spec.ssh_port}-:{GUEST_SSH_PORT}")
     options += [f"hostfwd=tcp:127.0.0.1:{host}-:{guest}" for host, guest in spec.forwards]
-    # Without its ROM the card does not try to boot over the network for seconds when the disk cannot be booted.
+    # Without a ROM, an unbootable disk does not cost seconds of network boot.
     mac = f",mac={spec.mac}" if spec.mac else ""
     return ["-netdev", ",".join(options), "-device", f"{spec.nic},netdev=net0{mac},romfile="]
 
 
 def shares(spec: Spec) -> list[str]:
-    """Folders of this host. Who the files belong to is what the host says; what QEMU may not do, the guest may not."""
+    """9p shares. Files keep the host's owners; the guest has QEMU's permissions."""
     argv = []
     for n, share in enumerate(spec.shares):
         mode = ",readonly=on" if share.read_only else ""
@@ -160,14 +160,14 @@ def shares(spec: Spec) -> list[str]:
 
 
 def console(spec: Spec) -> list[str]:
-    """COM1 on a socket, recorded to a file whether or not anybody listens."""
+    """COM1 on a socket, always logged to a file."""
     path, log = _comma(str(spec.console_socket)), _comma(str(spec.console_log))
     chardev = f"socket,id=serial0,path={path},server=on,wait=off,logfile={log},logappend=on"
     return ["-chardev", chardev, "-serial", "chardev:serial0", "-display", "none", "-vga", "std"]
 
 
 def monitor(spec: Spec) -> list[str]:
-    """QMP on a socket, and where wanted once more with its events in a file."""
+    """QMP on a socket; with `events`, a second monitor that writes its events to a file."""
     chardev = f"socket,id=qmp0,path={_comma(str(spec.qmp_socket))},server=on,wait=off"
     argv = ["-chardev", chardev, "-mon", "chardev=qmp0,mode=control"]
     if spec.events is not None:
@@ -177,7 +177,7 @@ def monitor(spec: Spec) -> list[str]:
 
 
 def extras(spec: Spec) -> list[str]:
-    """Entropy, a way for the kernel to say that it panicked, and the firmware's own log."""
+    """The panic device, the entropy device, and the firmware's log."""
     argv = ["-device", "pvpanic"]
     if spec.rng:
         argv += ["-object", "rng-random,id=rng0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=rng0"]
@@ -188,7 +188,7 @@ def extras(spec: Spec) -> list[str]:
 
 
 def lifecycle(spec: Spec) -> list[str]:
-    """A phase that reboots or panics has failed, so QEMU ends or waits; a machine may reboot."""
+    """Reboot and panic actions: a reboot ends a phase but resets a machine; a panic pauses both."""
     reboot = "shutdown" if spec.throwaway else "reset"
     pidfile = [] if spec.pidfile is None else ["-pidfile", str(spec.pidfile)]
     return ["-action", f"reboot={reboot},panic=pause", *pidfile]
@@ -204,7 +204,7 @@ def _controllers(spec: Spec) -> list[str]:
 
 
 def _ide(spec: Spec, number: int) -> str:
-    """Where the IDE drive `number` goes: a pc has two channels of two drives, a q35 six ports of one."""
+    """Bus and unit of IDE drive `number`: pc has two channels of two drives, q35 six ports of one."""
     units = 1 if "q35" in spec.machine_type else 2
     return f"bus=ide.{number // units},unit={number % units}"
 
@@ -214,5 +214,5 @@ def _file(path: Path) -> dict[str, object]:
 
 
 def _comma(text: str) -> str:
-    """QEMU's option parser ends a value at a comma unless it is doubled."""
+    """Escape commas, which end a value in QEMU's option parser."""
     return text.replace(",", ",,")

@@ -1,6 +1,6 @@
-"""Freeze a running machine's RAM, devices and disk inside its own disk file, and go back to that moment.
+"""Checkpoints: save a running machine's RAM, devices and disk in its own disk file, and roll back to them.
 
-QEMU's internal snapshots (QMP snapshot-save, snapshot-load; QEMU 6.0 and later). They live and die with the overlay.
+Uses QEMU's internal snapshots (QMP snapshot-save, snapshot-load; QEMU 6.0 and later), which are part of the overlay.
 """
 
 import itertools
@@ -13,26 +13,26 @@ from vmtasks.qemu import qmp
 
 JOB_S = 120.0
 NODE = "disk0"
-"""The disk's node in argv.disk()."""
+"""The disk's node name in argv.disk()."""
 
 _jobs = itertools.count(1)
 
 
 def save(socket: Path, tag: str) -> None:
-    """Keep this moment as `tag`; the machine stands still meanwhile. MachineError if QEMU cannot."""
+    """Save a checkpoint; the machine is paused meanwhile. MachineError if QEMU cannot."""
     _job(socket, "snapshot-save", tag, vmstate=NODE, devices=[NODE])
 
 
 def load(socket: Path, tag: str) -> None:
-    """Go back to the moment `tag`; the machine then runs on. MachineError if there is none.
+    """Roll back to checkpoint `tag` and resume the machine. MachineError if there is none.
 
-    Connections from outside are not part of it: they are dead afterwards. The guest's clock is that of the moment.
+    Connections from outside break. The guest's clock is that of the checkpoint.
     """
     _job(socket, "snapshot-load", tag, vmstate=NODE, devices=[NODE])
 
 
 def _job(socket: Path, command: str, tag: str, **arguments: Any) -> None:
-    """Carry out a job of QEMU's to its end, and leave the machine running."""
+    """Run a QMP job to its end, and leave the machine running."""
     name = f"vmtasks{next(_jobs)}"
     with qmp.connect(socket, timeout_s=5) as control:
         control.cmd(command, **{"job-id": name, "tag": tag, **arguments})
@@ -47,6 +47,6 @@ def _job(socket: Path, command: str, tag: str, **arguments: Any) -> None:
         if job is not None:
             control.cmd("job-dismiss", id=name)
         if job is not None and "error" in job:
-            raise MachineError(f"QEMU could not carry out {command} {tag!r}: {job['error']}")
+            raise MachineError(f"QEMU could not run {command} {tag!r}: {job['error']}")
         if command == "snapshot-load":
             control.cmd("cont")

@@ -1,4 +1,4 @@
-"""The guest's serial console: printable text, sentinel lines, prompts, and typing that a boot loader can follow."""
+"""The guest's serial console: printable text, sentinel lines, prompts, and typing slow enough for boot loaders."""
 
 import contextlib
 import re
@@ -15,29 +15,29 @@ from vmtasks.host import files
 from vmtasks.printable import Cleaner
 
 TAIL_LINES = 30
-"""How much of the console an error shows."""
+"""Console lines that an error shows."""
 
 LOG_BYTES = 1 << 20
 
 KEEP_LINES = 1000
 
 KEEP_CHARS = 1 << 16
-"""How much unmatched text is kept to look for prompts in."""
+"""Unmatched text that is kept for prompt matching."""
 
 LOOK_BACK = 4096
-"""The longest text before what is new in which a match may begin."""
+"""A match may begin at most this far before the new text."""
 
 KEY_DELAY_S = 0.03
 """Pause between typed characters: a BIOS keyboard buffer holds 15 keys, and loaders poll slowly under emulation."""
 
 KILL_LINE = "\x15"
-"""Ctrl-U: a loader that edits lines throws away what stands on its line; the others do nothing."""
+"""Ctrl-U: clears the line of a loader that edits lines; the others ignore it."""
 
 LINE_TRIES, ENTER_TRIES = 8, 3
-"""How often a line is typed that does not come back as it was, and Enter, when no new line comes."""
+"""Tries for a line that is not echoed correctly, and for Enter when no new line comes."""
 
 QUIET_S = 0.3
-"""Without a word for so long, no echo of what was typed before is under way any more."""
+"""After this long without output, all echoes of earlier typing have arrived."""
 
 _SENTINEL = re.compile(r"::vmtasks:([0-9a-f]{16}):(begin|step|hostkey|exit)(?: (.*))?")
 _WRAPPER = re.compile(r"(?:exit|step|fail) |\. .*/phase\.sh$")
@@ -46,7 +46,7 @@ _TRACE = re.compile(r"\++ (\d*): (.*)")
 
 @dataclass(frozen=True)
 class Sentinel:
-    """A line by which the phase's wrapper speaks to the host: `kind` is begin, step, hostkey or exit."""
+    """A message of the phase's wrapper to the host: `kind` is begin, step, hostkey or exit."""
 
     token: str
     kind: str
@@ -54,22 +54,22 @@ class Sentinel:
 
 
 class Transcript:
-    """What the console has said: whole lines, the line under way, and text in which no prompt was found yet."""
+    """The console's output: complete lines, the incomplete last line, and text that no prompt has matched yet."""
 
     def __init__(self, keep: int | None = KEEP_LINES) -> None:
-        """Empty, as before the machine starts. `keep` is how many lines are remembered; None: all."""
+        """Start empty. `keep` is how many lines to keep; None: all."""
         self._cleaner = Cleaner()
         self._line = ""
-        self._heard = 0
+        self._received = 0
         self._searched: dict[str, int] = {}
         self.unmatched = ""
         self.lines: deque[str] = deque(maxlen=keep)
         self.last_command = ""
 
     def feed(self, data: bytes) -> list[Sentinel]:
-        """Take in `data`; returns the sentinel lines that it completes."""
+        """Add `data`; returns the sentinel lines that it completes."""
         text = self._cleaner.feed(data)
-        self._heard += len(text)
+        self._received += len(text)
         self.unmatched = (self.unmatched + text)[-KEEP_CHARS:]
         *whole, self._line = (self._line + text).split("\n")
         self._line = self._line[-KEEP_CHARS:]
@@ -80,35 +80,34 @@ class Transcript:
             if sentinel is not None:
                 found.append(sentinel)
             else:
-                self._remember(line)
+                self._note_command(line)
         return found
 
     def match(self, expression: str) -> bool:
-        """Whether `expression` is found in the text since the last match; what is up to its end is then used up.
+        """Whether `expression` matches the text since the last match; consumes the text up to the end of the match.
 
-        What was searched before is not searched again: only what is new, the line that it goes on with, and the line
-        before that.
+        Searches only text that is new for this expression, the line that it continues, and the line before.
         """
-        fresh = self._heard - self._searched.get(expression, 0)
+        fresh = self._received - self._searched.get(expression, 0)
         if not fresh:
             return False
-        self._searched[expression] = self._heard
+        self._searched[expression] = self._received
         known = max(0, len(self.unmatched) - fresh)
         begin = self.unmatched.rfind("\n", 0, known) + 1
         begin = self.unmatched.rfind("\n", 0, max(0, begin - 1)) + 1
         found = re.compile(expression).search(self.unmatched, max(begin, known - LOOK_BACK))
         if found is not None:
             self.unmatched = self.unmatched[found.end() :]
-            self._searched.clear()  # what follows is new to whoever asks for the same again
+            self._searched.clear()  # for every expression, all that follows is new
         return found is not None
 
     def tail(self, count: int = TAIL_LINES) -> list[str]:
-        """The last lines that say something: no empty ones, no sentinels; the one under way included."""
+        """The last lines without empty ones and sentinels, including the incomplete one."""
         lines = [line for line in (*self.lines, self._line) if line.strip() and not parse_sentinel(line)]
         return lines[-count:]
 
-    def _remember(self, line: str) -> None:
-        """Keep what fail() said, or else the last command that the trace showed, for the account of a failure."""
+    def _note_command(self, line: str) -> None:
+        """Remember fail()'s message, or else the last command that `set -x` showed, to explain a failure."""
         if line.startswith("FAILED: "):
             self.last_command = line.removeprefix("FAILED: ").strip()
             return
@@ -119,9 +118,9 @@ class Transcript:
 
 @dataclass
 class ScriptReport:
-    """What a phase's script has told the host: steps, host keys, exit status. Lines with another token do not count.
+    """What a phase's script has reported: steps, host keys, exit status. Ignores sentinels with another token.
 
-    `on_step` gets the title of each step. `status` is None until the script has ended.
+    `on_step` gets the title of each step. `status` is None until the script has exited.
     """
 
     token: str
@@ -133,12 +132,12 @@ class ScriptReport:
     begun: bool = False
 
     def feed(self, data: bytes) -> None:
-        """Take in what the guest has written."""
+        """Add console output."""
         for sentinel in self.transcript.feed(data):
             if sentinel.token == self.token:
-                self._take(sentinel)
+                self._handle(sentinel)
 
-    def _take(self, sentinel: Sentinel) -> None:
+    def _handle(self, sentinel: Sentinel) -> None:
         match sentinel.kind:
             case "begin":
                 self.begun = True
@@ -155,7 +154,7 @@ class ScriptReport:
 
     @property
     def at_step(self) -> str:
-        """` at step 'Format the disk'`, as a message goes on; empty before the first step."""
+        """The end of a message: ` at step 'Format the disk'`; '' before the first step."""
         return f" at step '{self.step}'" if self.step else ""
 
     @property
@@ -166,13 +165,13 @@ class ScriptReport:
 
 
 def parse_sentinel(line: str) -> Sentinel | None:
-    """The sentinel that `line` is; None when it is anything else, an echo of the script included."""
+    """Parse a sentinel line; None for any other line, also for an echo of the script."""
     found = _SENTINEL.fullmatch(line.rstrip())
     return Sentinel(found[1], found[2], found[3] or "") if found else None
 
 
 def read_log(path: Path, start: int = 0) -> Transcript:
-    """The transcript of a recorded console from byte `start`, at most its last MiB; empty where there is none."""
+    """Read a console log from byte `start`, at most its last MiB; empty if there is no log."""
     transcript = Transcript()
     with contextlib.suppress(OSError), files.opened(path) as console:
         console.seek(max(start, path.stat().st_size - LOG_BYTES))
@@ -181,42 +180,42 @@ def read_log(path: Path, start: int = 0) -> Transcript:
 
 
 class Echo:
-    """What has come back of a line that is being typed."""
+    """The echo of a line that is being typed."""
 
     def __init__(self, line: str) -> None:
-        """`line` is what is going to be typed, without Enter."""
+        """`line`: the line without Enter."""
         self._line = line
         self._cleaner = Cleaner()
         self.text = ""
 
     @property
     def last(self) -> str:
-        """The line that the other side is at."""
+        """The incomplete last line."""
         return self.text.rpartition("\n")[2]
 
     def feed(self, data: bytes) -> None:
-        """Take in what was read."""
+        """Add what was read."""
         self.text += self._cleaner.feed(data)
 
     def matches(self, count: int) -> bool:
-        """Whether the first `count` characters have come back, once or twice each, and nothing else."""
+        """Whether exactly the first `count` characters were echoed, once or twice each."""
         wanted = self._line[:count]
         return self.last in (wanted, _twice(wanted))
 
     def can_match(self) -> bool:
-        """Whether what has come back can still become the line."""
+        """Whether the echo so far is a prefix of the line."""
         return self._line.startswith(self.last) or _twice(self._line).startswith(self.last)
 
 
 def _twice(text: str) -> str:
-    """As it looks on a serial line to which the firmware copies the screen that the loader writes to as well."""
+    """The echo on a serial line that the loader writes to and the firmware copies the screen to."""
     return "".join(character * 2 for character in text)
 
 
 def readable(descriptors: Sequence[int], timeout_s: float) -> list[int]:
-    """Which of these descriptors can be read without waiting, or are at their end; waits at most `timeout_s` for one.
+    """The descriptors that are readable or at their end, after waiting at most `timeout_s` for one.
 
-    Not select(2), which knows no descriptor above 1023.
+    Uses poll(2), because select(2) does not support descriptors above 1023.
     """
     ready = select.poll()
     for descriptor in descriptors:
@@ -225,7 +224,7 @@ def readable(descriptors: Sequence[int], timeout_s: float) -> list[int]:
 
 
 class Serial:
-    """The socket behind COM1. QEMU records it to a file on its own; this is for reading along and typing."""
+    """The socket of COM1, for reading and typing. QEMU logs the console itself."""
 
     def __init__(self, connection: socket.socket) -> None:
         """`connection` is connected."""
@@ -233,7 +232,7 @@ class Serial:
         self._closed = False
 
     def read(self, timeout_s: float) -> bytes:
-        """What has come, after waiting at most `timeout_s`; empty when nothing did or the other side is gone."""
+        """Read output, after waiting at most `timeout_s`; b'' when there is none or the socket was closed."""
         if self._closed:
             time.sleep(timeout_s)
             return b""
@@ -251,11 +250,11 @@ class Serial:
         return self._socket.fileno()
 
     def send(self, data: bytes) -> None:
-        """Type `data` at once. OSError when the other side is gone."""
+        """Send `data` at once. OSError when the socket was closed."""
         self._socket.sendall(data)
 
     def type(self, text: str) -> Iterator[bytes]:
-        """Type `text` a character at a time; gives what the guest says meanwhile."""
+        """Type `text` one character at a time; yields the guest's output."""
         for character in text:
             with contextlib.suppress(OSError):
                 self._socket.sendall(character.encode())
@@ -264,14 +263,13 @@ class Serial:
                 yield self.read(left)
 
     def type_line(self, line: str, *, clean: bool, patience_s: float, timeout_s: float) -> Iterator[bytes]:
-        """Type `line`, each character when the one before has come back, and then Enter.
+        """Type `line`, each character after the echo of the one before, and then Enter.
 
-        `clean`: nothing stands on the other side's line yet. Only a line on which something stands is thrown away
-        first: whether a loader knows that key is not certain, and a plain line needs it not.
+        `clean`: the loader's line is empty. Otherwise clears it first with Ctrl-U, which not every loader supports.
 
-        Gives what the guest says meanwhile, and empty bytes while it says nothing. A line is thrown away and typed anew
-        when something else came back, or nothing within `patience_s`. MachineError after `timeout_s`, or when nothing
-        helped; Enter is never typed after a line that did not come back whole.
+        Yields the guest's output, and b'' while there is none. Clears and types the line again when the echo is wrong,
+        or does not come within `patience_s`. MachineError after `timeout_s`, or after LINE_TRIES; never types Enter
+        after a line that was not echoed completely.
         """
         deadline = time.monotonic() + timeout_s
         echo = Echo(line)
@@ -297,9 +295,9 @@ class Serial:
         raise MachineError(f"{line!r} was typed, and {echo.last!r} came back")
 
     def _keys(self, line: str, echo: Echo, patience_s: float, deadline: float) -> Iterator[bytes]:
-        """Type the characters of `line` one after the other, as long as each comes back.
+        """Type the characters of `line` while each is echoed.
 
-        One that does not is not typed again: whether it got lost, or only its echo, cannot be known.
+        Does not retype one that is not: whether the character was lost or only its echo is unknown.
         """
         for count, character in enumerate(line, 1):
             yield from self._key(character, echo, lambda: echo.matches(count) or not echo.can_match(), patience_s)  # noqa: B023
@@ -317,7 +315,7 @@ class Serial:
             yield data
 
     def _read_until_quiet(self, echo: Echo, deadline: float) -> Iterator[bytes]:
-        """Read until nothing has come for a while."""
+        """Read until nothing has come for QUIET_S."""
         quiet = time.monotonic()
         while (now := time.monotonic()) - quiet < QUIET_S and now < deadline:
             data = self.read(KEY_DELAY_S)
@@ -328,7 +326,7 @@ class Serial:
 
 @contextlib.contextmanager
 def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda: False) -> Iterator[Serial]:
-    """Open the console's socket, which QEMU makes soon after it starts. MachineError when it does not or has ended."""
+    """Connect to the console's socket once QEMU has created it. MachineError after `timeout_s`, or when `ended`."""
     connection = socket.socket(socket.AF_UNIX)
     deadline = time.monotonic() + timeout_s
     try:

@@ -1,4 +1,4 @@
-"""What a guest's hardware is: [machine] of guest.toml and the configuration -> the description of one QEMU."""
+"""The hardware of a guest: [machine] of guest.toml and the configuration -> argv.Spec."""
 
 from typing import Any
 
@@ -7,8 +7,8 @@ from vmtasks.qemu.accel import Accel
 from vmtasks.qemu.argv import Spec
 
 
-def spec(config: Config, accel: Accel, **places: Any) -> Spec:
-    """The guest's hardware with the configured memory and CPUs; `places` are the fields of Spec that differ by use."""
+def spec(config: Config, accel: Accel, **fields: Any) -> Spec:
+    """The guest's hardware with the configured memory and CPUs; `fields` are the other fields of Spec."""
     hardware = config.guest.machine
     return Spec(
         accel=accel.name,
@@ -22,5 +22,5 @@ def spec(config: Config, accel: Accel, **places: Any) -> Spec:
         memory=config.memory,
         nic=hardware.nic,
         rng=hardware.rng,
-        **places,
+        **fields,
     )

@@ -1,4 +1,4 @@
-"""Loopback ports: which are free, and who holds one. Only for advice; QEMU itself binds the port that it forwards."""
+"""Loopback ports: which are free, and which process listens on one. For messages only: QEMU binds its ports itself."""
 
 import contextlib
 import socket
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def port_free(port: int) -> bool:
-    """Whether a listener could be made on this loopback port now."""
+    """Whether this loopback port can be bound now."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -17,7 +17,7 @@ def port_free(port: int) -> bool:
 
 
 def port_holder(port: int) -> str:
-    """Who listens on a loopback port, as `name (pid N)`, where Linux lets us see it; else empty."""
+    """The process that listens on a loopback port, as `name (pid N)`; '' if Linux does not show it."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):

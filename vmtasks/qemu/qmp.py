@@ -1,6 +1,6 @@
-"""QEMU's control socket (QMP): lines of JSON each way, one client at a time; see QEMU's docs/interop/qmp-spec.rst.
+"""QEMU's control socket (QMP): lines of JSON both ways, one client at a time; see QEMU's docs/interop/qmp-spec.rst.
 
-Synchronous on purpose: a signal may raise KeyboardInterrupt at any moment, which an event loop does not survive whole.
+Synchronous on purpose: a signal may raise KeyboardInterrupt at any moment, which breaks an event loop.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from vmtasks.errors import MachineError
 
 ANSWER_S = 10.0
 LINE_BYTES = 64 << 20
-"""More than QEMU's longest answer, query-qmp-schema: nobody else who listens there may fill our memory."""
+"""More than QEMU's longest answer, query-qmp-schema; bounds the memory that another server on the socket can use."""
 STUCK = {
     "paused": "its CPU is paused, so that nothing in the guest can answer",
     "guest-panicked": "the guest's kernel panicked; QEMU keeps it as it was then",
@@ -24,26 +24,26 @@ STUCK = {
     "io-error": "QEMU stopped it because its disk could not be written: is the host's disk full?",
     "shutdown": "the guest has powered off",
 }
-"""What QMP calls a machine that will not run on by itself, and what that means; see QEMU's qapi/run-state.json."""
+"""Run states of a machine that does not resume by itself, explained; see QEMU's qapi/run-state.json."""
 FULL, PANICKED = "io-error", "guest-panicked"
 log = logging.getLogger(__name__)
 
 
 class Qmp:
-    """A connection. Commands raise MachineError when QEMU refuses them, is gone, or does not answer in time."""
+    """A connection. Commands raise MachineError when QEMU refuses them, has ended, or does not answer in time."""
 
     def __init__(self, channel: socket.socket) -> None:
-        """`channel` is connected to QEMU, which has still to say its greeting; see handshake()."""
+        """`channel` is connected; call handshake() first."""
         self._channel = channel
         self._unread = bytearray()
         self._events: list[dict[str, Any]] = []
         self._number = 0
 
     def handshake(self, timeout_s: float) -> None:
-        """Wait for the greeting, which QEMU owes while it serves another client, and enter command mode. OSError."""
+        """Wait for the greeting, which QEMU delays while it serves another client, and enter command mode. OSError."""
         deadline = time.monotonic() + timeout_s
         if "QMP" not in self._receive(deadline):
-            raise ConnectionError("what answers there is not QEMU")
+            raise ConnectionError("the server is not QEMU")
         self._call("qmp_capabilities", {}, deadline)
 
     def cmd(self, name: str, /, **arguments: Any) -> Any:
@@ -55,21 +55,21 @@ class Qmp:
             raise MachineError(f"QEMU did not carry out {name}: {error}") from error
 
     def events(self, wait_s: float = 0.0) -> list[dict[str, Any]]:
-        """Events that have come since the last call, also those from just before QEMU ended.
+        """Events since the last call, including those from just before QEMU ended.
 
-        With none there, waits up to `wait_s` for the first.
+        If there are none, waits up to `wait_s` for the first.
         """
         deadline = time.monotonic() + wait_s
         with contextlib.suppress(OSError):
             while not self._events:
-                self._keep(self._receive(deadline))
+                self._store_event(self._receive(deadline))
             while True:
-                self._keep(self._receive(0.0))
-        came, self._events = self._events, []
-        return came
+                self._store_event(self._receive(0.0))
+        events, self._events = self._events, []
+        return events
 
     def screenshot(self, path: Path) -> bool:
-        """Save the framebuffer as PNG; False where there is none or QEMU cannot."""
+        """Save the framebuffer as PNG; False if there is none or QEMU cannot."""
         with contextlib.suppress(MachineError):
             self.cmd("screendump", filename=str(path), format="png")
             return path.is_file()
@@ -77,51 +77,51 @@ class Qmp:
 
     def _call(self, name: str, arguments: dict[str, Any], deadline: float) -> Any:
         self._number += 1
-        asked = {"execute": name, "arguments": arguments, "id": self._number}
+        request = {"execute": name, "arguments": arguments, "id": self._number}
         self._channel.settimeout(ANSWER_S)
-        self._channel.sendall(json.dumps(asked).encode() + b"\n")
+        self._channel.sendall(json.dumps(request).encode() + b"\n")
         while True:
-            said = self._receive(deadline)
-            if said.get("id", self._number) != self._number:
-                continue  # the answer to a command whose caller was interrupted
-            if "return" in said:
-                return said["return"]
-            if "error" in said:
-                error = said["error"]
+            message = self._receive(deadline)
+            if message.get("id", self._number) != self._number:
+                continue  # the answer to an earlier command whose caller was interrupted
+            if "return" in message:
+                return message["return"]
+            if "error" in message:
+                error = message["error"]
                 raise ConnectionError(error.get("desc") if isinstance(error, dict) else error)
-            self._keep(said)
+            self._store_event(message)
 
-    def _keep(self, said: dict[str, Any]) -> None:
-        if "event" in said:
-            self._events.append(said)
+    def _store_event(self, message: dict[str, Any]) -> None:
+        if "event" in message:
+            self._events.append(message)
 
     def _receive(self, deadline: float) -> dict[str, Any]:
         """The next message; OSError when none comes before `deadline` or QEMU is gone."""
         while b"\n" not in self._unread:
             self._channel.settimeout(max(0.0, deadline - time.monotonic()))
             try:
-                came = self._channel.recv(65536)
+                data = self._channel.recv(65536)
             except (TimeoutError, BlockingIOError):
                 raise TimeoutError("it did not answer in time") from None
-            if not came:
+            if not data:
                 raise ConnectionError("it has closed its control socket")
-            self._unread += came
+            self._unread += data
             if len(self._unread) > LINE_BYTES:
-                raise ConnectionError("what it says has no end")
+                raise ConnectionError("its message is too long")
         line, _, rest = self._unread.partition(b"\n")
         self._unread = rest
         try:
-            said = json.loads(line)
+            message = json.loads(line)
         except (ValueError, RecursionError):
-            said = None
-        if not isinstance(said, dict):
+            message = None
+        if not isinstance(message, dict):
             raise ConnectionError(f"it does not speak QMP: {bytes(line[:80])!r}")
-        return said
+        return message
 
 
 @contextlib.contextmanager
 def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda: False) -> Iterator[Qmp]:
-    """Open QEMU's control socket, which it makes soon after it starts. MachineError when it does not or has ended."""
+    """Connect to QEMU's control socket once it exists. MachineError after `timeout_s`, or when `ended`."""
     deadline = time.monotonic() + timeout_s
     while True:
         with socket.socket(socket.AF_UNIX) as channel:
@@ -142,7 +142,7 @@ def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda:
 
 
 def status(path: Path) -> str:
-    """What QEMU calls a machine: `running`, a key of STUCK or a rarer word; empty when it does not answer soon."""
+    """The machine's run state: `running`, a key of STUCK or a rarer one; '' when QEMU does not answer within 3 s."""
     try:
         with connect(path, timeout_s=3, ended=lambda: not path.exists()) as control:
             return str(control.cmd("query-status")["status"])

@@ -1,4 +1,4 @@
-"""Our terminal on a machine's serial console: raw, both ways, until Ctrl-] or the end of either side."""
+"""Attach our terminal to a machine's serial console, in raw mode, until Ctrl-] or until either side ends."""
 
 import contextlib
 import os
@@ -13,13 +13,13 @@ from vmtasks.qemu import console
 
 DETACH = b"\x1d"
 AFTER_END_S = 2.0
-"""How long answers to piped input may take to begin, or to go on."""
+"""How long to wait for more output after the end of piped input."""
 
 
 def attach_console(path: Path, name: str) -> None:
-    """Pass bytes between our streams and the console's socket. MachineError when somebody else has the console.
+    """Copy bytes between our streams and the console's socket. MachineError when another client has the console.
 
-    At the end of input that is no terminal, what still comes within two seconds is shown.
+    After the end of piped input, prints output until none comes for AFTER_END_S.
     """
     source, sink = sys.stdin.fileno(), sys.stdout.fileno()
     with console.connect(path, timeout_s=3) as serial, _raw(source):
@@ -38,7 +38,7 @@ def _pump(serial: console.Serial, source: int, sink: int) -> None:
         if serial.fileno() in ready:
             data = serial.read(0)
             if not data:
-                raise MachineError("the console was closed: the machine has ended, or somebody else has its console")
+                raise MachineError("the console was closed: the machine has stopped, or another client has its console")
             _write(sink, data)
         if source in ready:
             typed = os.read(source, 1024)
@@ -56,14 +56,14 @@ def _write(sink: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _raw(source: int) -> Iterator[None]:
-    """Each key goes to the guest at once, Ctrl-C too."""
+    """Put the terminal into raw mode: each key goes to the guest at once, Ctrl-C too."""
     if not os.isatty(source):
         yield
         return
-    before = termios.tcgetattr(source)
+    attributes = termios.tcgetattr(source)
     try:
         tty.setraw(source)
         yield
     finally:
-        termios.tcsetattr(source, termios.TCSADRAIN, before)
+        termios.tcsetattr(source, termios.TCSADRAIN, attributes)
         sys.stderr.write("\r\n")

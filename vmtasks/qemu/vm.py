@@ -1,4 +1,4 @@
-"""One QEMU: boot it in the foreground or as a daemon, know whether it is still ours, and stop it step by step."""
+"""The QEMU process: start it as our child or as a daemon, identify it later, stop it, and manage its socket folders."""
 
 import contextlib
 import errno
@@ -24,12 +24,12 @@ LAUNCH_S = 30.0
 STRAY_S = 10.0
 IDLE_S = 86400.0
 SOCKET_PATH_BYTES = 107
-"""A UNIX socket's address holds no longer path; see unix(7)."""
+"""The longest path of a UNIX socket; see unix(7)."""
 
 
 @dataclass
 class Booted:
-    """A QEMU that is our child, with its console and its control socket open."""
+    """A QEMU that is our child, with open console and control sockets."""
 
     process: process.Child
     serial: console.Serial
@@ -38,16 +38,16 @@ class Booted:
 
 @dataclass(frozen=True)
 class Pid:
-    """A process that can be told from a later one with the same number."""
+    """A process, identified by number and start time, so that a recycled number does not match."""
 
     number: int
     started: str
 
     def alive(self, mark: str) -> bool:
-        """Whether it is there and is what we started: same start, and `mark` in its command line.
+        """Whether it runs and is the process that we started: same start time, and `mark` in its command line.
 
-        The kernel takes the memory of a process that ends, and with it the command line, before it closes its files: it
-        is there until its locks and ports are free.
+        The kernel frees the memory of an exiting process, and with it the command line, before it closes its files. So
+        an empty command line counts as alive: locks and ports are still held.
         """
         if not self.started or processes.started(self.number) != self.started:
             return False
@@ -56,14 +56,14 @@ class Pid:
 
 
 Rung = tuple[str, Callable[[], object], float]
-"""A step of the ladder by which a machine is stopped: name, action, seconds to wait unless the action gave False."""
+"""A step of stop(): name, action, seconds to wait afterwards unless the action returned False."""
 
 
 @contextlib.contextmanager
 def boot(spec: argv.Spec, output: Path, *, pass_fds: Sequence[int] = ()) -> Iterator[Booted]:
-    """Run QEMU as our child for the length of the block; it never outlives us. What it says itself goes to `output`.
+    """Run QEMU as our child during the block; it never outlives us. Its own output goes to the file `output`.
 
-    MachineError with QEMU's own words when it does not come up.
+    MachineError with QEMU's output when it does not start.
     """
     words = argv.command(spec)
     with (
@@ -86,10 +86,10 @@ def _ended(child: process.Child) -> Callable[[], bool]:
 
 
 def launch(spec: argv.Spec, output: Path, *, die_with_us: bool = False) -> Pid:
-    """Start a QEMU that outlives us, unless `die_with_us`, and return its process. What it says goes to `output`.
+    """Start a QEMU that outlives us, unless `die_with_us`; its own output goes to the file `output`.
 
-    MachineError with its own words when it ends at once or opens no control socket; port_taken() tells whether a port
-    was why. QEMU's -daemonize is not used: it forks, which its sandbox then forbids.
+    MachineError with QEMU's output when it ends or opens no control socket; see port_taken() for one cause. Does not
+    use -daemonize, which forks after the sandbox has forbidden that.
     """
     if spec.events is not None:
         events.prepare(spec.events)
@@ -110,22 +110,22 @@ def launch(spec: argv.Spec, output: Path, *, die_with_us: bool = False) -> Pid:
 
 
 def find(pidfile: Path) -> Pid | None:
-    """The QEMU of ours that was started with this pid file, whatever is recorded of it, and whatever the file says.
+    """Find our QEMU that was started with this pid file, by its command line alone.
 
-    MachineError for one that runs as somebody who neither we are nor the owner of the file's folder: it is not ours.
+    MachineError when it runs as another user than we or the owner of the file's folder.
     """
     for number in processes.numbers():
-        began, words = processes.started(number), processes.words(number)
-        if not words or Path(words[0]).name != argv.PROGRAM or not began or not _has_pidfile(words, pidfile):
+        started, words = processes.started(number), processes.words(number)
+        if not words or Path(words[0]).name != argv.PROGRAM or not started or not _has_pidfile(words, pidfile):
             continue
         runs_as = processes.user(number)
         if runs_as not in (os.geteuid(), pidfile.parent.stat().st_uid):
             raise MachineError(
-                f"process {number} was started with {pidfile}, by user {runs_as}: it is not ours to end",
+                f"process {number} was started with {pidfile}, by user {runs_as}: it is not ours to stop",
                 hint="ask that user, or root, to stop it",
             )
-        if processes.started(number) == began:
-            return Pid(number, began)
+        if processes.started(number) == started:
+            return Pid(number, started)
     return None
 
 
@@ -135,10 +135,9 @@ def _has_pidfile(words: Sequence[str], pidfile: Path) -> bool:
 
 
 def end_stray(qmp_socket: Path) -> bool:
-    """End a QEMU that serves this socket and stands in no record. True if there was one.
+    """End a QEMU that serves this socket but has no record. True if there was one.
 
-    Whoever started it was killed before it could write the record. A QEMU behind a socket in our private folder is
-    ours, whatever its process id.
+    Its starter was killed before it could write the record. A socket in our private folder proves that it is ours.
     """
     if not qmp_socket.exists():
         return False
@@ -151,15 +150,15 @@ def end_stray(qmp_socket: Path) -> bool:
 
 
 def port_taken(error: MachineError) -> int | None:
-    """The loopback port that QEMU was to forward and could not bind; None when that was not why it ended."""
+    """The loopback port that QEMU could not bind, if that is why it ended; else None."""
     found = re.search(r"Could not set up host forwarding rule 'tcp:127\.0\.0\.1:(\d+)-", error.message)
     return int(found[1]) if found else None
 
 
 def stop(pid: Pid, mark: str, rungs: Sequence[Rung], qmp_socket: Path) -> str:
-    """Climb the ladder until the machine is gone; returns the rung that was needed.
+    """Stop the machine: try `rungs`, then QMP quit, SIGTERM and SIGKILL; returns the rung that stopped it.
 
-    `rungs` come first; then QMP quit, SIGTERM and SIGKILL. Nothing is sent to a process that is not provably ours.
+    Signals only a process that is provably ours. MachineError when it survives SIGKILL.
     """
 
     def send_signal(number: int) -> Callable[[], object]:
@@ -185,7 +184,7 @@ def stop(pid: Pid, mark: str, rungs: Sequence[Rung], qmp_socket: Path) -> str:
 
 
 def control(qmp_socket: Path, command: str) -> Callable[[], None]:
-    """An action for a rung: run one QMP command."""
+    """Make the action of a rung that runs one QMP command."""
 
     def send() -> None:
         with qmp.connect(qmp_socket, timeout_s=5) as connection:
@@ -195,7 +194,7 @@ def control(qmp_socket: Path, command: str) -> Callable[[], None]:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float, *, every_s: float = 0.1) -> bool:
-    """Poll `condition`; True as soon as it holds, False after `timeout_s`."""
+    """Poll `condition`: True as soon as it is true, False after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() >= deadline:
@@ -205,9 +204,9 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, *, every_s: floa
 
 
 def socket_base(*, make: bool = True) -> Path:
-    """A short folder of ours, mode 0700, for UNIX sockets. MachineError when somebody else owns it.
+    """Our private folder for UNIX sockets, with a short path. MachineError when another user owns it.
 
-    With `make` False it may not be there.
+    With `make` False it may not exist.
     """
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     if runtime.startswith("/") and os.access(runtime, os.W_OK) and len(os.fsencode(runtime)) <= 40:
@@ -221,17 +220,17 @@ def socket_base(*, make: bool = True) -> Path:
     except FileNotFoundError:
         return base
     if stat.st_uid != os.getuid() or stat.st_mode & 0o077 or base.is_symlink():
-        raise MachineError(f"{base} is not a private folder of ours", hint=f"look who made it, then: rm -r {base}")
+        raise MachineError(f"{base} is not a private folder of ours", hint=f"check its owner, then: rm -r {base}")
     return base
 
 
 def socket_place(machine: Path) -> Path:
-    """Where socket_folder() is or would be; nothing is made."""
+    """The path of socket_folder(), without creating it."""
     return socket_base(make=False) / hashlib.sha256(os.fsencode(machine.absolute())).hexdigest()[:12]
 
 
 def socket_folder(machine: Path) -> Path:
-    """The folder for the sockets of the machine whose state is in `machine`; made if needed, and now in use."""
+    """Create the folder for the sockets of the machine whose state folder is `machine`, and mark it as used now."""
     folder = socket_place(machine)
     with _exclusive(socket_base()):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -240,24 +239,24 @@ def socket_folder(machine: Path) -> Path:
 
 
 def reap_sockets(idle_s: float = IDLE_S) -> list[Path]:
-    """Remove socket folders that nobody has used for `idle_s` and behind whose sockets is nobody; returns them.
+    """Remove socket folders that were not used for `idle_s` and have no listener; returns them.
 
-    They are left when a machine's folder is removed by hand. A machine that still is there gets its own anew.
+    A machine's folder that is removed by hand leaves one behind. An existing machine recreates its own when needed.
     """
-    base, gone = socket_base(make=False), []
+    base, removed = socket_base(make=False), []
     for folder in base.iterdir() if base.is_dir() else ():
         if not re.fullmatch(r"[0-9a-f]{12}", folder.name) or not _idle(folder, idle_s) or _in_use(folder):
             continue
         with _exclusive(base):
-            if _idle(folder, idle_s):  # still: socket_folder() may have handed it out meanwhile
+            if _idle(folder, idle_s):  # again: socket_folder() may have been called meanwhile
                 shutil.rmtree(folder, ignore_errors=True)
-                gone.append(folder)
-    return gone
+                removed.append(folder)
+    return removed
 
 
 @contextlib.contextmanager
 def _exclusive(base: Path) -> Iterator[None]:
-    """Be the only one that hands out or removes a socket folder."""
+    """Hold the lock for creating and removing socket folders."""
     handle = os.open(base, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -273,12 +272,12 @@ def _idle(folder: Path, idle_s: float) -> bool:
 
 
 def _in_use(folder: Path) -> bool:
-    """Whether anybody listens on a socket in the folder. One that cannot be asked counts as served."""
+    """Whether a process listens on a socket in the folder."""
     return any(path.is_socket() and has_listener(path) for path in sorted(folder.iterdir()))
 
 
 def has_listener(path: Path) -> bool:
-    """Whether anybody listens on a socket. One that cannot be asked counts as served."""
+    """Whether a process listens on a socket; True if that cannot be determined."""
     with socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(0)
         return probe.connect_ex(str(path)) not in (errno.ECONNREFUSED, errno.ENOENT)
@@ -286,7 +285,7 @@ def has_listener(path: Path) -> bool:
 
 @contextlib.contextmanager
 def temporary_sockets() -> Iterator[Path]:
-    """A socket folder for the length of the block. Also removes those of processes that were killed."""
+    """A socket folder that exists during the block. Also removes those of processes that were killed."""
     base = socket_base()
     for old in base.glob("p*"):
         pid = re.fullmatch(r"p(\d+)-.*", old.name)

@@ -1,4 +1,4 @@
-"""The doit tasks, which a project's dodo.py imports. They hold no logic: they call images, machines and suites."""
+"""The doit tasks, which a project's dodo.py imports. They have no logic: they call images, machines and suites."""
 
 import inspect
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ PREFIX = "task_"
 def task_vmtasks() -> Iterator[dict[str, Any]]:
     """Make all tasks of vmtasks.
 
-    One creator for all: doit reads and tokenizes the source of each, which for twenty takes longer than all the rest.
+    One creator for all, because doit tokenizes the source of each creator, which takes most of the time for twenty.
     """
     for module in (images, machines, byhand, testing, verifying, why):
         for name, creator in vars(module).items():
@@ -26,9 +26,9 @@ def task_vmtasks() -> Iterator[dict[str, Any]]:
                 yield from _named(name.removeprefix(PREFIX), inspect.cleandoc(creator.__doc__ or ""), creator())
 
 
-def _named(name: str, text: str, made: dict[str, Any] | Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Name the tasks of one creator as doit would. doit keeps the first line of `text`; info.py shows all of it."""
-    for task in [made] if isinstance(made, dict) else chain([{"name": None}], made):
+def _named(name: str, text: str, tasks: dict[str, Any] | Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Name the tasks of one creator as doit does. doit keeps the first line of `text`; info.py prints all of it."""
+    for task in [tasks] if isinstance(tasks, dict) else chain([{"name": None}], tasks):
         yield {"basename": name, "doc": text, **task, "meta": {**task.get("meta", {}), info.TEXT: text}}
 
 

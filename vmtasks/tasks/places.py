@@ -15,37 +15,37 @@ from vmtasks.tasks.context import CONFIG
 
 
 def prepare_folders() -> None:
-    """Have the state folder, and the store where that can be; one line and exit status 2 if the first cannot be."""
+    """Create the state folder and the store; print one line and exit with 2 if the state folder is not usable."""
     folder = CONFIG.vm_dir
     try:
         files.private_folder(folder)
-        why = "" if os.access(folder, os.W_OK | os.X_OK) else "not writable"
+        fault = "" if os.access(folder, os.W_OK | os.X_OK) else "not writable"
     except (OSError, ValueError) as error:
-        why = _reason(error)
-    if why:
-        _refuse(f"VM_DIR (dir=) = {show(folder)}: {why}; name a folder that you may write to")
-    with contextlib.suppress(OSError, ValueError):  # what needs the store says why it cannot be had
+        fault = _reason(error)
+    if fault:
+        _refuse(f"VM_DIR (dir=) = {show(folder)}: {fault}; name a folder that you may write to")
+    with contextlib.suppress(OSError, ValueError):  # tasks that need the store report that
         files.private_folder(CONFIG.store_dir)
 
 
 def database() -> Path:
-    """Where doit keeps what it knows. One that cannot be read is set aside, and said: it costs nothing to lose."""
+    """The path of doit's database. A damaged one is renamed, with a warning; losing it costs nothing."""
     path = CONFIG.vm_dir / "doit.sqlite3"
-    why = _fault(path)
-    if why:
+    fault = _fault(path)
+    if fault:
         aside = path.with_name(f"{path.name}.damaged")
         try:
             if aside.is_dir() and not aside.is_symlink():
                 aside.rename(aside.with_name(f"{aside.name}.{aside.lstat().st_ino}"))
             path.rename(aside)
         except OSError as error:
-            _refuse(f"{show(path)}: {why}, and cannot be set aside: {_reason(error)}; remove it")
-        to_stderr(f"warning: {show(path)}: {why}; it was set aside as {aside.name}, and nothing is lost\n")
+            _refuse(f"{show(path)}: {fault}, and cannot be set aside: {_reason(error)}; remove it")
+        to_stderr(f"warning: {show(path)}: {fault}; it was set aside as {aside.name}, and nothing is lost\n")
     return path
 
 
 def _fault(path: Path) -> str:
-    """Why doit could not read it, or ''."""
+    """Why doit cannot use the database, or ''."""
     try:
         path.lstat()
     except FileNotFoundError:
@@ -55,15 +55,15 @@ def _fault(path: Path) -> str:
     if not os.access(path, os.R_OK | os.W_OK):
         return "not ours to read and write"
     try:
-        with contextlib.closing(sqlite3.connect(path, timeout=0)) as known:
-            found = known.execute("pragma quick_check(1)").fetchone()
-            tables = dict(known.execute("select name, sql from sqlite_master where type = 'table'"))
+        with contextlib.closing(sqlite3.connect(path, timeout=0)) as connection:
+            result = connection.execute("pragma quick_check(1)").fetchone()
+            tables = dict(connection.execute("select name, sql from sqlite_master where type = 'table'"))
     except sqlite3.OperationalError:
         return ""  # another run holds it
     except sqlite3.DatabaseError as error:
         return str(error)
-    whole = found == ("ok",) and (not tables or "doit" in tables)
-    return "" if whole else "damaged"
+    intact = result == ("ok",) and (not tables or "doit" in tables)
+    return "" if intact else "damaged"
 
 
 def _reason(error: OSError | ValueError) -> str:
