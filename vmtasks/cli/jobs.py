@@ -34,18 +34,18 @@ def jobs(
 ) -> None:
     """List the jobs of a machine; `vmtasks exec --detach` starts one."""
     with find_machine(name) as machine:
-        found = machine.jobs.list()
+        views = machine.jobs.list()
         if clear:
-            for view in found:
+            for view in views:
                 if view.state not in ("starting", "running"):
                     machine.jobs.remove(view.job)
                     progress.say(f"job {view.job}: removed")
             return
     if as_json:
-        show([asdict(view) for view in found])
+        show([asdict(view) for view in views])
         return
     rows = []
-    for view in found:
+    for view in views:
         began = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(view.started)) if view.started else ""
         status = "" if view.status is None else str(view.status)
         rows.append((view.job, view.state, status, began, str(view.size), view.title))

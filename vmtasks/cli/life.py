@@ -194,7 +194,9 @@ def wait(
     if not wait_until(has_stopped if stopped else is_ready, timeout, every_s=0.5):
         if stopped:
             raise StateError(f"machine {name} has not stopped within {timeout:g} s")
-        raise SshError(f"machine {name} refuses logins after {timeout:g} s: {health.is_alive(machine.place).reason}")
+        raise SshError(
+            f"machine {name} accepted no login within {timeout:g} s: {health.is_alive(machine.place).reason}"
+        )
     if not stopped:
         machine.require_running()
 
