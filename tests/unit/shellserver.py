@@ -70,7 +70,7 @@ def _tell(channel: paramiko.Channel, child: "subprocess.Popen[bytes]") -> None:
         try:
             while data := os.read(source.fileno(), 65536):
                 sink(data)
-        except OSError:
+        except (OSError, EOFError):  # the other end has gone
             pass
 
     errors = threading.Thread(target=pass_on, args=(child.stderr, channel.sendall_stderr), daemon=True)

@@ -7,32 +7,33 @@ import socket
 import stat
 import tarfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import nearby
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from shellserver import serving
 
-from vmtasks.guest import artifacts
+from vmtasks.guest import artifacts, connect
 from vmtasks.guest.artifacts import Fetched, fetch
-from vmtasks.guest.ssh import Target
+from vmtasks.guest.client import Connection
 
 MIB = 1 << 20
 OUTSIDE = "secret of this host\n"
 
 
 @pytest.fixture
-def local_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Target:
+def local_guest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Connection]:
     """Programs in `tmp_path/bin` come before this host's."""
-    target = Target("vm", 22220, "dev", tmp_path / "key", (), tmp_path)
-    nearby.lead_here(tmp_path, monkeypatch, target.config)
-    return target
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    with serving(tmp_path / "home") as target, connect.connect(target, timeout_s=20) as connection:
+        yield connection
 
 
 @pytest.fixture
-def cwd(local_guest: Target, tmp_path: Path) -> Path:  # noqa: ARG001 - its home is there
+def cwd(local_guest: Connection, tmp_path: Path) -> Path:  # noqa: ARG001 - its home is there
     """The suite's folder in the guest, which is this host: whatever comes out wrongly would be seen."""
     folder = tmp_path / "home" / "src"
     folder.mkdir()
@@ -41,9 +42,9 @@ def cwd(local_guest: Target, tmp_path: Path) -> Path:  # noqa: ARG001 - its home
     return folder
 
 
-def get(target: Target, dest: Path, *globs: str, **more: object) -> Fetched:
+def get(connection: Connection, dest: Path, *globs: str, **more: object) -> Fetched:
     given = {"names": [], "limit": MIB, "timeout_s": 20.0} | more
-    return fetch(target, "src", dest, globs=globs, **given)  # type: ignore[arg-type]
+    return fetch(connection, "src", dest, globs=globs, **given)  # type: ignore[arg-type]
 
 
 def inside(folder: Path) -> dict[str, str]:
@@ -56,7 +57,7 @@ def inside(folder: Path) -> dict[str, str]:
     return found
 
 
-def test_files_and_folders_come_with_time_and_mode(local_guest: Target, cwd: Path, tmp_path: Path) -> None:
+def test_files_and_folders_come_with_time_and_mode(local_guest: Connection, cwd: Path, tmp_path: Path) -> None:
     (cwd / "out/deep").mkdir(parents=True)
     (cwd / "out/empty").mkdir()
     (cwd / "out/deep/a file").write_text("a")
@@ -75,7 +76,7 @@ def test_files_and_folders_come_with_time_and_mode(local_guest: Target, cwd: Pat
     assert not (tmp_path / "got/-n").stat().st_mode & 0o111
 
 
-def test_what_is_no_plain_file_stays_and_is_told(local_guest: Target, cwd: Path, tmp_path: Path) -> None:
+def test_what_is_no_plain_file_stays_and_is_told(local_guest: Connection, cwd: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     (cwd / "to-file").symlink_to(outside / "file")
     (cwd / "to-folder").symlink_to(outside)
@@ -97,7 +98,7 @@ def test_what_is_no_plain_file_stays_and_is_told(local_guest: Target, cwd: Path,
 
 
 def test_names_come_as_they_are_and_are_told_so_that_no_terminal_obeys(
-    local_guest: Target, cwd: Path, tmp_path: Path
+    local_guest: Connection, cwd: Path, tmp_path: Path
 ) -> None:
     odd = ["two\nlines", "\x1b]0;title\x07", "\x9b31m", "it's $HOME `id`", os.fsdecode(b"caf\xe9"), "é😀", "a\\b", "*"]
     for name in odd:
@@ -108,7 +109,9 @@ def test_names_come_as_they_are_and_are_told_so_that_no_terminal_obeys(
     assert all(line.isprintable() for line in done.told())
 
 
-def test_a_huge_file_stays_and_what_is_too_much_together_is_cut(local_guest: Target, cwd: Path, tmp_path: Path) -> None:
+def test_a_huge_file_stays_and_what_is_too_much_together_is_cut(
+    local_guest: Connection, cwd: Path, tmp_path: Path
+) -> None:
     with (cwd / "huge").open("wb") as data:
         data.truncate(1 << 40)
     (cwd / "report.xml").write_text("<testsuite/>")
@@ -127,7 +130,7 @@ def test_a_huge_file_stays_and_what_is_too_much_together_is_cut(local_guest: Tar
 
 
 def test_more_files_than_anybody_wants(
-    local_guest: Target, cwd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    local_guest: Connection, cwd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(artifacts, "FILES", 100)
     for number in range(150):
@@ -141,7 +144,9 @@ def test_more_files_than_anybody_wants(
     assert len(list(done.told())) == 1
 
 
-def test_a_guest_that_hangs_costs_no_more_than_the_time_for_it(local_guest: Target, cwd: Path, tmp_path: Path) -> None:
+def test_a_guest_that_hangs_costs_no_more_than_the_time_for_it(
+    local_guest: Connection, cwd: Path, tmp_path: Path
+) -> None:
     (cwd / "a").touch()
     for tool in ("find", "tar"):
         (tmp_path / f"bin/{tool}").write_text("#!/bin/sh\nexec sleep 100\n")
@@ -153,7 +158,7 @@ def test_a_guest_that_hangs_costs_no_more_than_the_time_for_it(local_guest: Targ
         (tmp_path / f"bin/{tool}").unlink()
 
 
-def test_failures_in_the_guest_are_told(local_guest: Target, cwd: Path, tmp_path: Path) -> None:
+def test_failures_in_the_guest_are_told(local_guest: Connection, cwd: Path, tmp_path: Path) -> None:
     (cwd / "a").touch()
     (tmp_path / "bin/tar").write_text("#!/bin/sh\necho 'tar: ./a: \x1b[1mPermission denied' >&2; exit 2\n")
     (tmp_path / "bin/tar").chmod(0o755)
@@ -183,7 +188,7 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> tarfile.
 
 
 @pytest.fixture
-def lie(local_guest: Target, cwd: Path, tmp_path: Path) -> Callable[[bytes, bytes], Fetched]:
+def lie(local_guest: Connection, cwd: Path, tmp_path: Path) -> Callable[[bytes, bytes], Fetched]:
     """Fetch from a guest that says and sends what it likes."""
 
     def call(listing: bytes, archive: bytes) -> Fetched:

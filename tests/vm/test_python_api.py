@@ -72,11 +72,11 @@ from vmtasks.qemu.events import Events
 dev = Project.here().machine("dev")
 dev.stop()
 record = start.start_qemu(dev.place, dev.place.record())
-network = Events(dev.place.events).network
+network = Events(dev.place.events).network_up
 print(dev.status().status, network())
-record = start.reach(dev.place, record)
+record, connection = start.reach(dev.place, record)
 print(dev.place.record().ready)
-start.personalize(dev.place, record)
+start.personalize(dev.place, record, connection)
 print(dev.place.record().ready, network(), dev.succeed("hostname"), end="")
 """
 

@@ -104,7 +104,7 @@ def test_c4_c8_c12_a_reboot_is_told_from_a_loss(guest: Guest) -> None:
 
 def test_c5_a_reset_is_noticed_by_qemus_events(guest: Guest) -> None:
     """Nothing else could tell within the deadline: the guest says no word more, and no keepalive is due."""
-    events = Events(guest.machine().place.events).boot
+    events = Events(guest.machine().place.events).boot_marker
     with guest.link(events=events, keepalive_s=3600, alive=guest.runs) as link:
         with pytest.raises(RebootedError):
             link.execute("echo begun; sleep 900", timeout_s=600, on_data=lambda *_: guest.qmp("system_reset"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from vmtasks.config.load import Config
 from vmtasks.errors import CommandTimeoutError, ConfigError, ConnectionLostError, PhaseError, SshError, finally_do
-from vmtasks.guest import ssh
+from vmtasks.guest import connect
 from vmtasks.guest.link import Link
 from vmtasks.host import progress
 from vmtasks.host.locks import lock
@@ -137,12 +137,12 @@ def _learn(place: Place, host_keys: list[str]) -> None:
     if record is None:
         return
     if host_keys and sorted(host_keys) != sorted(record.host_keys):
-        if not ssh.is_ready(life.update_record(place, host_keys=host_keys)):
+        if not connect.is_ready(life.update_record(place, host_keys=host_keys)):
             # The server still shows the old key: it reads the new one when it starts.
             both = [*host_keys, *(key for key in record.host_keys if key not in host_keys)]
             life.update_record(place, host_keys=both)
         progress.say(f"machine {place.name}: its host key has changed, as the phase reported")
-    if record.ssh_user != user and ssh.is_ready(life.update_record(place, ssh_user=user)):
+    if record.ssh_user != user and connect.is_ready(life.update_record(place, ssh_user=user)):
         progress.say(f"machine {place.name}: logins are as {user} from now on")
     elif record.ssh_user != user:
         life.update_record(place, ssh_user=record.ssh_user)

@@ -13,17 +13,19 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from vmtasks import printable
 from vmtasks.config.load import show_size
-from vmtasks.guest import ssh
-from vmtasks.guest.ssh import Target
+from vmtasks.errors import CommandTimeoutError, SshError
 from vmtasks.host import process
+
+if TYPE_CHECKING:
+    from vmtasks.guest.client import Connection
 
 FILES = 20_000
 """How many files and folders are taken at most."""
@@ -78,7 +80,14 @@ class _FullError(Exception):
 
 
 def fetch(
-    target: Target, cwd: str, dest: Path, *, names: Sequence[str], globs: Sequence[str], limit: int, timeout_s: float
+    connection: "Connection",
+    cwd: str,
+    dest: Path,
+    *,
+    names: Sequence[str],
+    globs: Sequence[str],
+    limit: int,
+    timeout_s: float,
 ) -> Fetched:
     """Copy the files `names`, and what `globs` match below `cwd` in the guest, to the new folder `dest`.
 
@@ -90,7 +99,7 @@ def fetch(
     words = {name: f"./{shlex.quote(name)}" for name in names} | {glob: f"./{shell_glob(glob)}" for glob in globs}
     if not words:
         return done
-    said = _list(target, cwd, tuple(words.values()), limit, deadline, done)
+    said = _list(connection, cwd, tuple(words.values()), limit, deadline, done)
     found = _Listing(tuple(words), limit, done)
     for token in said.split(b"\0")[:-1]:
         found.take(token)
@@ -99,7 +108,7 @@ def fetch(
             (dest / name).mkdir(parents=True, exist_ok=True)
     if found.files:
         with tempfile.TemporaryFile(dir=dest.parent) as archive:
-            whys = [_receive(target, cwd, found.files, archive, limit, deadline)]
+            whys = [_receive(connection, cwd, found.files, archive, limit, deadline)]
             whys += [_unpack(archive, dest, found.files, limit, done), "the guest did not send it"]
         for name in found.files:
             if name not in done.files:
@@ -115,10 +124,12 @@ def shell_glob(pattern: str) -> str:
 # -- what there is
 
 
-def _list(target: Target, cwd: str, words: Sequence[str], limit: int, deadline: float, done: Fetched) -> bytes:
+def _list(
+    connection: "Connection", cwd: str, words: Sequence[str], limit: int, deadline: float, done: Fetched
+) -> bytes:
     """The guest's answer to LIST, cut at LIST_BYTES."""
     text = LIST.replace("@LIMIT@", str(limit)) + "\n".join(f"list {word}" for word in words)
-    said, errors = bytearray(), process.Head()
+    said = bytearray()
 
     def take(data: bytes) -> None:
         said.extend(data[: LIST_BYTES - len(said)])
@@ -126,13 +137,10 @@ def _list(target: Target, cwd: str, words: Sequence[str], limit: int, deadline: 
             raise _FullError
 
     try:
-        argv = target.argv(ssh.remote_line(ssh.script(text, cwd=cwd, env={})))
-        ended = process.stream(argv, take, timeout_s=deadline - time.monotonic(), errors=errors)
+        if why := _run(connection, text, cwd, take, deadline):
+            done.left[""] = f"not all could be listed: {why}"
     except _FullError:
         done.left[""] = f"more than {FILES} files and folders: the rest was left in the guest"
-    else:
-        if why := _why(ended, errors):
-            done.left[""] = f"not all could be listed: {why}"
     return bytes(said)
 
 
@@ -176,25 +184,21 @@ class _Listing:
 
 
 def _receive(
-    target: Target, cwd: str, wanted: Mapping[str, None], archive: IO[bytes], limit: int, deadline: float
+    connection: "Connection", cwd: str, wanted: Mapping[str, None], archive: IO[bytes], limit: int, deadline: float
 ) -> str:
     """Receive a tar of these files, up to the limit; returns why it is incomplete, or ''."""
-    most, errors = limit + HEADERS_BYTES * (len(wanted) + 16), process.Head()
+    most = limit + HEADERS_BYTES * (len(wanted) + 16)
 
     def take(data: bytes) -> None:
         archive.write(data)
         if archive.tell() > most:
             raise _FullError
 
-    with tempfile.TemporaryFile() as names:
-        names.write(b"".join(b"./" + os.fsencode(name) + b"\0" for name in wanted))
-        names.seek(0)
-        argv = target.argv(ssh.remote_line(ssh.script(SEND, cwd=cwd, env={})))
-        try:
-            ended = process.stream(argv, take, timeout_s=deadline - time.monotonic(), errors=errors, stdin=names)
-        except _FullError:
-            return _cut(limit)
-    return _why(ended, errors)
+    names = b"".join(b"./" + os.fsencode(name) + b"\0" for name in wanted)
+    try:
+        return _run(connection, SEND, cwd, take, deadline, stdin=names)
+    except _FullError:
+        return _cut(limit)
 
 
 class _Member(tarfile.TarInfo):
@@ -271,11 +275,23 @@ def _cut(limit: int) -> str:
     return f"left in the guest: all files together are larger than {show_size(limit)} (artifacts_limit)"
 
 
-def _why(ended: process.Ended, errors: process.Head) -> str:
-    """Why a command in the guest failed, or ''."""
-    said = [printable.line(line) for line in errors.text.splitlines() if line.strip()]
-    if ended.timed_out:
+def _run(
+    connection: "Connection", text: str, cwd: str, take: Callable[[bytes], None], deadline: float, stdin: bytes = b""
+) -> str:
+    """Run a script in the guest and hand on its output; returns why it failed, or ''."""
+    errors = process.Head()
+    try:
+        ended = connection.execute(
+            text,
+            cwd=cwd,
+            stdin=stdin,
+            timeout_s=max(0.1, deadline - time.monotonic()),
+            on_data=lambda data, stream: take(data) if stream == "stdout" else errors(data),
+            keep=False,
+        )
+    except CommandTimeoutError:
         return "there was no time left (artifacts_timeout_s)"
-    if ended.status == ssh.FAILED:
-        return f"the connection broke: {ssh.explain(errors.text)}"
+    except SshError as error:
+        return f"the connection broke: {error.message}"
+    said = [printable.line(line) for line in errors.text.splitlines() if line.strip()]
     return (said[0] if said else f"status {ended.status}") if ended.status else ""

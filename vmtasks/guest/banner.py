@@ -10,6 +10,9 @@ from typing import Self
 
 HOST = "127.0.0.1"
 CLOSED = "closed before a word"
+NOBODY = "nothing listens on the port: QEMU is not forwarding it"
+SILENT = "no answer came: the guest is still booting, or its network is down"
+REFUSED = "the guest refused the connection: its SSH server is not up yet or broken"
 
 FIRST_S, LEAST_S = 1.0, 0.4
 SHARE = 6
@@ -43,7 +46,7 @@ def unknown() -> None:
 def wait(
     port: int, *, timeout_s: float, alive: Callable[[], bool], network: Callable[[], bool | None] = unknown
 ) -> str:
-    """Wait until an SSH server speaks. Returns nothing when one has, else how the port was last, in ssh's words.
+    """Wait until an SSH server speaks. Returns nothing when one has, else how the port was last.
 
     QEMU accepts at once, whatever the guest does. The first packet of a connection to a guest whose network is not up
     yet is lost, and sent again only after 6 s, 12 s and so on, also when we have hung up: a new connection is quicker,
@@ -53,7 +56,7 @@ def wait(
     `network` says whether the guest has brought up its network card: as long as it says no, there is no call.
     """
     began = asked = due = time.monotonic()
-    first, least_s, stage = 0.0, LEAST_S, "timed out"
+    first, least_s, stage = 0.0, LEAST_S, SILENT
     with _Calls(port) as calls:
         while True:
             now = time.monotonic()
@@ -61,12 +64,13 @@ def wait(
                 due = now + PAUSE_S
             elif now >= due:
                 made, first = calls.make(), first or now
-                stage = stage if made else "Connection refused"
+                stage = stage if made else NOBODY
                 due = max(first + FIRST_S, now + max(least_s, (now - first) / SHARE)) if made else now + PAUSE_S
             for said in calls.listen(PAUSE_S):
                 if said.startswith("SSH-"):
                     return ""
-                stage, due, least_s = said, time.monotonic() + PAUSE_S, HEARD_S
+                stage = said if said in (NOBODY, REFUSED) else f"another server answers: {said.strip()!r}"
+                due, least_s = time.monotonic() + PAUSE_S, HEARD_S
             if now - began > timeout_s:
                 return stage
             if now - asked > ALIVE_EVERY_S:
@@ -105,15 +109,15 @@ class _Calls:
         return True
 
     def listen(self, timeout_s: float) -> Iterator[str]:
-        """The first words of servers, and why connections have ended, as soon as there are any."""
+        """The first words of servers as soon as there are any; NOBODY or REFUSED for a connection that was ended."""
         for key, _ in self._selector.select(timeout_s):
             sock: socket.socket = key.data
             try:
-                said = sock.recv(255).decode(errors="replace") or "Connection closed"
+                said = sock.recv(255).decode(errors="replace") or REFUSED
             except ConnectionRefusedError:
-                said = "Connection refused"
+                said = NOBODY
             except OSError:
-                said = "Connection reset"
+                said = REFUSED
             self._drop(sock)
             yield said
 

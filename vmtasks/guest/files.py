@@ -81,7 +81,7 @@ def _word(path: str) -> str:
 def _check(ended: process.Ended, said: str, what: str, limit_s: float) -> None:
     said = " ".join(line for line in said.splitlines() if not line.startswith("::vmtasks"))
     if ended.status == ssh.FAILED:
-        raise ConnectionLostError(f"{what}: {ssh.explain(said)}", hint="doit status")
+        raise ConnectionLostError(f"{what}: {ssh.last_line(said)}", hint="doit status")
     if ended.timed_out:
         raise CommandError(f"{what} within {limit_s:g} s", status=ended.status, stderr=said, timed_out=True)
     if ended.status != 0:

@@ -123,21 +123,27 @@ def _log_in(target: Target, transport: paramiko.Transport, deadline: float) -> N
 
 
 def _keys(target: Target) -> list[paramiko.PKey]:
-    """The key of the target: from its file, or if that is encrypted from the agent."""
+    """The keys of the target, of which the first must be there. AuthFailedError for one that cannot be used."""
+    also = [key for key in target.also if key.is_file()]
+    return [key for path in (target.key, *also) for key in _from(path)]
+
+
+def _from(path: Path) -> list[paramiko.PKey]:
+    """The key in a file, or if that is encrypted from the agent."""
     try:
-        return [paramiko.PKey.from_path(target.key)]
+        return [paramiko.PKey.from_path(path)]
     except FileNotFoundError:
-        raise AuthFailedError(f"the private key {target.key} is not there") from None
+        raise AuthFailedError(f"the private key {path} is not there") from None
     except (TypeError, paramiko.PasswordRequiredException):
         pass  # encrypted
     except (OSError, ValueError, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
-        raise AuthFailedError(f"the private key {target.key} cannot be used: {said(error)}") from None
+        raise AuthFailedError(f"the private key {path} cannot be used: {said(error)}") from None
     held = list(paramiko.Agent().get_keys())
-    public = Path(f"{target.key}.pub")
+    public = Path(f"{path}.pub")
     named = public_key(files.read_text(public, "replace")) if public.is_file() else None
     found = [key for key in held if named is None or key.get_base64() == named.blob]
     if not found:
-        raise AuthFailedError(f"{target.key} is encrypted, and no agent holds it", hint=f"ssh-add {target.key}")
+        raise AuthFailedError(f"{path} is encrypted, and no agent holds it", hint=f"ssh-add {path}")
     return found
 
 

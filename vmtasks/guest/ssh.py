@@ -1,6 +1,6 @@
-"""OpenSSH to a machine: its generated configuration, readiness that means authenticated, commands with a deadline.
+"""OpenSSH to a machine, for people, rsync and scp: its configuration, its shared connection, commands of sessions.
 
-Host keys are pinned from the image's record and checked strictly; one connection is shared by all that follows.
+Host keys are pinned from the image's record and checked strictly. Commands of our own go through connect.py.
 """
 
 import functools
@@ -27,20 +27,6 @@ LINE_BYTES = 8000
 """A longer command line is sent otherwise: dropbear takes 9000 bytes; see MAX_CMD_LEN in its sysoptions.h."""
 SCRIPTS = ".vmtasks/scripts"
 """Below the login user's home: scripts that are about to be run."""
-
-OTHER_HOST_KEY = "the guest shows another host key than the one its image recorded"
-STAGES = (
-    ("Connection refused", "nothing listens on the port: QEMU is not forwarding it"),
-    ("Permission denied", "the guest refused our key"),
-    ("Host key verification failed", OTHER_HOST_KEY),
-    ("REMOTE HOST IDENTIFICATION HAS CHANGED", OTHER_HOST_KEY),
-    ("banner exchange", "the port is forwarded but no SSH server answers in the guest"),
-    ("Connection reset", "the guest closed the connection: its SSH server is not up yet or broken"),
-    ("Connection closed", "the guest closed the connection: its SSH server is not up yet or broken"),
-    ("timed out", "no answer came: the guest is still booting, or its network is down"),
-)
-"""What ssh prints, and at which stage that means the connection stands."""
-
 
 END_MARKED = r"""
 if [ -r /proc/self/stat ]; then
@@ -137,38 +123,6 @@ def kex_lines() -> tuple[str, ...]:
     return (f"    KexAlgorithms ^{KEX}",) if process.run(words, timeout_s=CONNECT_S, check=False).status == 0 else ()
 
 
-def wait_ready(
-    target: Target,
-    *,
-    timeout_s: float,
-    alive: Callable[[], bool],
-    network: Callable[[], bool | None] = banner.unknown,
-) -> float:
-    """Wait until an authenticated `true` succeeds; returns the seconds that it took. `network`: see banner.wait().
-
-    SshError when `alive` says that the machine is gone, at once when it shows another host key, or after `timeout_s`,
-    with the stage that was reached.
-    """
-    began = time.monotonic()
-    shared = target.control.exists()
-    while True:
-        left_s = timeout_s - (time.monotonic() - began)
-        stage = "" if shared else banner.wait(target.port, timeout_s=left_s, alive=alive, network=network)
-        if not stage:
-            tried = process.run(target.argv("true"), timeout_s=CONNECT_S + 5, check=False)
-            if tried.status == 0:
-                return time.monotonic() - began
-            stage, shared = tried.stderr or f"timed out (status {tried.status})", False
-        stage = explain(stage)
-        if not alive():
-            raise SshError(f"machine {target.name} ended while it was booting")
-        if stage == OTHER_HOST_KEY:  # which no waiting mends
-            raise SshError(f"machine {target.name}: {stage}", hint="doit restore, if nothing in it is needed")
-        if time.monotonic() - began > timeout_s:
-            raise SshError(f"machine {target.name} did not accept SSH within {timeout_s:.0f} s: {stage}")
-        time.sleep(0.2)
-
-
 def learn_host_keys(
     port: int, *, timeout_s: float, alive: Callable[[], bool], network: Callable[[], bool | None] = banner.unknown
 ) -> list[str]:
@@ -185,21 +139,13 @@ def learn_host_keys(
         if not alive():
             raise SshError("the machine ended while it was booting")
         if time.monotonic() - began > timeout_s:
-            said = explain(stage) if stage else "its SSH server answers"
+            said = stage or "its SSH server answers"
             raise SshError(f"no SSH server showed a host key within {timeout_s:.0f} s: {said}")
         time.sleep(0.2)
 
 
-def is_ready(target: Target) -> bool:
-    """Whether an authenticated `true` succeeds now."""
-    return process.run(target.argv("true", options=["-o", "ConnectTimeout=3"]), timeout_s=8, check=False).status == 0
-
-
-def explain(stderr: str) -> str:
-    """The stage at which a connection stands, from what ssh printed."""
-    for text, meaning in STAGES:
-        if text in stderr:
-            return meaning
+def last_line(stderr: str) -> str:
+    """What ssh printed last, as it is."""
     return stderr.strip().splitlines()[-1] if stderr.strip() else "ssh gave no reason"
 
 
@@ -299,7 +245,7 @@ def _send(target: Target, path: str, text: str, options: Sequence[str]) -> None:
     if sent.status != 0:
         raise SshError(
             f"{target.name}: the command is too long for a line, and its script could not be sent: "
-            f"{explain(sent.stderr)}"
+            f"{last_line(sent.stderr)}"
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vmtasks.errors import CommandError, SshError
-from vmtasks.guest import ssh
+from vmtasks.guest import connect
 from vmtasks.guest.exclude import effective, literal
 from vmtasks.guest.ssh import FAILED, Target
 from vmtasks.host import process
@@ -170,9 +170,11 @@ def require_room(target: Target, source: Path, dest: str, names: Iterable[str]) 
             need += taken(Path(source, name).lstat())
     if need <= ASK_BYTES:
         return need
-    line = ssh.remote_line(ssh.script(ROOM, cwd=".", env={"dest": dest}))
-    asked = process.run(target.argv(line), timeout_s=ROOM_S, check=False)
-    columns = asked.stdout.strip().rpartition("\n")[2].split()
+    try:
+        asked = connect.run(target, ROOM, cwd=".", env={"dest": dest}, timeout_s=ROOM_S)
+    except SshError:
+        return need  # rsync will say why
+    columns = asked.stdout.decode(errors="replace").strip().rpartition("\n")[2].split()
     if asked.status != 0 or len(columns) < 4 or not columns[3].isdigit():
         return need  # rsync will say it
     free = int(columns[3]) << 10

@@ -11,20 +11,25 @@ import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from vmtasks.config.arguments import Bind
 from vmtasks.errors import BindError, CommandError, ConfigError, SshError, StateError, VmTasksError
-from vmtasks.guest import ssh
+from vmtasks.guest import connect, ssh
 from vmtasks.guest.sync import PARTIAL, NoRoomError, Rules, copy, taken
 from vmtasks.guest.tree import Walk
-from vmtasks.host import process, progress, signals
+from vmtasks.host import progress, signals
 from vmtasks.host.locks import lock
 from vmtasks.images.private import Private
 from vmtasks.images.workspace import BindRecord, MachineRecord
 from vmtasks.machines.folder import Place
 from vmtasks.qemu import qmp
+
+if TYPE_CHECKING:
+    from vmtasks.guest.client import Connection
+    from vmtasks.guest.command import CommandResult
 
 COPY_S = 3600.0
 MOUNT_S = 60.0
@@ -98,7 +103,7 @@ def _look(place: Place, bind: BindRecord) -> Rules:
     return Rules(walk.hidden, bind.exclude, size=size)
 
 
-def mount(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRecord:
+def mount(place: Place, connection: "Connection", record: MachineRecord) -> MachineRecord:
     """Have each bind in the guest; returns the record, which says how each is.
 
     BindError when one cannot be had, SshError when the guest is not reached.
@@ -106,35 +111,36 @@ def mount(place: Place, target: ssh.Target, record: MachineRecord) -> MachineRec
     if not record.binds:
         return record
     shared = any(not bind.copied for bind in record.binds)
-    has_9p = shared and _root(target, PROBE).status == 0
+    has_9p = shared and _root(connection, PROBE).status == 0
     done = []
     for number, bind in enumerate(record.binds):
-        why = bind.copied or ("its kernel has no 9p" if not has_9p else _mount(target, number, bind))
+        why = bind.copied or ("its kernel has no 9p" if not has_9p else _mount(connection, number, bind))
         if why:
-            _place(target, number, bind)
-            _fill(place, target, number, bind)
+            _place(connection, number, bind)
+            _fill(place, connection, number, bind)
             if bind.how != "rsync":
                 progress.say(f"machine {place.name}: {why}, so {bind.host} is copied to {bind.guest}")
         done.append(msgspec.structs.replace(bind, how="rsync" if why else "9p"))
     return place.write(msgspec.structs.replace(record, binds=done))
 
 
-def _mount(target: ssh.Target, number: int, bind: BindRecord) -> str:
+def _mount(connection: "Connection", number: int, bind: BindRecord) -> str:
     """Mount it by 9p; returns why it is of no use so. The login user must be able to write where that is meant."""
     mode = "ro" if bind.read_only else "rw"
-    _must(_root(target, MOUNT, guest=bind.guest, tag=f"bind{number}", mode=mode), target, bind)
+    user = connection.target.user
+    _must(_root(connection, MOUNT, guest=bind.guest, tag=f"bind{number}", mode=mode), bind)
     if bind.read_only:
         return ""
-    if not _unwritable(target, bind):
+    if not _unwritable(connection, bind):
         return ""
-    _must(_root(target, UMOUNT, guest=bind.guest, who=target.user), target, bind)
-    return f"{target.user} may not write there by 9p, which keeps the numbers of users"
+    _must(_root(connection, UMOUNT, guest=bind.guest, who=user), bind)
+    return f"{user} may not write there by 9p, which keeps the numbers of users"
 
 
-def _fill(place: Place, target: ssh.Target, number: int, bind: BindRecord) -> None:
+def _fill(place: Place, connection: "Connection", number: int, bind: BindRecord) -> None:
     """Copy it to a guest that has come up. Where that has worked before, a failure must not keep the disk from us."""
-    new = bind.how != "rsync"
-    if new and not bind.read_only and (why := _unwritable(target, bind)):
+    target, new = connection.target, bind.how != "rsync"
+    if new and not bind.read_only and (why := _unwritable(connection, bind)):
         other = "" if target.user == "root" else ", or --user root"
         raise BindError(
             f"{shown(bind)}: {target.user} cannot write to {bind.guest} in the guest: {why}",
@@ -152,13 +158,11 @@ def _fill(place: Place, target: ssh.Target, number: int, bind: BindRecord) -> No
         progress.say(f"warning: machine {place.name}: {shown(bind)}: not all is up to date there: {error.message}")
 
 
-def _unwritable(target: ssh.Target, bind: BindRecord) -> str:
+def _unwritable(connection: "Connection", bind: BindRecord) -> str:
     """Why the login user cannot write there; empty when it can."""
-    line = ssh.remote_line(ssh.script(TRY, cwd="/", env={"guest": bind.guest}))
-    done = process.run(target.argv(line), timeout_s=MOUNT_S, check=False)
-    if done.status == ssh.FAILED:
-        raise SshError(f"machine {target.name}: {ssh.explain(done.stderr)}")
-    return "" if done.status == 0 else done.stderr.strip().rpartition(": ")[2] or f"status {done.status}"
+    done = connection.execute(TRY, cwd="/", env={"guest": bind.guest}, timeout_s=MOUNT_S)
+    said = done.stderr.decode(errors="replace")
+    return "" if done.status == 0 else said.strip().rpartition(": ")[2] or f"status {done.status}"
 
 
 def before(place: Place, record: MachineRecord) -> bool:
@@ -181,7 +185,7 @@ def before(place: Place, record: MachineRecord) -> bool:
             try:
                 push(place, target, number, bind)
             except (CommandError, SshError) as error:
-                if isinstance(error, SshError) and not ssh.is_ready(target):
+                if isinstance(error, SshError) and not connect.is_ready(target):
                     return False
                 raise BindError(
                     f"machine {place.name}: {shown(bind)}: not all is up to date there: {error.message}",
@@ -256,21 +260,20 @@ def _alone(place: Place, record: MachineRecord, wait_s: float = COPY_S) -> conte
     )
 
 
-def _place(target: ssh.Target, number: int, bind: BindRecord) -> None:
+def _place(connection: "Connection", number: int, bind: BindRecord) -> None:
     if bind.read_only:
-        _must(_root(target, READ_ONLY, guest=bind.guest, stage=f"{STAGE}/{number}"), target, bind)
+        done = _root(connection, READ_ONLY, guest=bind.guest, stage=f"{STAGE}/{number}")
     else:
-        _must(_root(target, FOLDER, guest=bind.guest, who=target.user), target, bind)
+        done = _root(connection, FOLDER, guest=bind.guest, who=connection.target.user)
+    _must(done, bind)
 
 
-def _root(target: ssh.Target, text: str, **env: str) -> process.Result:
-    line = ssh.remote_line(ssh.script(text, cwd="/", env=env, user="root"))
-    return process.run(target.argv(line), timeout_s=MOUNT_S, check=False)
+def _root(connection: "Connection", text: str, **env: str) -> "CommandResult":
+    return connection.execute(text, cwd="/", env=env, user="root", timeout_s=MOUNT_S)
 
 
-def _must(done: process.Result, target: ssh.Target, bind: BindRecord) -> None:
+def _must(done: "CommandResult", bind: BindRecord) -> None:
     if done.status != 0:
-        if done.status == ssh.FAILED:
-            raise SshError(f"machine {target.name}: {ssh.explain(done.stderr)}")
-        said = "; ".join(done.stderr.split("\n")).strip("; ") or f"status {done.status}"
+        lines = done.stderr.decode(errors="replace").split("\n")
+        said = "; ".join(lines).strip("; ") or f"status {done.status}"
         raise BindError(f"{shown(bind)}: cannot be had there: {said}", hint="choose another path of the guest")

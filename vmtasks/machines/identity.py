@@ -4,6 +4,7 @@ The image's host keys let the first contact be strict. The machine's own are mad
 connection; from then on no other machine is taken for this one, whoever listens on its port.
 """
 
+import contextlib
 import hashlib
 import os
 import re
@@ -12,15 +13,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from vmtasks.errors import SshError
-from vmtasks.guest import keypair, ssh
-from vmtasks.host import files, process, progress
+from vmtasks.guest import connect, keypair, ssh
+from vmtasks.host import files, progress
 from vmtasks.images.workspace import MachineRecord
 from vmtasks.machines import keys
 from vmtasks.machines.folder import Place
+
+if TYPE_CHECKING:
+    from vmtasks.guest.client import Connection
 
 INSTALL_S = 60.0
 RELOAD_S = 20.0
@@ -102,8 +107,10 @@ def lacks(record: MachineRecord) -> bool:
     return bool(record.image) and not record.ready and record.identity in ("image", "changing")
 
 
-def personalize(place: Place, record: MachineRecord) -> MachineRecord:
-    """Give a machine that has let us in what it lacks of its own: login key, host name, host keys. The new record.
+def personalize(place: Place, record: MachineRecord, connection: "Connection") -> "tuple[MachineRecord, Connection]":
+    """Give a machine that has let us in what it lacks of its own: login key, host name, host keys.
+
+    Returns the new record, and the connection that has proved it: a new one, unless nothing was lacking.
 
     May be repeated after a kill at any moment: until what is its own is known to work, the old keys are on record too,
     so that the next command gets in, and is as strict. A guest that cannot have host keys of its own keeps those of its
@@ -113,7 +120,7 @@ def personalize(place: Place, record: MachineRecord) -> MachineRecord:
     if host and record.identity == "changing":
         record, host = _resume(place, record)
     if not login and not host:
-        return record
+        return record, connection
     if login and not place.own_key.is_file():
         keypair.make_pair(place.own_key, f"vmtasks {place.name}")
     old = record.host_keys
@@ -124,10 +131,10 @@ def personalize(place: Place, record: MachineRecord) -> MachineRecord:
     ssh.write_config(place.target(record))
     own = record
     if login:
-        keys.admit(place, record)
+        keys.admit(place, record, connection)
         own = msgspec.structs.replace(own, key="own", ssh_user=record.login or record.ssh_user)
     if host:
-        own = _install_identity(place, record, own, fresh, old)
+        own = _install_identity(place, connection, own, fresh, old)
     ssh.detach(place.target(record))
     return _verify_login(place, own, fallback=record.host_keys)
 
@@ -137,10 +144,11 @@ def _resume(place: Place, record: MachineRecord) -> tuple[MachineRecord, bool]:
     newest = record.host_keys[: len(kinds(record.host_keys))]
     done = msgspec.structs.replace(record, host_keys=newest)
     ssh.detach(place.target(record))
-    if _lets_us_in(place, done, 0):
-        return place.write(msgspec.structs.replace(done, identity="own")), False
-    _lets_us_in(place, record, RELOAD_S)  # its server may be starting again at this moment
-    return record, True
+    proof = _log_in(place, done, 0)
+    if proof is None:
+        return record, True
+    proof.close()
+    return place.write(msgspec.structs.replace(done, identity="own")), False
 
 
 @dataclass(frozen=True)
@@ -179,7 +187,7 @@ def stream(fresh: Sequence[HostKey]) -> str:
 
 
 def _install_identity(
-    place: Place, record: MachineRecord, own: MachineRecord, fresh: list[HostKey], old: list[str]
+    place: Place, connection: "Connection", own: MachineRecord, fresh: list[HostKey], old: list[str]
 ) -> MachineRecord:
     """Give the guest its host name and keys; returns `own` with what came of it."""
     guest = place.config.guest
@@ -187,16 +195,13 @@ def _install_identity(
     env = {"name": hostname(place.name), "etc": "/etc", "folder": where}
     parts = [f"(\n{guest.hostname or HOSTNAME}\n) </dev/null || exit"]
     parts += [INSTALL, guest.ssh.reload or RELOAD] if where else []
-    text = ssh.remote_line(ssh.script("\n".join(parts), cwd="/", env=env, user="root"))
-    done = process.run(
-        place.target(record).argv(text),
-        timeout_s=INSTALL_S,
-        stdin=stream(fresh) if where else "",
-        check=False,
-    )
+    given = stream(fresh).encode() if where else b""
+    done = connection.execute("\n".join(parts), cwd="/", env=env, user="root", stdin=given, timeout_s=INSTALL_S)
     if done.status == 0 and where:
         return msgspec.structs.replace(own, identity="own", host_keys=[key.public for key in fresh])
-    why = done.stderr.strip() or (f"status {done.status}" if done.status else "guest.toml names no place for others")
+    why = done.stderr.decode(errors="replace").strip() or (
+        f"status {done.status}" if done.status else "guest.toml names no place for others"
+    )
     if done.status in (0, NOT_THERE, keys.CANNOT_BECOME):  # nothing was touched
         progress.say(f"machine {place.name} keeps the SSH host keys of its image: {why}")
         return msgspec.structs.replace(own, identity="shared", host_keys=old)
@@ -204,32 +209,34 @@ def _install_identity(
     return own
 
 
-def _verify_login(place: Place, own: MachineRecord, fallback: list[str]) -> MachineRecord:
+def _verify_login(place: Place, own: MachineRecord, fallback: list[str]) -> "tuple[MachineRecord, Connection]":
     """Write down what a new connection has proved: that the machine shows its own keys and takes its own, and no other.
 
     A server that goes on with its old host keys reads the new ones when the guest boots; until then both are taken.
     """
-    if _lets_us_in(place, own, RELOAD_S):
-        return place.write(own)
+    if (proof := _log_in(place, own, RELOAD_S)) is not None:
+        return place.write(own), proof
     both = msgspec.structs.replace(own, identity="changing", host_keys=fallback)
-    if own.identity != "own" or not _lets_us_in(place, both, 0):
+    proof = _log_in(place, both, 0) if own.identity == "own" else None
+    if proof is None:
         raise SshError(
             f"machine {place.name} does not let us in with its new keys", hint=f"vmtasks doctor {place.name}"
         )
     progress.say(
         f"machine {place.name} shows SSH host keys of its own from its next boot on: its server reads none before"
     )
-    return place.write(both)
+    return place.write(both), proof
 
 
-def _lets_us_in(place: Place, record: MachineRecord, within_s: float) -> bool:
-    """Whether a new connection by this record, which others then share, comes to be. It is tried at least once."""
+def _log_in(place: Place, record: MachineRecord, within_s: float) -> "Connection | None":
+    """A new connection by this record, if one comes to be. It is tried at least once."""
     target = place.target(record)
     ssh.write_config(target)
     ssh.detach(target)
     until = time.monotonic() + within_s
-    while (
-        status := process.run(target.argv("true"), timeout_s=TRY_S, check=False).status
-    ) and time.monotonic() < until:
+    while True:
+        with contextlib.suppress(SshError):
+            return connect.connect(target, timeout_s=TRY_S)
+        if time.monotonic() > until:
+            return None
         time.sleep(0.1)
-    return status == 0

@@ -6,18 +6,21 @@ that are open stay open: a server looks at these files only when somebody logs i
 
 import os
 import shlex
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vmtasks.config import arguments
 from vmtasks.config.arguments import PublicKey
 from vmtasks.errors import ConfigError, SshError, StateError
-from vmtasks.guest import ssh
+from vmtasks.guest import connect, ssh
 from vmtasks.guest.keypair import make_pair, public_half, read_public
 from vmtasks.host import files, process
 from vmtasks.images.workspace import MachineRecord
 from vmtasks.machines.folder import Place
+
+if TYPE_CHECKING:
+    from vmtasks.guest.client import Connection
 
 NO_SUCH_USER = 67
 CANNOT_BECOME = 126
@@ -101,11 +104,11 @@ def require_usable(private: Path, public: Path | None = None, remedy: str = "put
         raise StateError(f"{what} is not the one of {public}, which guests let in", hint=remedy)
 
 
-def admit(place: Place, record: MachineRecord) -> None:
+def admit(place: Place, record: MachineRecord, connection: "Connection") -> None:
     """Let a machine's own key in, in place of the one of its image, which is then refused."""
     own, door = read_public(place.own_key), read_public(place.door_key(record))
     user = record.login or record.ssh_user
-    change(place.target(record), user, put=[str(own), *record.authorized], drop=[door.blob], everywhere=True)
+    change(connection, user, put=[str(own), *record.authorized], drop=[door.blob], everywhere=True)
 
 
 def rotate(place: Place, record: MachineRecord) -> PublicKey:
@@ -115,8 +118,9 @@ def rotate(place: Place, record: MachineRecord) -> PublicKey:
     old = read_public(place.own_key)
     stale = [read_public(fresh).blob] if fresh.is_file() else []
     key = make_pair(fresh, f"vmtasks {place.name}")
-    change(target, record.ssh_user, put=[str(key)], drop=stale or [key.blob])
-    require_login(replace(target, key=fresh))
+    with connect.connect(target, timeout_s=CHANGE_S) as connection:
+        change(connection, record.ssh_user, put=[str(key)], drop=stale or [key.blob])
+    require_login(replace(target, key=fresh, also=()))
     # From here on the new key is the machine's. A kill before the last step leaves the old one in the guest; the next
     # rotation takes out all that the machine ever had, which `retired` lists.
     retired = place.own_key.with_name("retired")
@@ -125,7 +129,13 @@ def rotate(place: Place, record: MachineRecord) -> PublicKey:
     fresh.rename(place.own_key)
     public_half(fresh).rename(public_half(place.own_key))
     ssh.detach(target)
-    change(target, record.ssh_user, put=[], drop=files.read_text(retired).split(), everywhere=True)
+    _change(
+        replace(target, key=place.own_key),
+        record.ssh_user,
+        put=[],
+        drop=files.read_text(retired).split(),
+        everywhere=True,
+    )
     retired.unlink()
     return key
 
@@ -134,10 +144,9 @@ def listed(place: Place, record: MachineRecord, user: str) -> list[Listed]:
     """The keys in the guest's authorized_keys of `user`. Lines with options or of other kinds are left out."""
     own = read_public(key_in_use(place, record)).blob
     become = "" if user == record.ssh_user else "root"
-    done = _in_guest(place.target(record), ssh.script(READ, cwd="/", env={"who": user}, user=become))
-    if done.status == ssh.FAILED:
-        raise SshError(f"the keys of {user} in {place.name} could not be read: {ssh.explain(done.stderr)}")
-    found = [key for line in done.stdout.splitlines() if (key := arguments.public_key(line)) is not None]
+    done = connect.run(place.target(record), READ, cwd="/", env={"who": user}, user=become, timeout_s=CHANGE_S)
+    lines = done.stdout.decode(errors="replace").splitlines()
+    found = [key for line in lines if (key := arguments.public_key(line)) is not None]
     return [Listed(key, key.blob == own) for key in found]
 
 
@@ -148,7 +157,7 @@ def key_in_use(place: Place, record: MachineRecord) -> Path:
 
 def add(place: Place, record: MachineRecord, added: list[PublicKey], user: str) -> None:
     """Let the holders of these keys in as `user`."""
-    change(place.target(record), user, put=[str(key) for key in added], drop=[key.blob for key in added])
+    _change(place.target(record), user, put=[str(key) for key in added], drop=[key.blob for key in added])
 
 
 def remove(place: Place, record: MachineRecord, which: str, user: str) -> list[PublicKey]:
@@ -163,36 +172,33 @@ def remove(place: Place, record: MachineRecord, which: str, user: str) -> list[P
         raise StateError(f"that is machine {place.name}'s own key", hint=f"vmtasks keys rotate {place.name}")
     if not doomed:
         raise StateError(f"no key of {user} in {place.name} is {which!r}", hint=f"vmtasks keys list {place.name}")
-    change(place.target(record), user, put=[], drop=[item.key.blob for item in doomed])
+    _change(place.target(record), user, put=[], drop=[item.key.blob for item in doomed])
     return [item.key for item in doomed]
 
 
-def change(target: ssh.Target, user: str, *, put: list[str], drop: list[str], everywhere: bool = False) -> None:
+def _change(target: ssh.Target, user: str, *, put: list[str], drop: list[str], everywhere: bool = False) -> None:
+    """As change(), on a connection of its own."""
+    with connect.connect(target, timeout_s=CHANGE_S) as connection:
+        change(connection, user, put=put, drop=drop, everywhere=everywhere)
+
+
+def change(connection: "Connection", user: str, *, put: list[str], drop: list[str], everywhere: bool = False) -> None:
     """Rewrite authorized_keys in the guest. ConfigError for a user that it does not have, SshError otherwise."""
     env = {"drop": LINE.join(drop), "put": LINE.join(put), "who": user, "everywhere": "1" if everywhere else ""}
-    done = _in_guest(target, ssh.script(CHANGE, cwd="/", env=env, user="root"))
+    target = connection.target
+    done = connection.execute(CHANGE, cwd="/", env=env, user="root", timeout_s=CHANGE_S)
     if done.status == CANNOT_BECOME and user == target.user:  # without root, our own file is all that can be changed
-        done = _in_guest(target, ssh.script(CHANGE, cwd="/", env=env))
+        done = connection.execute(CHANGE, cwd="/", env=env, timeout_s=CHANGE_S)
     if done.status == NO_SUCH_USER:
         raise ConfigError(f"machine {target.name} has no user {user!r}; name one that its image has")
     if done.status != 0:
-        said = done.stderr.strip() or f"status {done.status}"
+        said = done.stderr.decode(errors="replace").strip() or f"status {done.status}"
         raise SshError(f"the keys of {user} in {target.name} could not be changed: {said}", hint="vmtasks doctor")
 
 
 def require_login(target: ssh.Target) -> None:
     """SshError unless a new connection with the target's key, and no other, is let in."""
-    folder = target.folder / "proof"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    alone = replace(target, folder=folder, also=())
-    ssh.write_config(alone)
     try:
-        done = process.run(alone.argv("true", options=["-o", "ControlPath=none"]), timeout_s=CHANGE_S, check=False)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    if done.status != 0:
-        raise SshError(f"machine {target.name} does not take its new key: {ssh.explain(done.stderr)}")
-
-
-def _in_guest(target: ssh.Target, text: str) -> process.Result:
-    return process.run(target.argv(ssh.remote_line(text)), timeout_s=CHANGE_S, check=False)
+        connect.run(target, "true", timeout_s=CHANGE_S)
+    except SshError as error:
+        raise error.replace(message=f"machine {target.name} does not take its new key: {error.message}") from error

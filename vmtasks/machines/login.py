@@ -75,6 +75,6 @@ def _end(place: Place, target: ssh.Target, mark: str, user: str) -> bool:
         line = ssh.remote_line(ssh.end_marked_script(mark, user))
         done = process.run(target.argv(line), timeout_s=END_S, check=False)
     if done.status != 0:
-        why = ssh.explain(done.stderr)
+        why = ssh.last_line(done.stderr)
         progress.say(f"warning: machine {place.name}: the command may still run in the guest: {why}")
     return done.status == 0

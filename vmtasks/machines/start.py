@@ -1,18 +1,19 @@
 """Start a machine's QEMU on a port that is free, and wait until it lets us in or cannot come up any more."""
 
+import contextlib
 import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from vmtasks.config.arguments import Forward
 from vmtasks.config.load import FALLBACK_PORTS, show_size
 from vmtasks.errors import BindError, MachineError, SshError, VmTasksError, note_failure
-from vmtasks.guest import ssh
+from vmtasks.guest import connect, ssh
 from vmtasks.host import files, process, progress
 from vmtasks.images.workspace import MachineRecord
 from vmtasks.machines import binds, identity, keys, stop
@@ -22,6 +23,9 @@ from vmtasks.qemu.argv import Share, Spec
 from vmtasks.qemu.console import read_log
 from vmtasks.qemu.events import Events
 from vmtasks.qemu.ports import port_free, port_holder
+
+if TYPE_CHECKING:
+    from vmtasks.guest.client import Connection
 
 FIRST_PORT = 2222
 ANY_PORT = 0
@@ -44,7 +48,7 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
         begins = place.console_log.stat().st_size if place.console_log.exists() else 0
         record = start_qemu(place, record, die_with_us=die_with_us)
         try:
-            target = personalize(place, reach(place, record, begins))
+            target = personalize(place, *reach(place, record, begins))
         except BaseException as error:
             stuck = place.stuck()
             _end(place, record, error)
@@ -61,7 +65,7 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
 
 def wait(place: Place, record: MachineRecord) -> ssh.Target:
     """Reach a machine whose QEMU runs, and make it itself where that is not done. SshError or BindError: why not."""
-    return personalize(place, reach(place, record))
+    return personalize(place, *reach(place, record))
 
 
 # -- the three steps
@@ -101,8 +105,10 @@ def start_qemu(place: Place, record: MachineRecord, *, die_with_us: bool = False
         raise
 
 
-def reach(place: Place, record: MachineRecord, console_from: int = 0) -> MachineRecord:
-    """Wait until SSH lets us in. Returns the record. SshError: why it does not, also as the console says it.
+def reach(place: Place, record: MachineRecord, console_from: int = 0) -> "tuple[MachineRecord, Connection]":
+    """Wait until SSH lets us in. Returns the record and the connection.
+
+    SshError: why it does not let us in, also as the console says it.
 
     The host keys of a machine that was installed by hand are learned here, once: nobody is between us and a port
     that our own QEMU forwards.
@@ -120,20 +126,21 @@ def reach(place: Place, record: MachineRecord, console_from: int = 0) -> Machine
     place.open_sockets()
     ssh.write_config(target)
     links(place, record)
-    ssh.wait_ready(target, timeout_s=deadline_s, alive=watch, network=up)
-    return record
+    return record, connect.wait(target, timeout_s=deadline_s, alive=watch, network=up)
 
 
-def personalize(place: Place, record: MachineRecord) -> ssh.Target:
+def personalize(place: Place, record: MachineRecord, connection: "Connection") -> ssh.Target:
     """Give a machine that lets us in what is its own: keys, host name, binds. It is ready then. SshError or BindError.
 
-    May be repeated: what is done already is left alone.
+    May be repeated: what is done already is left alone. The connection is closed.
     """
-    record = identity.personalize(place, record)
-    target = place.target(record)
-    record = binds.mount(place, target, record)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(connection)
+        record, connection = identity.personalize(place, record, connection)
+        stack.enter_context(connection)
+        record = binds.mount(place, connection, record)
     place.write(msgspec.structs.replace(record, ready=True))
-    return target
+    return place.target(record)
 
 
 def _end(place: Place, record: MachineRecord, error: BaseException) -> None:

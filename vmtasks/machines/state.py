@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from vmtasks.guest import banner, ssh
+from vmtasks.guest import banner, connect
 from vmtasks.images.workspace import MachineRecord
 from vmtasks.machines.folder import Place
 from vmtasks.qemu import qmp
@@ -52,6 +52,6 @@ def _running(place: Place, record: MachineRecord) -> Status:
         return "panicked" if state == qmp.PANICKED else "paused"
     if record.ready and banner.read(record.ssh_port, ANSWER_S).startswith("SSH-"):
         return "running"
-    if ssh.is_ready(place.target(record)):
+    if connect.is_ready(place.target(record)):
         return "running"
     return "unreachable" if record.ready else "booting"

@@ -4,9 +4,9 @@ from contextlib import suppress
 
 import msgspec
 
-from vmtasks.errors import MachineError, VmTasksError
-from vmtasks.guest import ssh
-from vmtasks.host import process, progress
+from vmtasks.errors import MachineError, SshError, VmTasksError
+from vmtasks.guest import connect, ssh
+from vmtasks.host import progress
 from vmtasks.images.workspace import MachineRecord
 from vmtasks.machines.folder import Place
 from vmtasks.qemu import argv, qmp, vm
@@ -98,12 +98,14 @@ def rungs(place: Place, record: MachineRecord | None, timeout_s: float | None) -
     if record is None:
         return [button]
     target = place.target(record)
-    inside = ssh.script(place.config.guest.poweroff, cwd="/", env={}, user="root")
 
     def power_off() -> bool:
-        reached = ssh.is_ready(target)
-        if reached:
-            process.run(target.argv(ssh.remote_line(inside)), timeout_s=min(20, wait_s), check=False)
-        return reached
+        try:
+            connection = connect.connect(target, timeout_s=min(connect.READY_S, wait_s))
+        except SshError:
+            return False
+        with connection, suppress(SshError):  # it may be cut off by what it has asked for
+            connection.execute(place.config.guest.poweroff, cwd="/", user="root", timeout_s=wait_s)
+        return True
 
     return [(GENTLE[0], power_off, wait_s), button]

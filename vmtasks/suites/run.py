@@ -12,7 +12,7 @@ import msgspec
 from vmtasks.config.load import parse_size, show_size
 from vmtasks.config.tables import BuildTable, SuiteTable
 from vmtasks.errors import CommandError, CommandTimeoutError, ConfigError, SshError, StateError, VmTasksError
-from vmtasks.guest import artifacts, job, ssh
+from vmtasks.guest import artifacts, connect, job, ssh
 from vmtasks.guest.artifacts import Fetched
 from vmtasks.guest.link import Link
 from vmtasks.guest.sync import FULL, VANISHED, NoRoomError, Rules, Synced, refused, sync, taken, unreadable
@@ -280,18 +280,18 @@ class Suites:
         if not suite.junit and not suite.artifacts:
             return Fetched()
         try:
-            target = self.machine.require_running()
-        except StateError as error:
+            with connect.connect(self.machine.require_running(), timeout_s=connect.TRY_S) as connection:
+                return artifacts.fetch(
+                    connection,
+                    cwd,
+                    dest,
+                    names=[suite.junit] if suite.junit else [],
+                    globs=suite.artifacts,
+                    limit=parse_size(suite.artifacts_limit),
+                    timeout_s=suite.artifacts_timeout_s,
+                )
+        except (SshError, StateError) as error:
             return Fetched(left={"": error.message})
-        return artifacts.fetch(
-            target,
-            cwd,
-            dest,
-            names=[suite.junit] if suite.junit else [],
-            globs=suite.artifacts,
-            limit=parse_size(suite.artifacts_limit),
-            timeout_s=suite.artifacts_timeout_s,
-        )
 
 
 def send(results: Results, target: ssh.Target, say: Say, *, thorough: bool = False) -> Synced:
