@@ -187,7 +187,9 @@ def test_a_live_line_outlives_its_terminal(tmp_path: Path):
     mark = tmp_path / "mark"
     master, slave = pty.openpty()
     with subprocess.Popen(
-        [sys.executable, "-c", LIVE, str(mark)], env={**os.environ, "TERM": "xterm"}, stdin=subprocess.DEVNULL,
+        [sys.executable, "-c", LIVE, str(mark)],
+        env={**os.environ, "TERM": "xterm", "PYTHONUNBUFFERED": ""},
+        stdin=subprocess.DEVNULL,
         stderr=slave,
     ) as child:  # fmt: skip
         try:

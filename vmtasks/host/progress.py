@@ -237,11 +237,16 @@ _talk = {"stderr": False}
 
 
 def seconds(value: float) -> str:
-    """4 -> '4 s', 75 -> '1 min 15 s'."""
+    """4 -> '4.0 s', 75 -> '1 min 15 s', 7500 -> '2 h 5 min', 100000 -> '1 d 3 h'."""
     whole = round(value)
     if value < 10:
         return f"{value:.1f} s"
-    return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60} s"
+    if whole < 60:
+        return f"{whole} s"
+    for size, unit, small, part in ((86400, "d", 3600, "h"), (3600, "h", 60, "min")):
+        if whole >= size:
+            return f"{whole // size} {unit} {whole % size // small} {part}"
+    return f"{whole // 60} min {whole % 60} s"
 
 
 def is_terminal() -> bool:
