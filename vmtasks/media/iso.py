@@ -8,14 +8,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from time import struct_time
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from pycdlib import PyCdlib, dates, headervd, pycdlib, udf, utils
+from pycdlib.pycdlibexception import PyCdlibException
 
 from vmtasks.errors import ImageError
 from vmtasks.host.files import replacing
 from vmtasks.media.tree import Entry, merge
-
-if TYPE_CHECKING:
-    from pycdlib import PyCdlib
 
 BOOT_SECTORS = 4
 """How much of the boot image the firmware loads, in units of 512 bytes; the image loads the rest of itself."""
@@ -51,8 +51,6 @@ class _Clock:
 @contextmanager
 def frozen_clock() -> Iterator[None]:
     """Stop the clock in pycdlib, which stamps what it writes and knows no other way to be told the time."""
-    from pycdlib import dates, headervd, pycdlib, udf, utils  # noqa: PLC0415 - slow, and only wanted here
-
     modules = [module for module in (dates, headervd, pycdlib, udf, utils) if hasattr(module, "time")]
     for module in modules:
         setattr(module, "time", _Clock())  # noqa: B010 - the modules do not declare that they export it
@@ -69,9 +67,6 @@ def write_iso(out: Path, entries: Iterable[Entry], *, label: str, boot: Boot | N
     Same entries, label and boot: same bytes, whatever the time, time zone, umask and order of the entries. Modes, links
     and names of any characters are kept by Rock Ridge 1.09. ImageError for what cannot be represented.
     """
-    from pycdlib import PyCdlib  # noqa: PLC0415 - as above
-    from pycdlib.pycdlibexception import PyCdlibException  # noqa: PLC0415
-
     tree = merge(entries)
     with ExitStack() as stack:
         stack.enter_context(frozen_clock())

@@ -1,5 +1,6 @@
 """Render *.j2 with values that are shell-quoted by default, and the generated files of a phase ISO."""
 
+import shlex
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,8 +70,6 @@ def shell_words(value: Any) -> Any:
         text = str(value)
         if "\0" in text:
             raise TypeError("a value holds a NUL byte, which no shell word can")
-        import shlex  # noqa: PLC0415 - doit asks this module where files are, at every run
-
         return shlex.quote(text)
     from jinja2 import Undefined  # noqa: PLC0415
 
