@@ -22,6 +22,7 @@ from vmtasks.host.progress import Say
 from vmtasks.images import plan
 from vmtasks.machines import Machine
 from vmtasks.store.records import read_record, write_record
+from vmtasks.suites import junit
 from vmtasks.suites.results import BUILD, LOG, ResultRecord, Results
 
 CHOWN_S = 300.0
@@ -209,8 +210,6 @@ class Suites:
         for line in left:
             self.note(f"test:{name}: {line}")
         own, problem = _own_report(suite.junit, folder / "artifacts", fetched)
-        from vmtasks.suites import junit  # noqa: PLC0415 - start-up time
-
         made = junit.report(
             name, _read(folder / LOG), ended=ended, duration_s=took, fmt=suite.format, own_xml=own, problem=problem
         )
