@@ -1,19 +1,22 @@
 """Disks and keys that lie in the tree that is synced, or in a folder that is bound: nothing of them reaches a guest."""
 
+import contextlib
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import nearby
 import pytest
+from shellserver import serving
 
 from vmtasks.config.arguments import Bind
 from vmtasks.config.load import load
 from vmtasks.config.scaffold import scaffold
 from vmtasks.errors import BindError, CommandError, ConfigError
-from vmtasks.guest import sync
+from vmtasks.guest import connect, sync
 from vmtasks.images import prune
 from vmtasks.images.private import Private
 from vmtasks.images.workspace import BindRecord, MachineRecord
@@ -129,15 +132,24 @@ def root(tmp_path: Path) -> Path:
 class There:
     """The place of a machine, and what its guest has."""
 
-    def __init__(self, root: Path, environ: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(
+        self,
+        root: Path,
+        environ: dict[str, str],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        stack: contextlib.ExitStack,
+    ) -> None:
         environ = {"VMTASKS_STORE": str(tmp_path / "store"), **environ}
         self.config = load(root, {}, {"HOME": str(tmp_path / "nobody"), **environ})
         self.place = Place(self.config, "dev")
         self.record = MachineRecord(
             name="dev", guest="tiny", snapshot="clean", image="", image_sha256="", ssh_user="dev", host_keys=[]
         )
-        self.target = self.place.target(self.record)
-        self.home = nearby.lead_here(tmp_path, monkeypatch, self.target.config)
+        target = self.place.target(self.record)
+        self.home = nearby.lead_here(tmp_path, monkeypatch, target.config)
+        server = stack.enter_context(serving(self.home))
+        self.target = replace(target, port=server.port, key=server.key, host_keys=server.host_keys)
 
     def leaked(self) -> list[Path]:
         return [path for path in self.home.rglob("*") if path.is_file() and SECRET in path.read_text()]
@@ -151,8 +163,9 @@ class There:
 
 
 @pytest.fixture
-def there(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., There]:
-    return lambda environ=None: There(root, environ or {}, tmp_path, monkeypatch)
+def there(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., There]]:
+    with contextlib.ExitStack() as stack:
+        yield lambda environ=None: There(root, environ or {}, tmp_path, monkeypatch, stack)
 
 
 # ---- sync
@@ -300,8 +313,8 @@ def test_what_is_too_large_is_said_before_it_is_copied(tmp_path: Path, there: Ca
     assert not (guest.home / "work").exists()
     (guest.home / "work").mkdir()
     first = msgspec.structs.replace(record.binds[0], how="")
-    with pytest.raises(BindError) as refused:
-        binds._fill(guest.place, guest.target, 0, first)
+    with connect.connect(guest.target, timeout_s=20) as connection, pytest.raises(BindError) as refused:
+        binds._fill(guest.place, connection, 0, first)
     assert "--exclude PATTERN" in refused.value.hint
     few = msgspec.structs.replace(record.binds[0], exclude=["large"])
     binds.push(guest.place, guest.target, 0, few)
