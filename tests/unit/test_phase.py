@@ -250,12 +250,12 @@ def test_a_prompt_that_comes_late(run):
 
 
 def test_a_prompt_that_never_comes(run):
-    talk = [Exchange(expect="(?m)^OK $", send="boot\r", timeout_s=1)]
+    talk = [Exchange(expect="(?m)^OK $", send="boot\r", timeout_s=3)]
     went = run(sector(say("other prompt> "), hang()), talk=talk)
     assert went.error.cause == "dialogue"
     assert went.error.message.endswith(" s for '(?m)^OK $', which did not come")
     assert went.error.console == ("other prompt> ",)
-    assert 1 < went.took_s < 4
+    assert 3 < went.took_s < 30
 
 
 def test_the_time_for_a_prompt_is_scaled(run):
