@@ -1,6 +1,6 @@
 """Boot a guest for one phase and judge how it went: the host's half of the phase contract.
 
-A phase is believed only if the guest's verdict is 0 and the guest powered itself off. Everything else has a cause.
+A phase passes only if the guest's verdict is 0 and the guest powered itself off. Every failure has a cause.
 """
 
 import re
@@ -20,8 +20,8 @@ from vmtasks.qemu.vm import Booted
 
 CAUSES = (
     "verdict",  # the script exited with a status other than 0
-    "no-verdict",  # powered off without a word
-    "no-poweroff",  # said its verdict and stayed on
+    "no-verdict",  # powered off without a verdict
+    "no-poweroff",  # gave its verdict and stayed on
     "reset",  # rebooted
     "panic",
     "loader",  # no boot loader, or back at its prompt
@@ -29,7 +29,7 @@ CAUSES = (
     "debugger",
     "mountroot",
     "login",  # booted past the phase: PFI did not run the script
-    "dialogue",  # the boot loader's prompt did not come
+    "dialogue",  # the boot loader's prompt did not appear
     "silence",
     "timeout",
     "qemu-died",
@@ -39,11 +39,11 @@ CAUSES = (
 
 POLL_S = 0.1
 ECHO_S = 1.0
-"""How long an echo may take on fast hardware."""
+"""Limit for an echo on fast hardware."""
 
 PANIC_LINES_S = 1.0
 WHILE_BOOTING = {"loader", "login", "mountroot", "single-user"}
-"""What cannot happen any more once the script runs; its output may hold such words."""
+"""Causes that are impossible once the script runs; its output may contain such words."""
 
 NO_BOOT_DEVICE = ("No bootable device", "Boot failed: could not read the boot disk")
 """What SeaBIOS writes to its debug port before it gives up; source: src/boot.c."""
@@ -60,12 +60,12 @@ class Limits:
 
     @classmethod
     def of(cls, phase: PhaseTable, factor: float) -> "Limits":
-        """The limits of a phase on a host that takes `factor` times as long as fast hardware."""
+        """The limits of a phase on a host that is `factor` times slower than fast hardware."""
         total_s, silence_s, poweroff_s = phase.timeout_s, phase.silence_timeout_s, phase.poweroff_timeout_s
         return cls(total_s * factor, silence_s * factor, poweroff_s * factor, factor)
 
     def __str__(self) -> str:
-        """What is in force, for people."""
+        """The limits, for messages."""
         slower = f", {self.factor:.1f} times those of fast hardware" if self.factor > 1 else ""
         return (
             f"limits {seconds(self.total_s)}, {seconds(self.silence_s)} without output, "
@@ -73,13 +73,13 @@ class Limits:
         )
 
     def scaled(self, value_s: float) -> float:
-        """Seconds of fast hardware as seconds here."""
+        """Seconds on fast hardware, converted to seconds on this host."""
         return value_s * self.factor
 
 
 @dataclass
 class Phase:
-    """One phase under way: feed it what happens, it raises PhaseError when there is nothing more to hope for."""
+    """One running phase: watches the guest, and raises PhaseError as soon as the phase has failed."""
 
     title: str
     booted: Booted
@@ -93,7 +93,7 @@ class Phase:
     _typed: bool = False
 
     def run(self) -> list[str]:
-        """Follow the guest until QEMU has ended. Returns the host keys that it reported; PhaseError with the cause."""
+        """Follow the guest until QEMU ends. Returns the host keys that it reported; PhaseError with the cause."""
         now = time.monotonic()
         self._started = self._last_output = self._last_exchange = now
         self._verdict_at = 0.0
@@ -107,7 +107,7 @@ class Phase:
         self._judge()
         return self.said.host_keys
 
-    # -- what comes in
+    # -- input
 
     def _take(self, data: bytes) -> None:
         if not data:
@@ -127,7 +127,7 @@ class Phase:
                 self._fail("host-disk", f"QEMU could not {_told(event['data'])}")
 
     def _talk(self) -> None:
-        """Carry on with the boot dialogue: type only what was asked for."""
+        """Continue the boot dialogue: type an answer only after its prompt."""
         if self._done >= len(self.dialogue):
             return
         exchange = self.dialogue[self._done]
@@ -143,7 +143,7 @@ class Phase:
             self._fail("dialogue", f"the boot dialogue waited {waited} for {exchange.expect!r}, which did not come")
 
     def _type(self, exchange: Exchange) -> None:
-        """Type one answer; where it must come back, nothing goes wrong unseen."""
+        """Type one answer; with `echo`, verify each character."""
         self._typed = True
         serial, line = self.booted.serial, exchange.send.removesuffix("\r")
         patience_s, timeout_s = self.limits.scaled(ECHO_S), self.limits.scaled(exchange.timeout_s)
@@ -174,7 +174,7 @@ class Phase:
                 self._fail(failure.cause, f"the guest {failure.says}", linger_s=PANIC_LINES_S)
 
     def _echoing(self) -> bool:
-        """Whether the line on which the last answer was typed goes on: it may hold any word."""
+        """Whether the line of the last answer is unfinished: it may contain any word."""
         self._typed = self._typed and not self.said.transcript.match(r"\n")
         return self._typed
 
@@ -193,12 +193,12 @@ class Phase:
             self._fail("silence", f"the console was silent for {seconds(self.limits.silence_s)}")
 
     def _drain(self) -> None:
-        """Read what the console still holds after QEMU has ended, and the events from its last moment."""
+        """Read the rest of the console and of the events after QEMU has ended."""
         while data := self.booted.serial.read(0):
             self._take(data)
         self._events()
 
-    # -- what it means
+    # -- verdict
 
     def _judge(self) -> None:
         if self.shutdown_reason not in {"guest-shutdown", "guest-reset", "guest-panic"}:
@@ -225,14 +225,14 @@ class Phase:
             self._fail("verdict", self.said.exit_text)
 
     def _reason(self) -> str:
-        """The kernel's own word for why it panicked, which the trace that follows may have scrolled away."""
+        """The kernel's reason for its panic; the trace after it may have scrolled it out of the tail."""
         texts = [failure.expect for failure in self.failures if failure.cause == "panic"]
         said = next((line for line in self.said.transcript.lines if any(re.search(text, line) for text in texts)), "")
         plain = re.sub(r"^\[ *[0-9.]+\] ", "", said).strip()
         return f" ({plain})" if plain else ""
 
     def _fail(self, cause: str, sentence: str, *, linger_s: float = 0.0) -> None:
-        """Raise PhaseError; first listen a little longer where more is likely to come."""
+        """Raise PhaseError; first read the console for `linger_s` more."""
         until = time.monotonic() + linger_s
         while linger_s and (left := until - time.monotonic()) > 0 and self.booted.process.poll() is None:
             self._take(self.booted.serial.read(left))

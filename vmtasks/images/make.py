@@ -1,4 +1,4 @@
-"""Make one image: boot its phase on a partial disk, then publish the image, or keep the disk for a look."""
+"""Make one image: boot its phase on a partial disk, then publish the image, or keep the failed disk."""
 
 import time
 from collections.abc import Sequence
@@ -22,9 +22,9 @@ from vmtasks.store.store import Store
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """An image to be made. `below` is the image that it grows from; `isos` has `installer` and `phase`.
+    """An image to make. `below` is its backing image; `isos` has `installer` and `phase`.
 
-    `parts` are those of its node in the plan. The image lets in the private key `key`.
+    `parts` are those of its node in the plan. The image accepts the private key `key`.
     """
 
     config: Config
@@ -46,19 +46,19 @@ class Job:
 
     @property
     def logs(self) -> Path:
-        """Folder of the consoles and of the journal of boots."""
+        """Folder of the console logs and the journal of boots."""
         return self.config.guest_state / "logs"
 
     @property
     def console_log(self) -> Path:
-        """Console of the last boot of this phase; that of the one before ends in `.1`."""
+        """Console log of this phase's last boot; that of the boot before ends in `.1`."""
         return self.logs / f"{self.phase.name}.console.log"
 
 
 def make(job: Job, lock: int) -> ImageRecord:
-    """Boot the phase and publish its image. PhaseError with the disk kept when the guest fails.
+    """Boot the phase and publish its image. PhaseError if the guest fails; its disk is kept.
 
-    `lock` is the descriptor of the image's lock: QEMU inherits it, so that nobody else begins while it lives.
+    `lock` is the descriptor of the image's lock: QEMU inherits it, so that no other run begins while QEMU lives.
     """
     partial = job.store.partial(job.digest)
     partial.unlink(missing_ok=True)
@@ -98,7 +98,7 @@ def spec(job: Job, partial: Path, sockets: Path, firmware: Path | None) -> Spec:
 
 
 def _boot(job: Job, partial: Path, lock: int, step: progress.Step) -> list[str]:
-    """One boot: returns the host keys that the guest reported."""
+    """Boot the phase once; returns the host keys that the guest reported."""
     job.logs.mkdir(parents=True, exist_ok=True)
     firmware = job.logs / f"{job.phase.name}.firmware.log"
     screen = job.console_log.with_suffix(".png")
@@ -131,7 +131,7 @@ def _boot(job: Job, partial: Path, lock: int, step: progress.Step) -> list[str]:
 
 
 def _note(job: Job, machine: Spec) -> None:
-    """Append to the journal of boots, which nothing ever shortens: what was really booted, and how."""
+    """Append the command line to the journal of boots, which is never truncated."""
     when = time.strftime("%Y-%m-%dT%H:%M:%S")
     with (job.logs / "boots.log").open("a") as journal:
         journal.write(f"{when} {job.phase.name} {job.digest} {process.quote(command(machine))}\n")
@@ -171,7 +171,7 @@ def _kept(job: Job, error: VmTasksError) -> VmTasksError:
     if not partial.exists():
         return error.replace(log=log)
     if isinstance(error, PhaseError) and error.cause == "host-disk":
-        # The disk tells nothing about the guest, and takes what space there is.
+        # The disk says nothing about the guest, and fills the file system.
         note_failure(error, partial.unlink, f"{partial} could not be removed")
         return error.replace(
             log=log, hint="free some space, or put the store elsewhere with VMTASKS_STORE=/path (or store=)"
@@ -200,17 +200,17 @@ def _look(job: Job) -> Path:
 
 
 def typed(config: Config) -> list[str]:
-    """What makes the installer's loader use the serial console, one entry for each thing to type."""
+    """The answers that make the installer's loader use the serial console, in order."""
     first = config.guest.phases[0].dialogue
     sent = [exchange.send.rstrip("\r\n") for exchange in config.guest.dialogue.get(first, [])]
     return [text.replace("\x1b", "Escape") for text in sent]
 
 
 def look_script(live: Spec, disk_only: Spec, words: Sequence[str]) -> str:
-    """A script to look inside a kept disk from the installer's live system, or, with `boot`, to start the disk itself.
+    """A script that opens a kept disk in the installer's live system or, with `boot`, boots the disk itself.
 
-    The phase's own CD is left out, so that the phase does not run again. What is written goes to a throw-away overlay.
-    `words` is what makes the installer's loader use the console.
+    It leaves out the phase's CD, so that the phase does not run again. Writes go to a throw-away overlay. `words` are
+    the answers that make the installer's loader use the console.
     """
     told = "The installer starts. " + (f"To its loader, type: {', '.join(words)}." if words else "")
     make = process.quote(["qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", str(live.disk.absolute())])

@@ -1,7 +1,7 @@
-"""PURE: what each build step is made of, as named parts and digests chained from the installer to the suites.
+"""PURE: the inputs of each build step, as named parts and digests chained from the installer to the suites.
 
-A phase's digest says what its image is made from, never how fast and never for whom: memory, CPUs and the accelerator
-are not in it, and its scripts are rendered with a placeholder for the public key.
+A phase's digest covers the contents of its image, not speed or owner: it leaves out memory, CPUs and the accelerator,
+and its scripts are rendered with a placeholder for the public key.
 """
 
 import hashlib
@@ -14,25 +14,25 @@ from vmtasks.config.load import Config
 from vmtasks.config.tables import Exchange, HardwareTable, PhaseTable, SuiteTable
 
 FORMAT = 2
-"""Raised when the meaning of a digest changes, so that no old image is taken for a new one."""
+"""Increased when the meaning of a digest changes, so that no old image is mistaken for a new one."""
 
 OTHER_WAY = "vmtasks makes digests in another way now"
-"""Why an image without parts on record, or of another FORMAT, is built again."""
+"""The cause for an image without recorded parts, or of another FORMAT."""
 
 FORMAT_PART = "vmtasks: digests"
 PUBLIC_KEY = f"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{'A' * 43} vmtasks"
-"""What the scripts are rendered with for a digest: who may log in decides nothing about an image."""
+"""The placeholder that scripts are rendered with for a digest, so that it does not depend on the user's key."""
 
 NOT_FETCHED = "not known until fetch"
 PER_PHASE = ("render", "phase_iso", "phase")
-"""What each phase has a node of, as `phase:1`."""
+"""The kinds of nodes that each phase has, as in `phase:1`."""
 
 FROM_SUITE = ("command", "user", "cwd", "env", "format", "junit")
-"""The keys of a suite that decide its result. The others say how long it may take and what is fetched."""
+"""The keys of a suite that affect its result. The others set its deadline and what is fetched."""
 
 
 class IsoFile(msgspec.Struct, frozen=True, order=True):
-    """A file on a phase ISO, as the guest will see it."""
+    """A file on a phase ISO, as the guest sees it."""
 
     path: str
     mode: int
@@ -40,9 +40,9 @@ class IsoFile(msgspec.Struct, frozen=True, order=True):
 
 
 class Installer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the installer is made of, and the ISO that this led to; `media` is '' where that is not known.
+    """The installer's inputs, and the SHA-256 of the ISO made of them, `media`; '' if it is unknown.
 
-    `recipe` is the digest of all parts. `packages`: what each phase carries, as `sha256 name`. `fault`: why the parts
+    `recipe` is the digest of all parts. `packages`: those on each phase's CD, as `sha256 name`. `fault`: why the parts
     could not be read.
     """
 
@@ -54,9 +54,9 @@ class Installer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Rendering(msgspec.Struct, frozen=True, kw_only=True):
-    """What a phase is rendered from, and digests of the files that come of it with PUBLIC_KEY, by named part.
+    """The sources of a phase's files, and the digests of these files rendered with PUBLIC_KEY, by named part.
 
-    `fault`: why nothing comes of it.
+    `fault`: why they cannot be rendered.
     """
 
     sources: dict[str, str]
@@ -65,7 +65,7 @@ class Rendering(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Inputs(msgspec.Struct, frozen=True, kw_only=True):
-    """What is read from the host: see vmtasks.images.reader. `tree` and `image` decide suites, and only them."""
+    """The inputs on this host, see vmtasks.images.reader. `tree` and `image` affect sync, build and suites only."""
 
     installer: Installer
     phases: tuple[Rendering, ...]
@@ -74,10 +74,10 @@ class Inputs(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Node(msgspec.Struct, frozen=True, kw_only=True):
-    """One step: its name, the named parts that its digest is made of, the nodes before it.
+    """One step: its name, the named parts of its digest, the nodes that it depends on.
 
-    `digest` is '' where `unknown` says why. `sources`: what the parts were rendered from, to name what was edited.
-    `cost`: the key under which history keeps how long the step took; '' for what takes no time.
+    `digest` is '' if it is unknown; `unknown` says why. `sources`: what the parts were rendered from, to name the
+    edited input. `cost`: the step's key in the history of durations; '' for a step that takes no time.
     """
 
     name: str
@@ -161,7 +161,7 @@ def _phase_node(config: Config, number: int, phase: PhaseTable, iso: Node, befor
 
 
 def facts(hardware: HardwareTable, phase: PhaseTable, dialogue: Iterable[Exchange], disk_size: int) -> dict[str, str]:
-    """What a guest notices of its machine, by the name in guest.toml. `disk_size` in bytes.
+    """The hardware that a guest notices, by the name in guest.toml. `disk_size` in bytes.
 
     Machines with equal facts make the same image.
     """
@@ -195,7 +195,7 @@ def suite_nodes(config: Config, tree: str, image: str) -> tuple[Node, ...]:
 
 
 def build_parts(config: Config, tree: str, image: str) -> dict[str, str]:
-    """What is built, in which system, how and where: the parts that a suite's node begins with."""
+    """The tree, the image, the build and its place in the machine: the first parts of a suite's node."""
     return {
         "tree": tree,
         "image": image,
@@ -206,12 +206,12 @@ def build_parts(config: Config, tree: str, image: str) -> dict[str, str]:
 
 
 def suite_parts(suite: SuiteTable) -> dict[str, str]:
-    """What of a suite's table decides its result, by its key."""
+    """The parts of a suite's table that affect its result, by key."""
     return {key: digest_of(key, getattr(suite, key)) for key in FROM_SUITE}
 
 
 def changes(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    """The parts that are not in both with the same digest, in the order of their names."""
+    """The names of parts that differ between `old` and `new`, sorted."""
     return sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
 
 
@@ -226,17 +226,17 @@ def files_digest(files: Iterable[IsoFile]) -> str:
 
 
 def token(files: Iterable[IsoFile]) -> str:
-    """What makes a sentinel line on the console ours: unknown to a script that is echoed, new when a file is."""
+    """The token that marks a sentinel line on the console as ours: in no script, and new if any file changes."""
     return digest_of("token", files_digest(files))[:16]
 
 
 def suite_digest(parts: Mapping[str, object]) -> str:
-    """Digest of parts as former versions kept it with a suite's result, and machines with the tree that they hold."""
+    """Digest of parts in the form of earlier versions, in the records of suites' results and of synced trees."""
     return _sha256([1, "suite", dict(parts)])
 
 
 def digest_of(kind: str, value: object) -> str:
-    """SHA-256 (hex) of a value of texts, numbers, lists and tables. `kind` keeps equal values of two kinds apart."""
+    """SHA-256 (hex) of a value of texts, numbers, lists and tables. `kind` separates equal values of two kinds."""
     return _sha256([FORMAT, kind, value])
 
 

@@ -1,7 +1,7 @@
-"""What never goes into a guest: state folders, stores, machines' folders, and with them the keys in them.
+"""Private places, which never go into a guest: state folders, stores and machines' folders, with the keys in them.
 
-They are known by their identity, whatever links and mounts lead there, and by what they look like: those of other
-projects and users too, and copies.
+They are recognised by device and inode, whatever links and mounts lead there, and by their contents: also those of
+other projects and users, and copies.
 """
 
 import os
@@ -19,15 +19,15 @@ STATE = b".vm"
 
 
 class Private:
-    """The private places of this host, as far as a project knows them."""
+    """The private places of this host that a project knows."""
 
     def __init__(self, config: Config) -> None:
-        """Nothing is looked at yet."""
+        """Reads nothing yet."""
         self.config = config
 
     @cached_property
     def places(self) -> frozenset[tuple[int, int]]:
-        """Device and inode of the folders and keys that are known."""
+        """Device and inode of the known folders and keys."""
         found = set()
         for path in self._paths():
             try:
@@ -38,7 +38,7 @@ class Private:
         return frozenset(found)
 
     def around(self, folder: Path) -> Path | None:
-        """The private place that `folder` is, or is in."""
+        """The private place that `folder` is or lies in; None for any other folder."""
         real = folder.resolve()
         for place in (real, *real.parents):
             try:
@@ -50,12 +50,12 @@ class Private:
         return None
 
     def named(self, folder: bytes, names: Collection[bytes]) -> Collection[bytes]:
-        """Which name in a folder is that of a project's state; also if it is not there yet."""
+        """The name of a project's state folder in `folder`, also if it does not exist yet."""
         is_project = CONFIG_FOLDER in names and Path(os.fsdecode(folder), CONFIG_PATH).is_file()
         return (STATE,) if is_project else ()
 
     def looks(self, folder: bytes, names: Collection[bytes]) -> bool:
-        """Whether a folder with these `names` in it looks like a private place."""
+        """Whether a folder that contains `names` looks like a private place."""
         if os.path.basename(folder) == STATE and b"run" in names:  # noqa: PTH119 - bytes
             return any(Path(os.fsdecode(folder), "run").glob("*/id_ed25519"))
         if b"machine.toml" in names:
@@ -67,7 +67,7 @@ class Private:
         return False
 
     def _paths(self) -> Iterator[Path]:
-        """The state folders that are known, the stores, and the keys in our own."""
+        """The known state folders, the stores, and the keys in our own."""
         own, stores = self.config.vm_dir, {self.config.store_dir, default_store(os.environ)}
         yield own
         yield from own.glob("run/*/id_ed25519")

@@ -1,7 +1,7 @@
-"""Remove from a store what no project's record names. Each project tells the store where its records are.
+"""Remove what no project's record names from a store. Each project registers its records with the store.
 
-`projects/<id>.toml` says what a state folder named when a record of it was last written: a folder that is not there, or
-a record that cannot be read, keeps that.
+`projects/<id>.toml` lists what a state folder named when one of its records was last written: that list counts if the
+folder is missing or a record is unreadable.
 """
 
 import contextlib
@@ -27,9 +27,9 @@ NOT_GUESTS = ("results", "run")
 
 
 class Names(msgspec.Struct, frozen=True, kw_only=True):
-    """What a state folder names: images as `digest sha256`, image files that overlays stand on, installers.
+    """What a state folder names: images as `digest sha256`, backing files of overlays, installers.
 
-    `complete`: all that it names could be read once.
+    `complete`: all its records were readable at least once.
     """
 
     vm_dir: str
@@ -40,7 +40,7 @@ class Names(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pruned(msgspec.Struct, kw_only=True):
-    """What is gone, or would be; its size in bytes; and what was kept because nobody can tell."""
+    """What was, or would be, removed; its size in bytes; and warnings about records that could not be read."""
 
     gone: list[Path]
     size: int
@@ -49,9 +49,9 @@ class Pruned(msgspec.Struct, kw_only=True):
 
 @contextlib.contextmanager
 def naming(store: Store, vm_dir: Path) -> Iterator[None]:
-    """Choose what is in the store, and write the records below `vm_dir` that name it.
+    """Hold off pruning while the block looks up what the store has and writes records below `vm_dir` that name it.
 
-    Nothing is pruned meanwhile, and afterwards the store knows the names. OSError for a store that cannot be written.
+    Afterwards the store knows the names. OSError for a store that cannot be written.
     """
     files.private_folder(vm_dir)
     with _lock(store):
@@ -60,17 +60,17 @@ def naming(store: Store, vm_dir: Path) -> Iterator[None]:
 
 
 def register(store: Store, vm_dir: Path) -> None:
-    """Let the store know what the records below `vm_dir` name."""
+    """Tell the store what the records below `vm_dir` name."""
     with naming(store, vm_dir):
         pass
 
 
 def prune(store: Store, *, dry_run: bool = False, forget: Path | None = None) -> Pruned:
-    """Remove images and installers that no project names. What somebody is making at this moment is left alone.
+    """Remove images and installers that no project names, and leftovers of killed processes.
 
-    So do leftovers of processes that were killed. A state folder that is not there keeps what it named last, until it
-    is to be forgotten: `forget` is that folder, or its project's. ConfigError for one that the store does not know, or
-    that is there. `dry_run` removes nothing.
+    Files that a process is making now are kept. A missing state folder keeps what it last named, until `forget` names
+    that folder or its project's. ConfigError for a `forget` that the store does not know, or that exists. `dry_run`
+    removes nothing.
     """
     with _lock(store):
         if forget is not None:
@@ -96,7 +96,7 @@ def prune(store: Store, *, dry_run: bool = False, forget: Path | None = None) ->
 
 
 def drop(store: Store, digest: str, sha256: str) -> bool:
-    """Remove an image, and the key that lets in to it, unless some project names it or may; whether it went."""
+    """Remove an image and its key, unless a project names it or may name it. True if it was removed."""
     with _lock(store):
         names, _, complete = _all_names(store, None)
         images = {(named, of) for each in names for named, _, of in (item.partition(" ") for item in each.images)}
@@ -112,7 +112,7 @@ def drop(store: Store, digest: str, sha256: str) -> bool:
 
 
 def names_of(vm_dir: Path) -> tuple[Names, list[Path]]:
-    """What the records and overlays below a state folder name, and those that cannot be read."""
+    """What the records and overlays below a state folder name, and the unreadable ones."""
     unread: list[Path] = []
     guests = [path for path in _listed(vm_dir, "*", unread) if path.name not in NOT_GUESTS and path.is_dir()]
     machines = [path for path in _listed(vm_dir / "run", "*", unread) if path.is_dir()]
@@ -153,7 +153,7 @@ def _entry(store: Store, vm_dir: Path) -> Path:
 
 
 def _remember(store: Store, vm_dir: Path) -> None:
-    """Note what a state folder names, and what it named where that cannot be read now."""
+    """Write down what a state folder names; for unreadable records, what they named before."""
     entry = _entry(store, vm_dir)
     named, unread = names_of(vm_dir)
     before = read_record(entry, Names)
@@ -175,7 +175,7 @@ def _joined(one: Names, other: Names) -> Names:
 
 
 def _all_names(store: Store, forgotten: Path | None) -> tuple[list[Names], list[str], bool]:
-    """What all registered state folders name, warnings, and whether that is all: where it is not, nothing may go."""
+    """What all registered state folders name, warnings, and whether the list is complete: if not, remove nothing."""
     found, warnings, complete = [], [], True
     for entry in sorted((store.root / "projects").glob("[!.]*")):
         remembered = read_record(entry, Names)
@@ -205,7 +205,7 @@ def _all_names(store: Store, forgotten: Path | None) -> tuple[list[Names], list[
 
 
 def _is_away(vm_dir: Path) -> bool:
-    """Whether a state folder is not there, or empty as a mount point is. One that cannot be looked into is there."""
+    """Whether a state folder is missing, or empty like an unused mount point. An unreadable one is not away."""
     try:
         return not any(vm_dir.iterdir())
     except PermissionError:
@@ -215,19 +215,19 @@ def _is_away(vm_dir: Path) -> bool:
 
 
 def _folder(entry: Path, remembered: Names | None) -> Path:
-    """The state folder of an entry; older versions wrote nothing else."""
+    """The state folder of an entry; older versions wrote only its path."""
     return Path(remembered.vm_dir if remembered else files.read_text(entry, "replace").strip())
 
 
 def state_folders(store: Store) -> Iterator[Path]:
-    """The state folders that the store knows, there or not. An entry that cannot be read is left out."""
+    """The state folders that the store knows, existing or not, without those of unreadable entries."""
     for entry in (store.root / "projects").glob("[!.]*"):
         with contextlib.suppress(OSError, ValueError):
             yield _folder(entry, read_record(entry, Names))
 
 
 def _forget(store: Store, folder: Path, *, dry_run: bool) -> None:
-    """Take a state folder that is gone off the list."""
+    """Unregister a state folder that no longer exists. ConfigError for an unknown or existing one."""
     entries = sorted((store.root / "projects").glob("[!.]*"))
     known = {entry: _folder(entry, read_record(entry, Names)) for entry in entries}
     wanted = folder.absolute()
@@ -253,7 +253,7 @@ def _prune_keys(store: Store, digests: set[str], *, dry_run: bool) -> None:
 def _prune_media(
     store: Store, installers: set[str], warnings: list[str], *, dry_run: bool
 ) -> Iterator[tuple[Path, int]]:
-    """Remove installers that nobody names; gives each with its size. Who fetches one holds its recipe's lock."""
+    """Remove installers that no project names; yields each with its size. A running fetch holds its recipe's lock."""
     for path in sorted((store.root / "media").glob("[!.]*.toml")):
         media = read_record(path, MediaRecord)
         if media is None:
@@ -271,7 +271,7 @@ def _prune_media(
 
 
 def _listed(folder: Path, pattern: str, unread: list[Path]) -> list[Path]:
-    """What is in a folder; one that is not there has nothing, and one that cannot be read is added to `unread`."""
+    """The matching contents of a folder; [] for a missing one. An unreadable folder is added to `unread`."""
     try:
         return sorted(path for path in folder.iterdir() if path.match(pattern))
     except (FileNotFoundError, NotADirectoryError):

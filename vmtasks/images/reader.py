@@ -1,7 +1,7 @@
-"""Reads of this host what the plan needs, and judges what stands.
+"""Reads the plan's inputs on this host, and judges which steps are up to date.
 
-A step is up to date exactly when its record has the digest of its node, and what the record names is there, intact.
-Cheap to import: doit asks these questions at every run, also when nothing is to be done. Nothing is written.
+A step is up to date exactly when its record has the digest of its node, and what the record names exists, intact.
+Cheap to import, because doit asks at every run, even if there is nothing to do. Writes nothing.
 """
 
 import hashlib
@@ -29,10 +29,10 @@ SHIPPED = ("lib.sh", "run.sh")
 
 
 class RenderRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a phase was rendered from, as `parts` of the node `digest`, and what came of it.
+    """The sources of a rendered phase, as `parts` of the node `digest`, and its files.
 
-    `files`: the digests of the plan, of each file with the placeholder for the public key. `key`: the one that was
-    written instead. `left`: SHA-256 of each file as it was written.
+    `files`: the plan's digest of each file, rendered with the placeholder for the public key. `key`: the public key in
+    the written files. `left`: SHA-256 of each file as written.
     """
 
     digest: str
@@ -43,7 +43,7 @@ class RenderRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IsoRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a phase's ISO was made of, for which public key, and how the file was left."""
+    """The parts of a phase's ISO, its public key, and the size and time of the file as written."""
 
     digest: str
     parts: dict[str, str]
@@ -53,9 +53,9 @@ class IsoRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BuiltRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What the image `digest` was rendered from: digests by part, and the texts among them, to say which line changed.
+    """The sources of the image `digest`: digests by part, and their texts, to name the changed line.
 
-    Stands beside the phase's record, and belongs to this project alone.
+    Lies beside the phase's record, and belongs to this project alone.
     """
 
     digest: str
@@ -64,7 +64,7 @@ class BuiltRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Texts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a phase is rendered from, read once: the template, the scripts of vmtasks by name, values but the key."""
+    """The sources of a phase, read once: the template, vmtasks' scripts by name, all values except the key."""
 
     template: str
     shipped: dict[str, str]
@@ -72,16 +72,16 @@ class Texts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reader(State):
-    """One guest's plan, and what stands of it."""
+    """One guest's plan, and which of its steps are up to date."""
 
-    # -- what the plan is made of
+    # -- the plan's inputs
 
     def nodes(self, read: Mapping[int, Texts] | None = None) -> dict[str, Node]:
-        """The nodes from `fetch` to `snapshot` by name, of what is on the host now or was `read` for some phases."""
+        """The nodes from `fetch` to `snapshot` by name. `read`: texts already read, by phase number."""
         return {node.name: node for node in plan.image_nodes(self.config, self.inputs(read or {}))}
 
     def inputs(self, read: Mapping[int, Texts]) -> Inputs:
-        """What the plan of the images is made of: on the host now, or as it was `read` for some phases."""
+        """The inputs of the images' plan on this host now. `read`: texts already read, by phase number."""
         phases = tuple(self.rendering(number, read.get(number)) for number in self.numbers)
         return Inputs(installer=self._installer(), phases=phases)
 
@@ -101,7 +101,7 @@ class Reader(State):
         return Installer(recipe=recipe, parts=parts, media=media.sha256, packages=media.local_packages)
 
     def known_media(self, recipe: str, *, allow_unverified: bool = False) -> tuple[MediaRecord | None, str]:
-        """The record of an installer of this recipe, ours or the store's, and why the store does not hold it, or ''."""
+        """The record of an installer of this recipe, ours or the store's, and why the store lacks it, or ''."""
         ours = read_record(self.installer_record, MediaRecord)
         if ours is not None and ours.recipe == recipe and not self.media_fault(ours):
             return ours, ""
@@ -116,7 +116,7 @@ class Reader(State):
         return record, self.media_fault(record)
 
     def read(self, number: int) -> Texts:
-        """What phase `number` is rendered from. OSError, UnicodeDecodeError."""
+        """Read the sources of phase `number`. OSError, UnicodeDecodeError."""
         config = self.config
         return Texts(
             template=template.read(config.template(self.phase(number))),
@@ -132,7 +132,7 @@ class Reader(State):
         )
 
     def part_names(self, number: int) -> dict[str, str]:
-        """The files of a phase, each as the part that a person edits."""
+        """File name -> part, named as a person edits it."""
         return {
             "lib.sh": "vmtasks: lib.sh",
             "pfi.conf": "vmtasks: pfi.conf",
@@ -156,7 +156,7 @@ class Reader(State):
         return {**parts, plan.FORMAT_PART: f"{plan.FORMAT} {text_digest(PFI)}"}
 
     def texts_by_part(self, number: int, texts: Texts) -> dict[str, str]:
-        """The texts that phase `number` is rendered from, by the parts that sources() names."""
+        """The source texts of phase `number`, by the part names of sources()."""
         names = self.part_names(number)
         return {
             names["phase.sh"]: texts.template,
@@ -165,7 +165,7 @@ class Reader(State):
         }
 
     def render_files(self, number: int, texts: Texts, public_key: str) -> dict[str, str]:
-        """The text of each file of the phase, with this public key. ConfigError when the template is wrong."""
+        """The text of each file of the phase, with this public key. ConfigError for an invalid template."""
         path = self.config.template(self.phase(number))
         return {
             **texts.shipped,
@@ -175,7 +175,7 @@ class Reader(State):
         }
 
     def rendering(self, number: int, texts: Texts | None = None) -> Rendering:
-        """Phase `number` for the plan. What was rendered from the same sources before is not rendered again."""
+        """Phase `number` for the plan, taken from the record of an earlier rendering if the sources are the same."""
         sources: dict[str, str] = {}
         try:
             texts = texts or self.read(number)
@@ -198,31 +198,31 @@ class Reader(State):
     # -- records beside those of the workspace
 
     def render_record(self, number: int) -> RenderRecord | None:
-        """What phase `number` was last rendered from; None when that is not known."""
+        """The record of phase `number`'s last rendering; None if it is missing or unreadable."""
         return read_json(self.render_file(number), RenderRecord)
 
     def render_file(self, number: int) -> Path:
-        """Where that is recorded."""
+        """The file of render_record()."""
         return self.home / f"render-{number}.json"
 
     def built(self, number: int) -> BuiltRecord | None:
-        """What the image that our record of phase `number` names was rendered from, if that is known."""
+        """The sources of the image that our record of phase `number` names, or None."""
         return read_json(self.built_file(number), BuiltRecord)
 
     def built_file(self, number: int) -> Path:
-        """Where that is recorded."""
+        """The file of built()."""
         return self.home / f"phase-{number}.json"
 
     def iso_file(self, number: int) -> Path:
-        """Where it is recorded what the ISO of phase `number` was made of."""
+        """The file of the IsoRecord of phase `number`."""
         return self.home / f"phase-{number}.iso.json"
 
     # -- keys
 
     def key_of(self, number: int, nodes: Mapping[str, Node]) -> Path:
-        """The private key whose public half phase `number` is rendered with: that of the image below it, if it has one.
+        """The private key whose public half phase `number` is rendered with.
 
-        Else the one that an image of the same digest has, or else the store's.
+        That of its backing image, or else of an image with the same digest, or else the store's.
         """
         for name in (f"phase:{number - 1}", f"phase:{number}"):
             digest = nodes[name].digest if name in nodes else ""
@@ -232,7 +232,7 @@ class Reader(State):
         return self.key
 
     def public_half(self, private: Path) -> str:
-        """The line for `authorized_keys` of a key that the store keeps; '' where there is none that can be read."""
+        """The `authorized_keys` line of a key in the store; '' if it is missing or unreadable."""
         try:
             return files.read_text(private.with_name(f"{private.name}.pub")).strip()
         except (OSError, ValueError):
@@ -241,11 +241,11 @@ class Reader(State):
     # -- the one judge
 
     def why_stale(self, name: str, nodes: Mapping[str, Node] | None = None) -> str:
-        """Why the step `name` must be carried out, or ''. `nodes` as nodes() gave them."""
+        """Why the step `name` must run, or ''. `nodes` as returned by nodes()."""
         return "; ".join(self.causes(name, nodes))
 
     def causes(self, name: str, nodes: Mapping[str, Node] | None = None) -> list[str]:
-        """The reasons why the step `name` must be carried out. Reads no image whose size and time are right."""
+        """The reasons why the step `name` must run. Reads no image whose size and time match its record."""
         nodes = nodes or self.nodes()
         kind, _, number = name.partition(":")
         if kind == "fetch":
@@ -299,7 +299,7 @@ class Reader(State):
         return self.phase_causes(number, nodes, self.store.record(named.digest, named.sha256) if named else None)
 
     def phase_causes(self, number: int, nodes: Mapping[str, Node], below: ImageRecord | None) -> list[str]:
-        """As causes(), of a phase that is to grow from the image `below`; None for the first, or if there is none."""
+        """As causes(), for a phase with the backing image `below`; None for the first phase, or if it is missing."""
         node, path = nodes[f"phase:{number}"], self.record(number)
         record = read_record(path, PhaseRecord)
         if record is None:
@@ -321,7 +321,7 @@ class Reader(State):
         return self.snapshot_causes(nodes, last.sha256 if last else "")
 
     def snapshot_causes(self, nodes: Mapping[str, Node], sha256: str) -> list[str]:
-        """As causes(), of the snapshot that is to name the image with these bytes."""
+        """As causes(), for the snapshot that should name the image with the digest of bytes `sha256`."""
         node, record = nodes["snapshot"], read_record(self.clean_record, PhaseRecord)
         if record is None:
             return [f"there is no record {self.clean_record.name}"]
@@ -334,9 +334,9 @@ class Reader(State):
     def named(
         self, old: Mapping[str, str], node: Node, number: int = 0, sources: Mapping[str, str] | None = None
     ) -> list[str]:
-        """The parts that changed, as causes. A rendered file is told by what it was rendered from, if that is known.
+        """The changed parts, as causes. A rendered file is named by its changed source, if that is known.
 
-        `number`: of the phase whose texts tell the line that changed; 0 for none.
+        `number`: the phase whose texts give the changed line; 0 for none.
         """
         if not old:
             return [plan.OTHER_WAY] if node.name != "fetch" else []
@@ -353,7 +353,7 @@ class Reader(State):
         return [_told(name, old, node.parts) + (f" (line {lines[name]})" if name in lines else "") for name in changed]
 
     def edited(self, number: int) -> dict[str, tuple[str, str]]:
-        """The texts of a phase that are not as they were when its image was made: part -> what it was, what it is."""
+        """The texts of a phase that changed after its image was made: part -> (old text, new text)."""
         built = self.built(number)
         now = self.texts_by_part(number, self.read(number)) if built else {}
         was = built.texts if built else {}
@@ -361,7 +361,7 @@ class Reader(State):
 
 
 def _told(name: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """One part that changed; an image before the step is another one."""
+    """The cause for one changed part; for a previous phase, that it makes another image."""
     if name.startswith("phase:"):
         return f"{name} makes another image"
     if name in new and name not in old:
@@ -370,7 +370,7 @@ def _told(name: str, old: Mapping[str, str], new: Mapping[str, str]) -> str:
 
 
 def _first_other(old: str, new: str) -> int:
-    """The number of the first line of `new` that is not as in `old`."""
+    """The number of the first line of `new` that differs from `old`."""
     pairs = enumerate(itertools.zip_longest(old.splitlines(), new.splitlines()), 1)
     return next((number for number, (was, is_now) in pairs if was != is_now), 1)
 
@@ -393,7 +393,7 @@ def _said(error: Exception) -> str:
 
 
 def _is(path: Path, record: RenderRecord) -> bool:
-    """Whether a rendered file has the mode and bytes that it was left with."""
+    """Whether a rendered file still has the mode and bytes that were written."""
     try:
         return path.stat().st_mode & 0o777 == MODES[path.name] and files.sha256(path) == record.left.get(path.name)
     except OSError:

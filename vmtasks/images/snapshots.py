@@ -1,4 +1,4 @@
-"""Save a machine's disk as an image of its own, and give it a name."""
+"""Save a machine's disk as a named image."""
 
 import hashlib
 import time
@@ -11,11 +11,11 @@ from vmtasks.store.records import ImageRecord, write_record
 
 
 def save(state: State, overlay: Path, record: MachineRecord, name: str, key: Path | None = None) -> ImageRecord:
-    """Flatten the disk of a machine at rest into the store, and name it `name`.
+    """Flatten the disk of a stopped machine into the store, and name the image `name`.
 
-    The image needs no other, so that restoring, changing and saving again keeps both. Its digest is made up: nothing
-    that is known of the machine says what was done in it. `key` is the private key that the disk lets in, if that is
-    not the store's: it is kept with the image, to let in once to machines that are made from it.
+    The image has no backing file, so that restoring, changing and saving again keeps both. Its digest is made up,
+    because no record says what was done in the machine. `key` is the private key that the disk accepts, if it is not
+    the store's: it is kept with the image, for the first login to machines made from it.
     """
     store, config = state.store, state.config
     digest = hashlib.sha256(f"{record.name} {name} {time.time_ns()}".encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""Carry out one build step of the plan: fetch, render, compose the phase ISO, boot the phase, publish the image.
+"""Run one build step of the plan: fetch, render, compose the phase ISO, boot the phase, publish the image.
 
 Each step leaves a small record in the guest's state folder; the next step depends on that record, never on an image.
-A finished phase is published in the store at once, so that no kill, and no loss of doit's database, costs it.
+A finished phase is published in the store at once, so that it survives a kill and the loss of doit's database.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ P = ParamSpec("P")
 
 
 def alone(step: Callable[Concatenate["Builder", int, P], None]) -> Callable[Concatenate["Builder", int, P], None]:
-    """One run at a time carries out a phase's steps in a state folder: they share its files, its CD and its logs."""
+    """Let one process at a time run a phase's steps in a state folder: they share its files, CD and logs."""
 
     @functools.wraps(step)
     def held(self: "Builder", number: int, /, *args: P.args, **options: P.kwargs) -> None:
@@ -46,7 +46,7 @@ def alone(step: Callable[Concatenate["Builder", int, P], None]) -> Callable[Conc
 
 
 class Rendered(NamedTuple):
-    """A phase's files by name, and the key whose public half they hold."""
+    """A phase's files by name, and the key whose public half they contain."""
 
     private: Path
     public_key: str
@@ -59,7 +59,7 @@ class Builder(Reader):
     # -- steps
 
     def make_key(self) -> None:
-        """Make the user's key pair when it is first needed, and its public half anew when that cannot be read."""
+        """Make the user's key pair if it is missing; rewrite its public half if that is unreadable."""
         if self.key.is_file() and _holds_public_key(self.public_key):
             return
         with self.store.lock("key", timeout_s=60):
@@ -72,10 +72,10 @@ class Builder(Reader):
             keypair.make_pair(self.key, "vmtasks")
 
     def fetch(self, *, allow_unverified: bool = False) -> None:
-        """Have the installer in the store and say in its record which file it is.
+        """Get the installer into the store, and name its file in the record.
 
-        FetchError for a download that nothing is known to hold against, unless `allow_unverified` says yes, or did so
-        in this project before.
+        FetchError for a download without a known digest, unless `allow_unverified` permits it, or did so in this
+        project before.
         """
         recipe, parts = self.recipe()
         if not self._use_media(recipe, allow_unverified=allow_unverified):
@@ -95,19 +95,19 @@ class Builder(Reader):
 
     @alone
     def render(self, number: int) -> None:
-        """Write the phase's files; those that are as they were are left alone. ConfigError for a wrong template."""
+        """Write the phase's changed files. ConfigError for an invalid template."""
         texts = self.read(number)
         self._write_files(number, texts, self.nodes({number: texts}))
 
     @alone
     def phase_iso(self, number: int) -> None:
-        """Put the phase's files, its packages and its token on an ISO."""
+        """Write an ISO with the phase's files, its packages and its token."""
         texts = self.read(number)
         nodes = self.known_nodes(f"phase_iso:{number}", {number: texts})
         self._write_iso(number, nodes, self._write_files(number, texts, nodes))
 
     def _write_files(self, number: int, texts: Texts, nodes: Mapping[str, Node]) -> Rendered:
-        """Render the phase for the key that will let us in, and write down what it was rendered from."""
+        """Render the phase with the public key of the image to be made, and record the sources."""
         rendering = self.rendering(number, texts)
         private = self.key_of(number, nodes)
         if private == self.key:
@@ -133,7 +133,7 @@ class Builder(Reader):
         return Rendered(private, public_key, made)
 
     def public_line(self, private: Path) -> str:
-        """The public half of a key, which is written beside it where it is missing."""
+        """The public half of a key; it is written beside the key if it is missing."""
         public = self.public_half(private)
         if not public:
             public = keypair.public_text(private).strip()
@@ -141,7 +141,7 @@ class Builder(Reader):
         return public
 
     def _write_iso(self, number: int, nodes: Mapping[str, Node], rendered: Rendered) -> str:
-        """Write the phase's ISO and what it was made of; returns its token."""
+        """Write the phase's ISO and its record; returns the token."""
         entries = self.iso_entries(number, rendered.files)
         token = iso_token(entries)
         entries.append(Entry("token", "file", PLAIN, f"{token}\n".encode()))
@@ -162,9 +162,9 @@ class Builder(Reader):
 
     @alone
     def build(self, number: int, *, anew: bool = False) -> None:
-        """Have the image of phase `number` in the store and say in its record which it is.
+        """Get the image of phase `number` into the store, and name it in the phase's record.
 
-        Boots a guest only if the store holds no intact image for the digest, or `anew`. PhaseError when it fails.
+        Boots a guest only if the store has no intact image with the digest, or with `anew`. PhaseError if it fails.
         """
         title, texts = self.title(number), self.read(number)
         nodes = self.known_nodes(f"phase:{number}", {number: texts})
@@ -191,7 +191,7 @@ class Builder(Reader):
             write_record(self.clean_record, PhaseRecord(digest=last.digest, sha256=last.sha256, parts=parts))
 
     def adopt(self) -> str:
-        """Let the records of all steps say what the store holds for them; returns what it lacks, or ''.
+        """Write the records of all steps from what the store has; returns what it lacks, or ''.
 
         Downloads nothing and boots nothing.
         """
@@ -210,11 +210,11 @@ class Builder(Reader):
         return ""
 
     def naming(self) -> contextlib.AbstractContextManager[None]:
-        """Write records that name what is in the store; see vmtasks.images.prune."""
+        """Hold off pruning while records are written; see vmtasks.images.prune.naming()."""
         return prune.naming(self.store, self.config.vm_dir)
 
     def _use_media(self, recipe: str, *, allow_unverified: bool) -> bool:
-        """Whether the store has the installer; our record names it then."""
+        """Whether the store has the installer; if so, our record names it."""
         with self.naming():
             record, fault = self.known_media(recipe, allow_unverified=allow_unverified)
             if fault:
@@ -224,9 +224,10 @@ class Builder(Reader):
         return record is not None and not fault
 
     def _use_image(self, number: int, node: Node, texts: Texts) -> str:
-        """Let our record of phase `number` name an image that the store holds; why there is none, or ''.
+        """Let our record of phase `number` name an image in the store; returns why there is none, or ''.
 
-        It stands on the very bytes that our record before it names: another project may have built its own.
+        The image must have been built on the bytes that our previous record names: another project may have built its
+        own.
         """
         below = self.below(number)
         with self.naming():
@@ -236,7 +237,7 @@ class Builder(Reader):
         return why
 
     def _name(self, number: int, node: Node, image: ImageRecord, texts: Texts) -> None:
-        """Let our record of phase `number` name this image, and write down what that was rendered from."""
+        """Let our record of phase `number` name this image, and record its sources."""
         built = BuiltRecord(digest=node.digest, sources=node.sources, texts=self.texts_by_part(number, texts))
         files.write_if_changed(self.built_file(number), msgspec.json.encode(built))
         ours = PhaseRecord(digest=image.digest, sha256=image.sha256, parts=node.parts)
@@ -244,7 +245,7 @@ class Builder(Reader):
             write_record(self.record(number), ours)
 
     def below(self, number: int, *, look: Look = "time") -> ImageRecord | None:
-        """The image that phase `number` grows from; None for the first phase. StateError when it is invalid."""
+        """The backing image of phase `number`; None for the first phase. StateError if it is invalid."""
         if number == 1:
             return None
         named = self.phase_record(number - 1)
@@ -256,10 +257,10 @@ class Builder(Reader):
             )
         return found
 
-    # -- what the steps look at
+    # -- inputs of the steps
 
     def known_nodes(self, name: str, read: Mapping[int, Texts]) -> dict[str, Node]:
-        """The nodes, of which `name` has a digest. StateError before `fetch`; ConfigError for a wrong template."""
+        """All nodes; that of `name` has a digest. StateError before `fetch`; ConfigError for an invalid template."""
         nodes = self.nodes(read)
         if nodes[name].digest:
             return nodes
@@ -269,7 +270,7 @@ class Builder(Reader):
         raise ConfigError(nodes[name].unknown)
 
     def iso_entries(self, number: int, made: Mapping[str, str]) -> list[Entry]:
-        """The files on the phase's ISO, without the token: as they were rendered, and its packages."""
+        """The files of the phase's ISO without the token: the rendered files and the packages."""
         entries = [Entry(name, "file", MODES[name], text.encode()) for name, text in made.items()]
         for item in self.media().local_packages.get(self.phase(number).name, []):
             sha256, _, name = item.partition(" ")
@@ -286,7 +287,7 @@ class Builder(Reader):
         return lambda holder: progress.say(f"{what}: {holder} is making it; waiting")
 
     def job(self, number: int, texts: Texts, nodes: Mapping[str, Node], below: ImageRecord | None) -> make.Job:
-        """All that making the image takes. Another run may have rendered meanwhile, so that its CD is written anew."""
+        """All that making the image needs. Writes the CD again, because another run may have rendered meanwhile."""
         rendered, node = self._write_files(number, texts, nodes), nodes[f"phase:{number}"]
         token = self._write_iso(number, nodes, rendered)
         return make.Job(
@@ -310,7 +311,7 @@ def iso_token(entries: Iterable[Entry]) -> str:
 
 
 def _whole(folder: Path) -> list[Path]:
-    """The files in a folder, without those that another run is writing just now: their names begin with a dot."""
+    """The finished files in a folder: those being written have names that begin with a dot."""
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 

@@ -1,6 +1,6 @@
-"""What is known of a guest's images without making any: places, records, and why one cannot be believed.
+"""A guest's images on record: paths, records, and why an image is invalid.
 
-Cheap to import: doit asks these questions at every run, also when nothing is to be done.
+Cheap to import, because doit asks at every run, even if there is nothing to do.
 """
 
 import re
@@ -19,14 +19,14 @@ from vmtasks.store.records import MediaRecord, load_record, read_record
 from vmtasks.store.store import Store
 
 CLEAN, MANUAL = "clean", "manual"
-"""The snapshot that the phases end in, and what a machine says that was installed by hand."""
+"""The name of the phases' last image, and the snapshot of a machine that was installed by hand."""
 
 if TYPE_CHECKING:
     from vmtasks.qemu.accel import Accel
 
 
 class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a build step leaves for the next one: which image, and which bytes of it.
+    """The record of a build step, for the next one: the digests of its image's inputs and bytes.
 
     `parts` are those of the step's node in the plan; records of older versions have none.
     """
@@ -37,9 +37,9 @@ class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BindRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A folder of this host that a machine has. `how` is `9p` or `rsync`; empty before the guest was asked.
+    """A folder of this host bound into a machine. `how` is `9p` or `rsync`; empty before the guest was asked.
 
-    `exclude`: rsync patterns of what is not copied either way. `copied`: why it must be, whatever the guest has.
+    `exclude`: rsync patterns of files left out in both directions. `copied`: why 9p is not used even if it is there.
     """
 
     host: str
@@ -51,16 +51,16 @@ class BindRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of a machine. `pid` 0: it was stopped in good order. `memory` and `disk_size` in bytes.
+    """The record of a machine. `pid` 0: it was stopped cleanly. `memory` and `disk_size` in bytes.
 
-    `image` is empty for one that was installed by hand. `changed` is another text each time that its system was
-    changed in a way that its image does not tell: installed by hand, provisioned. `own`: made by `vmtasks run`, so that
-    it keeps to its own settings and not to those of the project. `key` says who is let in: `build` the key of the
-    store, `own` the machine's, `changing` either. `identity` says whose SSH host keys it shows: those of its `image`,
-    its `own`, `changing` either; `shared`: those of its image for good. `mac` is empty for one that was made before
-    machines had addresses of their own. `want_port` and `want_forwards` are what was asked for, `ssh_port` and
-    `forwards` what was given at the last start. `owner`: the process with which it goes. `lease_until`: when it goes,
-    in seconds since 1970, unless the lease is renewed; 0: never. `throwaway`: nothing of it is kept when it stops.
+    `image` is empty for a machine installed by hand. `changed` is a new text after each change of the system that the
+    image does not show: installed by hand, provisioned. `own`: made by `vmtasks run`, so that it has its own settings
+    instead of the project's. `key` is the login key: `build` the image's, `own` the machine's, `changing` either.
+    `identity` says whose SSH host keys it shows: those of its `image`, its `own`, `changing` either; `shared`: those of
+    its image permanently. `mac` is empty for a machine made before machines had their own addresses. `want_port` and
+    `want_forwards` were requested, `ssh_port` and `forwards` assigned at the last start. `owner`: the process whose end
+    removes it. `lease_until`: when it is removed, in seconds since 1970, unless renewed; 0: never. `throwaway`: it is
+    removed when it stops.
     """
 
     name: str
@@ -100,7 +100,7 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
     ready: bool = False
 
     def __post_init__(self) -> None:
-        """ValueError for numbers that are none: a record that says so was damaged."""
+        """ValueError for numbers out of range: the record is damaged."""
         try:
             forwards = [Forward.parse(text) for text in self.forwards]
         except ConfigError as error:
@@ -110,10 +110,10 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class State:
-    """One guest's folder of records, and the store that they speak of."""
+    """One guest's folder of records, and the store that they refer to."""
 
     def __init__(self, config: Config, *, read_only: bool = False) -> None:
-        """`home` is the guest's folder of records and phase ISOs. `read_only`: of the store, see there."""
+        """`home` is the guest's folder of records and phase ISOs. `read_only`: see Store."""
         self.config = config
         self.home = config.guest_state
         self.store = Store(config.store_dir, read_only=read_only)
@@ -137,11 +137,11 @@ class State:
 
     @property
     def public_key(self) -> Path:
-        """That half."""
+        """The user's public key."""
         return self.key.with_suffix(".pub")
 
     def snapshot_key(self, digest: str) -> Path:
-        """The private key that the image `digest` lets in, if one is kept with it."""
+        """The path of the private key that the image `digest` accepts; the file may be missing."""
         return self.store.snapshot_key(digest)
 
     def folder(self, number: int) -> Path:
@@ -153,7 +153,7 @@ class State:
         return self.home / f"phase-{number}.iso"
 
     def look_disk(self, number: int) -> Path:
-        """The throw-away copy of a disk that `look:N` boots; there only while it does, unless it was killed."""
+        """The throw-away copy of a disk that `look:N` boots; it exists only meanwhile, or after a kill."""
         return self.home / f"look-{number}.qcow2"
 
     def record(self, number: int) -> Path:
@@ -161,11 +161,11 @@ class State:
         return self.home / f"phase-{number}.toml" if number else self.installer_record
 
     def log(self, number: int) -> Path:
-        """Console of the last boot of phase `number`."""
+        """Console log of the last boot of phase `number`."""
         return self.home / "logs" / f"{self.phase(number).name}.console.log"
 
     def snapshot_record(self, name: str) -> Path:
-        """The record that says which image the snapshot `name` is. ConfigError for what is no name."""
+        """The record that names the image of the snapshot `name`. ConfigError for an invalid name."""
         if not re.fullmatch(NAME, name):
             raise ConfigError(f"{name!r} is no name for a snapshot; use letters, digits, '.', '_' and '-'")
         return self.home / ("clean.toml" if name == CLEAN else f"snapshots/{name}.toml")
@@ -193,16 +193,16 @@ class State:
         return self.store.download(self.media().sha256)
 
     def recipe(self) -> tuple[str, dict[str, str]]:
-        """Digest of what the installer is made of, which its record holds, and its parts.
+        """The installer's recipe: the digest of its parts, as in its record, and the parts.
 
-        OSError, ImageError for an odd overlay.
+        OSError, ImageError for an invalid overlay.
         """
         from vmtasks.installer.installer import recipe  # noqa: PLC0415 - it stands above most of what is cheap
 
         return recipe(self.config)
 
     def media_fault(self, media: MediaRecord) -> str:
-        """Why the store does not hold what this record names, the packages of phases included; empty when it does."""
+        """Why the store lacks what this record names, the phases' packages included, or ''."""
         for items in media.local_packages.values():
             for sha256, _, name in (item.partition(" ") for item in items):
                 if not self.store.download(sha256).is_file():
@@ -217,11 +217,11 @@ class State:
         return self.store.find(named.digest, named.sha256)[1]
 
     def machine(self, name: str) -> MachineRecord | None:
-        """The record of the machine `name`; None when there is no machine."""
+        """The record of the machine `name`; None if there is none or it is unreadable."""
         return read_record(self.machine_folder(name) / "machine.toml", MachineRecord)
 
     def machine_fault(self, name: str) -> str:
-        """Why the record of a machine that is there cannot be read; empty when it can, or when there is no machine."""
+        """Why the record of the machine `name` is unreadable, or ''; also '' if there is no machine."""
         folder = self.machine_folder(name)
         try:
             load_record(folder / "machine.toml", MachineRecord)
@@ -234,12 +234,12 @@ class State:
         return ""
 
     def machine_names(self) -> list[str]:
-        """The names of all machines, sorted; also of those whose record cannot be read."""
+        """The names of all machines, sorted; also of those with an unreadable record."""
         names = [name for name in _names(self.config.vm_dir / "run") if not name.startswith(".")]
         return [name for name in names if self.machine(name) is not None or self.machine_fault(name)]
 
     def on_clean(self, name: str) -> bool:
-        """Whether the machine `name` stands, or would, on what the phases make; not on a snapshot of its own, say."""
+        """Whether the machine `name` is, or would be, on the phases' image, not on a snapshot or installed by hand."""
         record = self.machine(name)
         return record is None or record.guest != self.config.label or record.snapshot == CLEAN
 
@@ -251,7 +251,7 @@ class State:
         return record
 
     def phase_record(self, number: int) -> PhaseRecord:
-        """The record that phase `number` left. StateError before it was built."""
+        """The record of phase `number`. StateError before it was built."""
         record = read_record(self.record(number), PhaseRecord)
         if record is None:
             raise StateError(f"there is no usable record {self.record(number)}", hint=f"doit phase:{number}")
@@ -259,7 +259,7 @@ class State:
 
 
 def _names(folder: Path) -> list[str]:
-    """What is in the folder, sorted; nothing where it cannot be read."""
+    """The names in the folder, sorted; [] if it cannot be read."""
     try:
         return sorted(path.name for path in folder.iterdir())
     except OSError:
