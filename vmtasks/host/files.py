@@ -15,7 +15,7 @@ from io import BufferedReader
 from pathlib import Path
 
 NAME_BYTES = 200
-"""How many bytes of the final name a temporary name repeats; a name has room for 255."""
+"""Bytes of the final name that a temporary name repeats; a name may have 255."""
 
 TEMPORARY = re.compile(r"\..+\.[a-z0-9_]{8}\.new")
 FORMER = re.compile(r"\..+\.[a-z0-9_]{8}|\.(?:fetch|new)-.+")
@@ -31,8 +31,8 @@ RECORD_BYTES = 64 << 20
 def temporary(path: Path, *, folder: bool = False) -> Iterator[Path]:
     """Make a new file or folder beside `path`. It is removed at the end, unless it was renamed.
 
-    A lock on it is held while the block runs, which tells abandoned() that its maker lives. So a program that writes it
-    must not put another file in its place: give that one a name in a temporary folder.
+    A lock on it is held while the block runs, which tells abandoned() that its maker lives. A program that writes it
+    must therefore not replace the file; give such a program a name in a temporary folder.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside, handle = _make(path, folder=folder)
@@ -84,7 +84,7 @@ def abandoned(root: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lock a file. OSError when it is in use, or that cannot be known."""
+    """Lock a file. OSError if it is in use, or if that is unknown."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -130,13 +130,13 @@ def opened(path: Path | bytes, *, follow: bool = True) -> Iterator[BufferedReade
 
 
 def sha256(path: Path | bytes) -> str:
-    """Digest of a file of any size. OSError, also for what is no file."""
+    """SHA-256 (hex) of a file of any size. OSError, also for a path that is not a file."""
     with opened(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read(path: Path) -> bytes:
-    """Read a whole record or key. OSError, also for what is no file or larger than RECORD_BYTES."""
+    """Read a whole record or key. OSError, also for a path that is not a file or is larger than RECORD_BYTES."""
     with opened(path) as file:
         data = file.read(RECORD_BYTES + 1)
     if len(data) > RECORD_BYTES:
@@ -145,15 +145,15 @@ def read(path: Path) -> bytes:
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """As read(), of a UTF-8 text. ValueError for other bytes, unless `errors` says otherwise."""
+    """As read(), for UTF-8 text. ValueError for other bytes, unless `errors` says otherwise."""
     return read(path).decode(errors=errors)
 
 
 @contextmanager
 def replacing(path: Path, mode: int = 0o644) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success fsync it, set `mode` and rename it over `path`.
+    """Yield a temporary path beside `path`; on success fsync it, set `mode` and rename it over `path`.
 
-    On failure the temporary file is removed and `path` is as it was. OSError as the file system raises it.
+    On failure the temporary file is removed and `path` is unchanged. OSError as the file system raises it.
     """
     with temporary(path) as beside:
         yield beside
@@ -181,7 +181,7 @@ def write(path: Path, data: bytes | str, mode: int = 0o644) -> None:
 
 
 def write_if_changed(path: Path, data: bytes | str, mode: int = 0o644) -> bool:
-    """As write(), but leave a file alone that already holds `data` with `mode`. True if it was written."""
+    """As write(), but skip a file that already has `data` and `mode`. True if it was written."""
     raw = data if isinstance(data, bytes) else data.encode()
     if path.is_file() and path.stat().st_mode & 0o777 == mode and path.read_bytes() == raw:
         return False
@@ -201,7 +201,7 @@ def sync_folder(folder: Path) -> None:
 def private_folder(path: Path) -> None:
     """Make a folder that only its owner may enter: disks and logs hold host keys. An existing one keeps its mode.
 
-    OSError as the file system raises it; NotADirectoryError for what is no folder.
+    OSError as the file system raises it; NotADirectoryError for a path that is not a folder.
     """
     if path.is_dir():
         return

@@ -1,4 +1,4 @@
-"""A live line on a terminal: owns rich, which takes long to import and is needed for a person only."""
+"""A live line on a terminal. Owns rich, which is slow to import and needed only on a terminal."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -17,7 +17,7 @@ Write = Callable[[TextIO, str], None]
 def live_line(text: Callable[[], str], stream: TextIO | None, write: Write, *, color: bool) -> Iterator[None]:
     """Keep one line of the terminal `stream` up to date with `text()`, and clear it at the end.
 
-    `write` writes to the stream, and raises nothing when the terminal has gone.
+    `write` writes to the stream, and raises nothing if the terminal is closed.
     """
     out = cast("TextIO", _Unbreakable(stream, write)) if stream else None
     console = Console(file=out, no_color=not color, highlight=False)
@@ -32,9 +32,9 @@ def live_line(text: Callable[[], str], stream: TextIO | None, write: Write, *, c
 
 
 class _Unbreakable(io.TextIOBase):
-    """A terminal that may be closed at any moment: a failure to write must not end the work, or its clean-up.
+    """A terminal that may be closed at any moment: a failed write must not end the work or its clean-up.
 
-    The kernel refuses to write (EIO) before SIGHUP arrives, which is what ends us then.
+    Writes fail with EIO before SIGHUP arrives; SIGHUP ends us.
     """
 
     def __init__(self, stream: TextIO, write: Write) -> None:

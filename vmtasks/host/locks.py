@@ -54,11 +54,11 @@ class Holder(msgspec.Struct, frozen=True):
 
 @contextlib.contextmanager
 def lock(path: Path, what: str, *, timeout_s: float, waiting: Waiting | None = None) -> Iterator[int]:
-    """Hold the lock file `path` for the length of the block; gives a descriptor that a child may inherit.
+    """Hold the lock file `path` during the block; yields a descriptor that a child may inherit.
 
-    `waiting` is told who holds it, as `process 123`. BusyError after `timeout_s` seconds, naming `what`; StateError
-    when the file belongs to another user. The kernel drops the lock when its last holder dies, however that happens.
-    The file stays, unless the holder of the lock removes it while the block runs, with what it guards.
+    `waiting` receives the holder's name, as `process 123`. BusyError after `timeout_s` seconds, naming `what`;
+    StateError if the file belongs to another user. The kernel drops the lock when its last holder dies, however that
+    happens. The file stays, unless the holder removes it during the block, together with the resource that it guards.
     """
     files.private_folder(path.parent)
     deadline = time.monotonic() + timeout_s
@@ -77,19 +77,19 @@ def lock(path: Path, what: str, *, timeout_s: float, waiting: Waiting | None = N
                             )
                         time.sleep(POLL_S)
             if not _is_at(handle, path):
-                continue  # its holder has removed it, and the next one to come makes another file
+                continue  # its holder has removed it, and the next process makes another file
             _note(path)
             try:
                 yield handle
             finally:
-                fcntl.flock(handle, fcntl.LOCK_UN)  # also for a child that has inherited it and lives on
+                fcntl.flock(handle, fcntl.LOCK_UN)  # also for a child that has inherited it and outlives us
             return
         finally:
             os.close(handle)
 
 
 def _open(path: Path, what: str) -> int:
-    """Open the lock file, which is made where it does not exist. A link in its place is not followed."""
+    """Open the lock file, or create it. Does not follow a symbolic link."""
     try:
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except PermissionError as error:
@@ -119,7 +119,7 @@ def sweep(folder: Path) -> None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether the open file still is what `path` names."""
+    """Whether `path` still names the open file."""
     try:
         there, ours = path.stat(), os.fstat(descriptor)
     except OSError:
@@ -128,7 +128,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def holder(path: Path) -> Holder | None:
-    """The process that the note of the lock `path` names, or None; Holder.holds() tells whether it is true."""
+    """The process that the note of the lock `path` names, or None; Holder.holds() verifies it."""
     try:
         first, started, digest = files.read_text(owner_file(path)).split("\n")[:3]
         return Holder(int(first.removeprefix("process ")), started, digest)
@@ -137,7 +137,7 @@ def holder(path: Path) -> Holder | None:
 
 
 def drop(path: Path) -> None:
-    """Remove a lock file and its note; only its holder may, when what it guards is gone."""
+    """Remove a lock file and its note. Only its holder may, after the resource that it guards was removed."""
     for leftover in (owner_file(path), path):
         leftover.unlink(missing_ok=True)
 
@@ -148,7 +148,7 @@ def owner_file(path: Path) -> Path:
 
 
 def _note(path: Path) -> None:
-    """Write the note. It only informs others, so that a full disk is no failure."""
+    """Write the note. It is informative only, so a full disk is no failure."""
     us = Holder.of(os.getpid())
     with contextlib.suppress(OSError):
         owner_file(path).unlink(missing_ok=True)
@@ -164,7 +164,7 @@ def _told(path: Path) -> str:
 
 
 def _user_of(path: Path) -> str:
-    """The owner of a file, or of its folder: a name, or a number where there is no name."""
+    """The owner of a file, or of its folder: a name, or a number if there is no name."""
     there = path if path.exists() else path.parent
     try:
         return there.owner()

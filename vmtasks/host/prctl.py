@@ -1,4 +1,4 @@
-"""Requests of a child to the kernel before exec: to end with its parent, to be unprivileged. Linux only."""
+"""Settings of a child in the kernel before exec: to end with its parent, to be unprivileged. Linux only."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ CAPABILITIES = 64
 
 
 def before_exec(*, die_with_us: bool, unprivileged: bool = False) -> Callable[[], None] | None:
-    """The function for `preexec_fn`; None where there is nothing to ask, or no Linux.
+    """The function for `preexec_fn`; None if there is nothing to set, or on other systems than Linux.
 
-    `die_with_us`: SIGKILL reaches the child when the thread that started it ends, however that happens. `unprivileged`:
-    also for root the program has no capability, and can gain none. See prctl(2) and capabilities(7). Both survive
-    exec; a change of the user id would undo the first, which is why the child stays who it is.
+    `die_with_us`: the kernel sends the child SIGKILL when the thread that started it ends, however that happens.
+    `unprivileged`: the program has no capability and can gain none, also for root. See prctl(2) and capabilities(7).
+    Both survive exec; a change of the user id would undo the first, so the child keeps its user.
     """
     if sys.platform != "linux" or not (die_with_us or unprivileged):
         return None
@@ -31,7 +31,7 @@ def before_exec(*, die_with_us: bool, unprivileged: bool = False) -> Callable[[]
             prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
         if die_with_us:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            if os.getppid() != parent:  # it died between fork and prctl
+            if os.getppid() != parent:  # the parent died between fork and prctl
                 os._exit(1)
 
     return ask

@@ -1,4 +1,4 @@
-"""The one door to other processes: list argv, stdin closed, explicit deadline, always reaped."""
+"""Runs all other programs: list argv, stdin closed, explicit deadline, always reaped."""
 
 import os
 import selectors
@@ -30,9 +30,9 @@ PACKAGES = {
     "ssh-keygen": "openssh-client",
     "ssh-keyscan": "openssh-client",
 }
-"""Program -> Debian package; other distributions name them alike or in docs/."""
+"""Program -> Debian package."""
 REQUIRED = tuple(sorted(PACKAGES.keys() - {"apt-get"}))
-"""What each host needs; apt-get is for guests that are composed of packages."""
+"""The programs that each host needs; apt-get is only for guests composed of packages."""
 
 Child = subprocess.Popen[bytes]
 """A child process; it must be reaped."""
@@ -45,7 +45,7 @@ UNREAD = 128 + signal.SIGPIPE
 """The status of a command that was ended because its output is no longer read."""
 
 TIMED_OUT = 124
-"""The status that stands for our deadline, as timeout(1) has it. A command may end with it by itself: see Ended."""
+"""The status for our deadline, as in timeout(1). A command may exit with it by itself: see Ended."""
 
 
 class Ended(msgspec.Struct, frozen=True):
@@ -56,7 +56,7 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Head:
-    """A sink that keeps the first bytes: the output may be endless."""
+    """A sink that keeps the first bytes of possibly endless output."""
 
     def __init__(self, limit: int = 4096) -> None:
         """Keep `limit` bytes."""
@@ -64,12 +64,12 @@ class Head:
         self._kept = bytearray()
 
     def __call__(self, data: bytes) -> None:
-        """Take in more."""
+        """Take more data."""
         self._kept += data[: self._limit - len(self._kept)]
 
     @property
     def text(self) -> str:
-        """What was kept."""
+        """The kept text."""
         return self._kept.decode(errors="replace")
 
 
@@ -77,7 +77,7 @@ AT_DEADLINE = Ended(TIMED_OUT, timed_out=True)
 
 
 class Result(msgspec.Struct, frozen=True):
-    """What a finished command left: `status` and `timed_out` as of Ended; text is decoded leniently."""
+    """The result of a finished command: `status` and `timed_out` as in Ended; text is decoded with replacements."""
 
     argv: tuple[str, ...]
     status: int
@@ -87,7 +87,7 @@ class Result(msgspec.Struct, frozen=True):
 
 
 def find(program: str) -> str:
-    """The absolute path of `program`; MissingToolError with the install command when there is none."""
+    """The absolute path of `program`; MissingToolError with the install command if it is missing."""
     path = shutil.which(program)
     if path is None:
         package = PACKAGES.get(program, program)
@@ -96,7 +96,7 @@ def find(program: str) -> str:
 
 
 def quote(argv: Sequence[str]) -> str:
-    """`argv` as one line that a POSIX shell reads back to the same words."""
+    """`argv` as one line that a POSIX shell splits into the same words."""
     return shlex.join(argv)
 
 
@@ -134,7 +134,7 @@ def run(
             out, err = child.communicate(stdin.encode() if isinstance(stdin, str) else stdin, timeout=timeout_s)
             ended = Ended(shell_status(child.returncode))
         except subprocess.TimeoutExpired as late:
-            # What it has started holds our pipes as long as it lives, so that all of its group must go.
+            # Its children may keep our pipes open, so end the whole group.
             ended = AT_DEADLINE if child.poll() is None else Ended(shell_status(child.returncode))
             _signal(child, signal.SIGKILL)
             try:
@@ -158,9 +158,9 @@ def run(
 def run_attached(argv: Sequence[str | Path], *, stdin: bool = True, timeout_s: float | None = None) -> int:
     """Run a program on our own terminal and streams, to its end; returns its status.
 
-    Without `stdin` it reads nothing of ours. CommandTimeoutError after `timeout_s`; without that there is no deadline:
-    a person is there. The kernel ends it when we are killed (Linux only). When our stdout is a pipe that is no longer
-    read, as by `| head`, it is ended with the status of SIGPIPE: ssh would wait for ever.
+    Without `stdin` its input is empty. CommandTimeoutError after `timeout_s`; without that there is no deadline,
+    because a user is present. The kernel ends it when we are killed (Linux only). If our stdout is a pipe that is no
+    longer read, as by `| head`, it is ended with the status of SIGPIPE: ssh would wait forever.
     """
     words = _found(argv, "attach")
     pipe = subprocess.PIPE if _stdout_is_pipe() else None
@@ -176,7 +176,7 @@ def run_attached(argv: Sequence[str | Path], *, stdin: bool = True, timeout_s: f
         except subprocess.TimeoutExpired:
             raise CommandTimeoutError(f"{words[0]} did not end within {timeout_s:g} s", which="overall") from None
         finally:
-            # SIGTERM first: ssh then gives a terminal back as it was.
+            # SIGTERM first: ssh then restores the terminal.
             child.terminate()
             if not wait(child, GRACE_S):
                 child.kill()
@@ -194,7 +194,7 @@ def _stdout_is_pipe() -> bool:
 
 
 def _hand_on(source: int, deadline: float | None) -> None:
-    """Copy to our stdout until the end, or the deadline. BrokenPipeError when it is no longer read."""
+    """Copy `source` to our stdout until its end or the deadline. BrokenPipeError if stdout is no longer read."""
     with selectors.DefaultSelector() as ready:
         ready.register(source, selectors.EVENT_READ)
         while ready.select(_left(deadline)):
@@ -215,9 +215,9 @@ def stream(
     errors: Callable[[bytes], object] | None = None,
     stdin: IO[bytes] | None = None,
 ) -> Ended:
-    """Run a program and pass its output to `sink` as it comes, both streams in one unless `errors` takes stderr.
+    """Run a program and pass its output to `sink` as it arrives, both streams in one unless `errors` takes stderr.
 
-    Returns how it ended; after `timeout_s` it is ended.
+    Returns how it ended; it is ended after `timeout_s`.
     """
     deadline = time.monotonic() + timeout_s
     with (
@@ -255,11 +255,11 @@ def spawn(
 ) -> Iterator[Child]:
     """Start a program, and end it when the block ends.
 
-    Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`), and
-    otherwise nowhere. Input comes from a file, through a pipe with `stdin=True`, and otherwise from nowhere. The child
-    leads its own process group, so Ctrl-C reaches it only through us. On the way out: SIGTERM, 2 s, SIGKILL, reaped.
-    With `die_with_us` the kernel ends it when we are killed and cannot; `unprivileged` leaves it no capability, also
-    when we are root (both Linux only).
+    Output goes to `output` (both streams), to pipes with `pipe` (to one with `merge`), and otherwise to /dev/null.
+    Input comes from a file, through a pipe with `stdin=True`, and otherwise from /dev/null. The child leads its own
+    process group, so Ctrl-C reaches it only through us. At the end of the block: SIGTERM, 2 s, SIGKILL, reaped. With
+    `die_with_us` the kernel ends it if we are killed; `unprivileged` leaves it no capability, also when we are root
+    (both Linux only).
     """
     words = _found(argv, "run")
     sink = subprocess.PIPE if pipe else (output or subprocess.DEVNULL)
@@ -289,7 +289,7 @@ def spawn(
 def detach(
     argv: Sequence[str | Path], output: IO[bytes], *, die_with_us: bool = False, unprivileged: bool = False
 ) -> Child:
-    """Start a process in a session of its own, which outlives us; its output goes to `output`.
+    """Start a process in its own session, which outlives us; its output goes to `output`.
 
     With `die_with_us` the kernel ends it when the calling thread ends, however that happens; `unprivileged` as for
     spawn() (both Linux only).
@@ -339,7 +339,7 @@ def end(child: Child, grace_s: float = GRACE_S) -> int:
 
 
 def _signal(child: Child, number: signal.Signals) -> None:
-    """Signal the process group that `child` leads. Not after it was reaped: the pid may be another's then."""
+    """Signal the process group that `child` leads, unless it was reaped: the pid may then be another process's."""
     if child.returncode is None:
         with suppress(ProcessLookupError):
             os.killpg(child.pid, number)

@@ -1,4 +1,4 @@
-"""Facts about the processes of this computer: from /proc, or from ps(1) where there is none."""
+"""Facts about the processes of this computer, from /proc, or from ps(1) on systems without it."""
 
 import os
 import sys
@@ -10,7 +10,7 @@ PS_S = 10.0
 
 
 def started(pid: int) -> str:
-    """When a process started, as a text to compare, or '' when there is no such process.
+    """The start of a process, as a text to compare, or '' if there is no such process.
 
     Only pid and start together identify a process, because pids recur. Source: proc(5), field 22 of stat; ps elsewhere.
     """
@@ -20,7 +20,7 @@ def started(pid: int) -> str:
         except OSError:
             return ""
         fields = stat.rpartition(")")[2].split()
-        # A first thread may be a zombie while the others still hold the process's files.
+        # The first thread may be a zombie while others still hold the process's files.
         return "" if fields[0] in "ZX" and fields[17] in "01" else fields[19]
     return _ps("-o", "lstart=", "-p", str(pid)).strip()
 
@@ -34,7 +34,7 @@ def numbers() -> list[int]:
 
 
 def user(pid: int) -> int | None:
-    """The uid of a process; None when it is gone."""
+    """The uid of a process, or None if it has ended."""
     if sys.platform == "linux":
         try:
             status = Path(f"/proc/{pid}/status").read_text()
@@ -47,7 +47,7 @@ def user(pid: int) -> int | None:
 
 
 def words(pid: int) -> list[str]:
-    """The argv of a process; [] when it is gone. Elsewhere than on Linux it is split at spaces."""
+    """The argv of a process; [] if it has ended. Without /proc it is split at spaces."""
     if sys.platform == "linux":
         try:
             return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()).split("\0")[:-1]
@@ -57,7 +57,7 @@ def words(pid: int) -> list[str]:
 
 
 def command_line(pid: int) -> str:
-    """The argv of a process, joined by spaces; '' when it is gone or unreadable."""
+    """The argv of a process, joined by spaces; '' if it has ended or is unreadable."""
     if sys.platform == "linux":
         try:
             return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")

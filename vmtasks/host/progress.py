@@ -1,4 +1,4 @@
-"""What a person sees while work goes on: a live line on a terminal, plain lines elsewhere, times of the last run."""
+"""Progress for the user: a live line on a terminal, plain lines elsewhere, durations of the last run."""
 
 import codecs
 import errno
@@ -19,14 +19,14 @@ from vmtasks.errors import StateError
 from vmtasks.host import files
 
 Say = Callable[[str], None]
-"""Something that tells the person who watches."""
+"""Receives a message for the user."""
 
 
 class Step:
-    """Work under way. `now()` names the milestone it has reached."""
+    """Work in progress. `now()` names the milestone it has reached."""
 
     def __init__(self, title: str, expected_s: float | None = None, observer: "Observer | None" = None) -> None:
-        """`expected_s` is how long this took last time, if that is known. `observer` hears of milestones."""
+        """`expected_s`: how many seconds this took last time, or None. `observer` receives milestones."""
         self.title = printable.line(title)
         self.expected_s = expected_s
         self.note = ""
@@ -40,7 +40,7 @@ class Step:
         return time.monotonic() - self.started
 
     def now(self, note: str) -> None:
-        """Say what is being done at this moment."""
+        """Report a milestone: the work that begins now."""
         self.note = printable.line(note)
         self.milestones.append((self.note, self.elapsed_s))
         if self._observer is not None:
@@ -54,9 +54,9 @@ class Step:
 
 
 class Observer:
-    """Hears what is told while work goes on. This one hears nothing; give one of your own to observing().
+    """Receives progress, notes and warnings. This one ignores them; pass your own to observing().
 
-    It may be called from several threads. What it raises ends the work.
+    It may be called from several threads. An exception that it raises ends the work.
     """
 
     def say(self, text: str) -> None:
@@ -66,19 +66,19 @@ class Observer:
         """`step` has reached `step.note`."""
 
     def watching(self, _step: Step) -> AbstractContextManager[object]:
-        """Is entered for as long as a step takes."""
+        """The context of a step: entered at its start, left at its end."""
         return nullcontext()
 
 
 class Lines(Observer):
-    """Hands each line to a function."""
+    """Passes each line to a function."""
 
     def __init__(self, to: Say) -> None:
-        """`to` is called with the text."""
+        """`to` is called with each text."""
         self._to = to
 
     def say(self, text: str) -> None:
-        """Hand it on."""
+        """Pass it on."""
         self._to(text)
 
     def milestone(self, step: Step) -> None:
@@ -87,10 +87,10 @@ class Lines(Observer):
 
 
 class CommandLine(Observer):
-    """A person at a terminal, where a live line shows the step; or a log, where milestones are lines."""
+    """A terminal, where a live line shows the step; or a log, where milestones are lines."""
 
     def say(self, text: str) -> None:
-        """On a terminal it scrolls above a live line; the terminal obeys none of it."""
+        """Write `text` without control sequences, above the live line if there is one."""
         if _talk["stderr"]:
             to_stderr(text + "\n")
             return
@@ -98,7 +98,7 @@ class CommandLine(Observer):
         sys.stdout.flush()
 
     def milestone(self, step: Step) -> None:
-        """A line where there is no live one."""
+        """Write a line, unless a live line shows it."""
         if not is_terminal():
             self.say(f"{step.title}: {step.note}")
 
@@ -116,13 +116,13 @@ _observer: ContextVar[Observer] = ContextVar("vmtasks observer")
 
 
 def talk() -> None:
-    """Have the command line's observer hear what nobody else does: for a front end, as soon as it is started."""
+    """Make the command line's observer the default: called by a front end at its start."""
     _default[0] = CommandLine()
 
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Have `observer` hear what is told in the block by this thread or task, and by the threads it starts for us."""
+    """Set `observer` for the block, in this thread or task and in the threads that vmtasks starts for it."""
     token = _observer.set(observer)
     try:
         yield
@@ -131,12 +131,12 @@ def observing(observer: Observer) -> Iterator[None]:
 
 
 def observer() -> Observer:
-    """Who hears what is told here."""
+    """The observer of this thread or task."""
     return _observer.get(_default[0])
 
 
 def say(text: str) -> None:
-    """Tell the observer one line."""
+    """Send the observer one line."""
     observer().say(text)
 
 
@@ -155,7 +155,7 @@ def step(title: str, *, expected_s: float | None = None) -> Iterator[Step]:
 
 
 def confirm(question: str, otherwise: str, done: str = "removed") -> None:
-    """Ask a person. StateError, that nothing was `done`, without a terminal or when the answer is not yes."""
+    """Ask the user. StateError, that nothing was `done`, without a terminal or for an answer other than yes."""
     if not sys.stdin or sys.stdin.closed or not sys.stdin.isatty():
         raise StateError(f"nothing was {done}: there is no terminal to ask on", hint=otherwise)
     to_stderr(f"{question} [y/N] ")
@@ -188,14 +188,14 @@ def _encoded(error: UnicodeError) -> tuple[bytes, int]:
 
 
 def to_stderr(text: str) -> None:
-    """Write there what no terminal obeys; one that was closed must not keep clean-up from ending."""
+    """Write to stderr without control sequences; a closed one must not stop clean-up."""
     write_or_drop(sys.stderr, printable.text(text))
 
 
 def write_or_drop(stream: TextIO, text: str) -> None:
-    """Write to a stream whose reader may go away: from then on all is dropped.
+    """Write to a stream, or drop the text if its reader is gone; later text is dropped too.
 
-    What stays in the stream's buffer would make the interpreter exit with status 120.
+    Text left in the stream's buffer would make the interpreter exit with status 120.
     """
     try:
         stream.write(text)
@@ -208,7 +208,7 @@ def write_or_drop(stream: TextIO, text: str) -> None:
 
 
 def open_streams() -> None:
-    """Have descriptors 0, 1 and 2 open, on /dev/null where they were closed: no file of ours may become one of them."""
+    """Open closed descriptors 0, 1 and 2 on /dev/null, so that no file of ours becomes one of them."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -219,7 +219,7 @@ def open_streams() -> None:
 
 
 def tell_notes(error: BaseException | None) -> None:
-    """Say what clean-up could not do after an interrupt: `error`, or one that it came of, has that in its notes."""
+    """Report failures of clean-up after an interrupt, from the notes of `error` and of its causes."""
     while error is not None:
         if isinstance(error, KeyboardInterrupt):
             for note in getattr(error, "__notes__", ()):
@@ -228,7 +228,7 @@ def tell_notes(error: BaseException | None) -> None:
 
 
 def talk_on_stderr() -> None:
-    """As talk(), and from now on standard output is for data alone."""
+    """As talk(), but on stderr: standard output is only for data."""
     talk()
     _talk["stderr"] = True
 
@@ -250,7 +250,7 @@ def seconds(value: float) -> str:
 
 
 def is_terminal() -> bool:
-    """Whether live lines make sense: where we talk is a terminal that can move its cursor."""
+    """Whether live lines work: our output is a terminal that can move its cursor."""
     out = _stream()
     return (
         out is not None
@@ -265,12 +265,12 @@ def _stream() -> TextIO | None:
 
 
 def no_color() -> bool:
-    """See https://no-color.org: any value but the empty one."""
+    """Whether NO_COLOR is set to a non-empty value; see https://no-color.org."""
     return bool(os.environ.get("NO_COLOR"))
 
 
 class History:
-    """How long each piece of work took the last time it succeeded; a lost or broken file costs only the estimate."""
+    """How long each piece of work took when it last succeeded; without a valid file there are no estimates."""
 
     def __init__(self, path: Path) -> None:
         """`path` is a JSON object: title -> seconds."""
@@ -283,7 +283,7 @@ class History:
 
     def record(self, key: str, took_s: float) -> None:
         """Remember that `key` took `took_s` seconds."""
-        with suppress(OSError):  # a full disk must not cost what has just succeeded
+        with suppress(OSError):  # a full disk must not fail finished work
             files.write(self.path, json.dumps({**self._read(), key: round(took_s, 1)}, indent=1, sort_keys=True))
 
     def _read(self) -> dict[str, Any]:

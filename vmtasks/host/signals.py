@@ -1,6 +1,6 @@
 """SIGINT, SIGTERM and SIGHUP as an exception that unwinds every `with` block: once, and never within an import.
 
-Finally we die by that signal: a shell that runs us in a loop ends its loop only then. A second signal interrupts
+Finally we die by that signal: only then does a shell that runs us in a loop end the loop. A second signal interrupts
 optional clean-up; see cuttable().
 """
 
@@ -21,7 +21,7 @@ SECOND_S = 0.3
 
 
 class _Clean:
-    """State of clean-up: when the first signal came, whether a second has, and whether that may interrupt it."""
+    """State of clean-up: the time of the first signal, whether a second came, and whether that may interrupt it."""
 
     began = 0.0
     hurry = False
@@ -31,14 +31,14 @@ class _Clean:
 def unwind_on_signals() -> list[int]:
     """Make the first of these signals raise KeyboardInterrupt in the main thread, and kill the process at exit.
 
-    A second one interrupts clean-up only where it is cuttable(). An ignored signal stays ignored, as nohup(1) wants it.
-    Returns a list that will hold the number of the signal.
+    A second one interrupts clean-up only in a cuttable() block. An ignored signal stays ignored, for nohup(1). Returns
+    a list that will contain the signal's number.
     """
     caught: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         if _importing(frame):
-            # A module that was cut short stays broken, and what undoes our work may need it.
+            # An interrupted import leaves a broken module, and clean-up may need it.
             later = threading.Timer(AGAIN_S, os.kill, (os.getpid(), number))
             later.daemon = True
             later.start()
@@ -62,7 +62,7 @@ def unwind_on_signals() -> list[int]:
 
 
 def _die_of(caught: list[int]) -> None:
-    """Die by the signal that came, if one did: an exit status of 130 tells a shell that we have handled it."""
+    """Die by the received signal, if any: an exit status of 130 would tell a shell that we had handled it."""
     if not caught:
         return
     for stream in (sys.stdout, sys.stderr):

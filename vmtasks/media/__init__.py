@@ -1,1 +1,1 @@
-"""What guests boot from."""
+"""Boot media: disks, CDs, and the templates and trees that CDs are made of."""

@@ -11,18 +11,18 @@ from vmtasks.host.process import run
 QUICK_S = 60.0
 COPY_S = 3600.0
 DAMAGED = (2, 3)
-"""How `qemu-img check` exits after it has found errors, or clusters that nothing refers to; see qemu-img(1)."""
+"""Exit statuses of `qemu-img check` for errors and leaked clusters; see qemu-img(1)."""
 
 
 def create(path: Path, size: int) -> None:
-    """An empty qcow2 of `size` bytes at `path`; the file must not exist."""
+    """Create an empty qcow2 of `size` bytes at `path`; the file must not exist."""
     _img("create", "-q", "-f", "qcow2", path, str(size), fresh=path)
 
 
 def overlay(path: Path, backing: Path, *, relative: bool = False, size: int = 0) -> None:
-    """A qcow2 at `path` that holds only what differs from `backing`; the file must not exist.
+    """Create a qcow2 at `path` with the backing file `backing`; the file must not exist.
 
-    `relative` names the backing file relatively: both are in one folder. `size` in bytes, if larger than backing's.
+    `relative` uses a relative name for the backing file in the same folder. `size` in bytes, if larger than backing's.
     """
     name = backing.name if relative else str(backing.absolute())
     sizes = [str(size)] if size else []
@@ -30,7 +30,7 @@ def overlay(path: Path, backing: Path, *, relative: bool = False, size: int = 0)
 
 
 def info(path: Path) -> dict[str, Any]:
-    """What `qemu-img info` says: virtual-size and actual-size in bytes, backing-filename if any."""
+    """The output of `qemu-img info`: virtual-size and actual-size in bytes, backing-filename if any."""
     data = json.loads(_img("info", "--output=json", "-U", path))
     if not isinstance(data, dict):
         raise ImageError(f"{path}: qemu-img info gave no object")
@@ -38,7 +38,7 @@ def info(path: Path) -> dict[str, Any]:
 
 
 def check(path: Path) -> None:
-    """ImageError unless the qcow2 structure is sound."""
+    """ImageError unless the qcow2 structure is intact."""
     try:
         run(["qemu-img", "check", "-q", "-f", "qcow2", path], timeout_s=COPY_S)
     except CommandError as error:
@@ -48,12 +48,12 @@ def check(path: Path) -> None:
 
 
 def reback(path: Path, backing: Path) -> None:
-    """Change only the name of the backing file, to an absolute path: for an image that was moved."""
+    """Change only the name of the backing file, to an absolute path: for a moved image."""
     _img("rebase", "-q", "-u", "-F", "qcow2", "-b", str(backing.absolute()), path)
 
 
 def flatten(source: Path, target: Path) -> None:
-    """Copy what `source` shows into a new image that needs no backing file; `target` appears whole."""
+    """Copy `source` into a new image without a backing file; `target` appears only when complete."""
     with files.temporary(target, folder=True) as place:
         beside = place / "disk"
         _img("convert", "-q", "-O", "qcow2", source, beside, timeout_s=COPY_S)
@@ -61,7 +61,7 @@ def flatten(source: Path, target: Path) -> None:
 
 
 def _img(command: str, *words: str | Path, fresh: Path | None = None, timeout_s: float = QUICK_S) -> str:
-    """Run qemu-img. `fresh` is a file that it makes: refused if there, removed if it fails."""
+    """Run qemu-img. `fresh` is a file that it creates: an error if it exists, removed on failure."""
     if fresh is not None:
         if fresh.exists():
             raise ImageError(f"{fresh} exists already")

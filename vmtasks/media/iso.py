@@ -1,4 +1,4 @@
-"""Entries -> ISO 9660 with Rock Ridge, byte for byte reproducible: the owner of pycdlib."""
+"""Entries -> ISO 9660 with Rock Ridge, reproducible byte for byte. Owns pycdlib."""
 
 import io
 import os
@@ -18,10 +18,10 @@ from vmtasks.host.files import replacing
 from vmtasks.media.tree import Entry, merge
 
 BOOT_SECTORS = 4
-"""How much of the boot image the firmware loads, in units of 512 bytes; the image loads the rest of itself."""
+"""Sectors of 512 bytes of the boot image that the firmware loads; the image loads the rest itself."""
 
 EPOCH = 946684800
-"""The time of everything on an ISO, 2000-01-01T00:00:00Z: a year that the two-digit fields of old readers also know."""
+"""The time of all files on an ISO, 2000-01-01T00:00:00Z: a year that old readers with two-digit fields support."""
 
 NAME_MAX = 248
 """Longest name in bytes: one Rock Ridge NM field with its header fits the directory record's continuation area."""
@@ -36,7 +36,7 @@ class Boot:
 
 
 class _Clock:
-    """The `time` module as pycdlib's modules see it while an ISO is written: stopped, and in UTC."""
+    """The `time` module for pycdlib while an ISO is written: stopped, and in UTC."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(time, name)
@@ -50,7 +50,7 @@ class _Clock:
 
 @contextmanager
 def frozen_clock() -> Iterator[None]:
-    """Stop the clock in pycdlib, which stamps what it writes and knows no other way to be told the time."""
+    """Stop the clock in pycdlib: it writes time stamps, and has no parameter for the time."""
     modules = [module for module in (dates, headervd, pycdlib, udf, utils) if hasattr(module, "time")]
     for module in modules:
         setattr(module, "time", _Clock())  # noqa: B010 - the modules do not declare that they export it
@@ -64,8 +64,8 @@ def frozen_clock() -> Iterator[None]:
 def write_iso(out: Path, entries: Iterable[Entry], *, label: str, boot: Boot | None = None) -> None:
     """Write `entries` to `out`, whole or not at all.
 
-    Same entries, label and boot: same bytes, whatever the time, time zone, umask and order of the entries. Modes, links
-    and names of any characters are kept by Rock Ridge 1.09. ImageError for what cannot be represented.
+    The same entries, label and boot give the same bytes, whatever the time, time zone, umask and order of the entries.
+    Rock Ridge 1.09 keeps modes, links and names of any characters. ImageError for an entry that it cannot represent.
     """
     tree = merge(entries)
     with ExitStack() as stack:
@@ -84,7 +84,7 @@ def write_iso(out: Path, entries: Iterable[Entry], *, label: str, boot: Boot | N
 
 
 def _fill(iso: "PyCdlib", tree: list[Entry], stack: ExitStack) -> dict[str, str]:
-    """Add everything and return path -> ISO path."""
+    """Add all entries; returns path -> ISO path."""
     ids = {"": ""}
     for number, entry in enumerate(tree):
         folder, _, name = entry.path.rpartition("/")
@@ -101,12 +101,12 @@ def _fill(iso: "PyCdlib", tree: list[Entry], stack: ExitStack) -> dict[str, str]
 
 
 def opened(entry: Entry) -> Any:
-    """The bytes of a file as a stream that pycdlib may read when it likes, holding no file descriptor until then."""
+    """The bytes of a file as a stream that pycdlib reads later; it holds no file descriptor until then."""
     return _Late(entry.data) if isinstance(entry.data, Path) else io.BytesIO(entry.read())
 
 
 class _Late(io.RawIOBase):
-    """A file that is open only while it is read: an ISO has more files than a process may hold open."""
+    """A file that is open only while it is read: an ISO may have more files than a process may open."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -143,7 +143,7 @@ def check_name(name: str, path: str) -> None:
 
 
 def iso_name(name: str, number: int) -> str:
-    """The name for readers without Rock Ridge: lower-case ASCII as it is, anything else by its number in the tree."""
+    """The name for readers without Rock Ridge: lower-case ASCII unchanged, any other by its number in the tree."""
     plain = all(char.isascii() and (char.isalnum() or char in "._-+") for char in name)
     return name if plain and len(name) <= 100 and name.strip(".") else f"_{number:05}"
 

@@ -11,7 +11,7 @@ from vmtasks.errors import ConfigError
 
 
 def read(template: Path) -> str:
-    """The template as it stands. ConfigError when it is no text, OSError when it cannot be read."""
+    """The template's source. ConfigError if it is not UTF-8, OSError if it cannot be read."""
     try:
         return template.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -21,9 +21,9 @@ def read(template: Path) -> str:
 def render(template: Path, values: Mapping[str, Any], text: str | None = None) -> str:
     """The template's text with each `{{ value }}` quoted as one shell word, or as several if it is a list.
 
-    `text` is what the template says, if that was read before.
-    `{{ value | raw }}` leaves it as it is. A comment is `{{# ... #}}`, because `${#name}` is the shell's. ConfigError
-    with file and line when the template is wrong or names a value that does not exist.
+    `text` is the template's source, if it was read before. `{{ value | raw }}` does not quote. A comment is
+    `{{# ... #}}`, because `${#name}` is shell syntax. ConfigError with file and line if the template is invalid or
+    names an undefined value.
     """
     import jinja2  # noqa: PLC0415 - 80 ms
 
@@ -47,7 +47,7 @@ def render(template: Path, values: Mapping[str, Any], text: str | None = None) -
 
 
 def _line(error: Exception) -> int:
-    """The template's line that `error` came from: jinja2 gives its compiled code the template's line numbers."""
+    """The template's line that raised `error`: jinja2's compiled code has the template's line numbers."""
     frames = traceback.extract_tb(error.__traceback__)
     return next((frame.lineno or 0 for frame in reversed(frames) if frame.filename == "<template>"), 0)
 
@@ -59,7 +59,7 @@ class Raw(str):
 
 
 def shell_words(value: Any) -> Any:
-    """What a template writes for `value`: quoted for a POSIX shell; a list becomes one word for each item."""
+    """`value` quoted for a POSIX shell; a list becomes one word for each item."""
     if isinstance(value, Raw):
         return str(value)
     if isinstance(value, bool):
@@ -74,15 +74,15 @@ def shell_words(value: Any) -> Any:
     from jinja2 import Undefined  # noqa: PLC0415
 
     if isinstance(value, Undefined):
-        return value  # raises when it is written, and names what is missing
+        return value  # raises when it is written, and names the missing value
     raise TypeError(f"{value!r} is no text, number, flag or list of them")
 
 
 def shipped(name: str) -> str:
-    """The text of a file that comes with the package for a guest to run: run.sh or lib.sh, for example."""
+    """The text of a file of this package that a guest runs: run.sh or lib.sh, for example."""
     return shipped_path(name).read_text(encoding="utf-8")
 
 
 def shipped_path(name: str) -> Path:
-    """Where that file is: an input of what is made of it."""
+    """The path of that file, for use as an input."""
     return Path(__file__).with_name("phase") / name

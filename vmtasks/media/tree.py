@@ -1,4 +1,4 @@
-"""A file tree as a list of entries: what packages and overlay folders are turned into before an image is written."""
+"""A file tree as a list of entries: the form of packages and overlay folders before an image is written."""
 
 import os
 import re
@@ -18,8 +18,8 @@ MODE_PROGRAM = 0o755
 class Entry(msgspec.Struct, frozen=True):
     """One path of a tree.
 
-    `path` is relative, with `/` between its parts. A file's bytes are `data`, or those of the file that `data` names.
-    `target` is what a link holds. Everything belongs to root, nothing has a time.
+    `path` is relative, with `/` between its parts. `data` has a file's bytes, or names the file that has them. `target`
+    is a link's target. All entries belong to root and have no time.
     """
 
     path: str
@@ -47,10 +47,10 @@ def clean(path: str) -> str:
 
 
 def merge(*layers: Iterable[Entry]) -> list[Entry]:
-    """The layers laid over each other, later ones on top, sorted, with every parent folder present.
+    """The layers merged, later ones on top, sorted, with every parent folder present.
 
     A folder over a folder keeps the upper mode. A folder over a link to a folder leaves the link, as dpkg does.
-    ImageError when a file stands where a folder is needed.
+    ImageError if a file is in the place of a folder.
     """
     found: dict[str, Entry] = {}
     for layer in layers:
@@ -70,28 +70,28 @@ def merge(*layers: Iterable[Entry]) -> list[Entry]:
 
 
 def parents(path: str) -> Iterator[str]:
-    """The folders that hold `path`, the outermost first."""
+    """The parent folders of `path`, the outermost first."""
     parts = path.split("/")[:-1]
     for count in range(1, len(parts) + 1):
         yield "/".join(parts[:count])
 
 
 def sort(entries: Iterable[Entry]) -> list[Entry]:
-    """By path, part by part: a folder comes before what it holds."""
+    """Sort by path, part by part: a folder comes before its contents."""
     return sorted(entries, key=lambda entry: entry.path.split("/"))
 
 
 def matcher(glob: str) -> re.Pattern[str]:
-    """`*` and `?` stay within one part of a path, `**` does not; a glob also takes what lies below what it matches."""
+    """`*` and `?` match within one part of a path, `**` across parts; a glob also matches everything below a match."""
     words = re.split(r"(\*\*|\*|\?)", clean(glob))
     special = {"**": ".*", "*": "[^/]*", "?": "[^/]"}
     return re.compile("".join(special.get(word, re.escape(word)) for word in words) + "(/.*)?", re.DOTALL)
 
 
 def drop(entries: Iterable[Entry], globs: Sequence[str]) -> list[Entry]:
-    """Leave out what the globs match; `!GLOB` takes it back in; the last match decides.
+    """Leave out entries that the globs match; `!GLOB` keeps them; the last match decides.
 
-    Folders that hold nothing any more and were matched go too; a folder with something kept below it stays.
+    Matched folders that become empty are left out too; a folder with a kept entry below it stays.
     """
     rules = [(not glob.startswith("!"), matcher(glob.removeprefix("!"))) for glob in globs]
 
@@ -130,7 +130,7 @@ def overlay(folder: Path) -> list[Entry]:
 
 
 def _overlay(folder: str | Path, above: str) -> Iterator[Entry]:
-    """What `folder` holds; `above` is what stands before its names. Texts, not Paths: doit asks at every run."""
+    """The contents of `folder`; `above` prefixes their names. Strings, not Paths, because doit asks at every run."""
     with os.scandir(folder) as scan:
         for found in scan:
             path = f"{above}{found.name}"
@@ -149,7 +149,7 @@ def _overlay(folder: str | Path, above: str) -> Iterator[Entry]:
 
 
 def chmod(entries: Iterable[Entry], modes: dict[str, str]) -> list[Entry]:
-    """Set modes by path, octal text; `path/` is a folder, made when absent. ImageError for a path that is not there."""
+    """Set modes by path, in octal text; `path/` is a folder, made if missing. ImageError for a missing path."""
     found = {entry.path: entry for entry in entries}
     for name, mode in sorted(modes.items()):
         path = clean(name)

@@ -1,6 +1,6 @@
-"""What a run would do, before it does anything: which steps and why, what the store has already, what it would cost.
+"""What a run would do: which steps and why, what the store already has, how long each took last time.
 
-Nothing is written, and nothing is booted.
+Writes nothing and boots nothing.
 """
 
 import difflib
@@ -27,9 +27,9 @@ AGAIN = "{} is built again, perhaps with other bytes"
 class Step(msgspec.Struct, frozen=True, kw_only=True):
     """One node, and what a run would do about it.
 
-    `runs`: `unknown` where only a step before it will tell. `from_store`: it runs, and takes what the store has, so
-    that nothing boots and nothing is downloaded. `cost_s`: seconds that it took the last time, if that is known.
-    `diffs`: how the texts that it is made from have changed, by part.
+    `runs`: `unknown` if it depends on an earlier step's result. `from_store`: it runs, but takes its product from the
+    store, without a boot or a download. `cost_s`: how many seconds it took last time, or None. `diffs`: the changes of
+    its source texts, by part.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Step(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Images(NamedTuple):
-    """The steps up to the snapshot; the last image, if it is there already; and whether it is going to be another."""
+    """The steps up to the snapshot; the last image, if it exists already; and whether a run would make another one."""
 
     steps: list[Step]
     last: ImageRecord | None
@@ -53,15 +53,15 @@ class Forecast:
     """What a run in this project would do."""
 
     def __init__(self, config: Config) -> None:
-        """Nothing is read yet."""
+        """Reads nothing yet."""
         self.config = config
         self.reader = Reader(config, read_only=True)
         self.results = Results(config, read_only=True)
 
     def steps(self, asked: Iterable[str] = ()) -> list[Step]:
-        """The steps that the tasks `asked` for need, in the order of the plan; of all tasks without any.
+        """The steps that the tasks `asked` need, in the order of the plan; all steps if `asked` is empty.
 
-        ConfigError for a name that is no step's.
+        ConfigError for a name that is not a step's.
         """
         nodes = {node.name: node for node in plan.plan(self.config, self.reader.inputs({}))}
         asked = list(asked)
@@ -127,9 +127,9 @@ class Forecast:
     def _phase(
         self, number: int, nodes: dict[str, Node], below: ImageRecord | None, another: Runs
     ) -> tuple[Step, ImageRecord | None, Runs]:
-        """The step; the image that it ends in, if that is there; and whether it is going to be another one.
+        """The step; its image, if it exists; and whether a run would make another one.
 
-        `below` and `another` say that of the phase before.
+        `below` and `another` are these two values of the previous phase.
         """
         name, before = f"phase:{number}", f"phase:{number - 1}"
         node, causes = nodes[name], self.reader.phase_causes(number, nodes, below)
@@ -159,7 +159,7 @@ class Forecast:
         return step, None, "yes" if record is not None and record.digest != node.digest else "unknown"
 
     def _there(self, node: Node, named: PhaseRecord | None, below: ImageRecord | None) -> ImageRecord | None:
-        """The image of this phase in the store: the one that is `named`, or the one that a run would take."""
+        """The image of this phase in the store: the one that `named` names, or the one that a run would take."""
         store = self.reader.store
         found = store.record(named.digest, named.sha256) if named else None
         return found or (store.find(node.digest, chain=below.chain if below else "")[0] if node.digest else None)
@@ -193,7 +193,7 @@ class Forecast:
         return Step(name=node.name, runs=another, causes=causes, cost_s=cost, after=list(node.after))
 
     def _diffs(self, name: str, causes: list[str]) -> dict[str, str]:
-        """How the texts changed that the causes name."""
+        """The diffs of the texts that the causes name."""
         if not causes:
             return {}
         number = int(name.partition(":")[2])

@@ -1,4 +1,4 @@
-"""The suites' last results, each with the digests of all that decided it; and why one does not stand any more."""
+"""The suites' last results, each with the digests of its inputs; and why a result is stale."""
 
 import shutil
 import time
@@ -18,15 +18,15 @@ from vmtasks.images.workspace import CLEAN, PhaseRecord, State
 from vmtasks.store.records import read_record, write_record
 
 BUILD = "_build"
-"""The result of a build that has failed or not ended. No suite has this name."""
+"""The name of the result of a failed or unfinished build. No suite has this name."""
 LOG = "output.log"
 NOT_OVER = "the run has not ended: it goes on, or it was killed, or this host went down"
 
 
 class ResultRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """How a suite's last run ended. `status` is its exit status; `counts` and `trouble` are for people.
+    """How a suite's last run ended. `status` is its exit status; `counts` and `trouble` are for messages.
 
-    `timed_out`: it was ended at its deadline. `left`: why artifacts did not come.
+    `timed_out`: it was ended at its deadline. `left`: why artifacts were not fetched.
     """
 
     key: str
@@ -44,20 +44,20 @@ class Results:
     """The results of one project."""
 
     def __init__(self, config: Config, *, read_only: bool = False) -> None:
-        """Nothing is read yet. `read_only`: what is learned about the tree is not kept."""
+        """Reads nothing yet. `read_only`: digests of the tree's files are not saved."""
         self.config = config
         self.state = State(config, read_only=read_only)
         self.read_only = read_only
         self.folder = config.vm_dir / "results"
         self.stale: set[str] = set()
-        """Suites that were found stale when they were asked for."""
+        """Suites that why_stale() found stale."""
 
     def xml(self, name: str) -> Path:
         """JUnit result of a suite."""
         return self.folder / f"{name}.xml"
 
     def record(self, name: str) -> Path:
-        """Where the suite's last result is recorded."""
+        """The file of the suite's last result."""
         return self.folder / f"{name}.toml"
 
     # -- the last result
@@ -67,14 +67,14 @@ class Results:
         return read_record(self.record(name), ResultRecord)
 
     def why_stale(self, name: str) -> str:
-        """Why the suite must run; empty when its last result still stands."""
+        """Why the suite must run, or '' if its last result is up to date."""
         reason = self.cause(name)
         if reason:
             self.stale.add(name)
         return reason
 
     def cause(self, name: str, image: str | None = None) -> str:
-        """As why_stale(), of a machine that has the system `image`; None: the one that it has now."""
+        """As why_stale(), for a machine with the system `image`; None: its present one."""
         last = self.last(name)
         if last is None or not self.xml(name).is_file():
             return "it has not run yet"
@@ -88,9 +88,9 @@ class Results:
     # -- the next one
 
     def begin(self, name: str) -> Path:
-        """Take the suite's last result away, and give the empty folder for what the next run leaves.
+        """Remove the suite's last result, and return the empty folder for the next run.
 
-        In its place stands that the run has not ended, which is true until it has; also when it is killed.
+        The new result says that the run has not ended, which stays true if the run is killed.
         """
         self.forget(name)
         folder = self.folder / name
@@ -99,7 +99,7 @@ class Results:
         return folder
 
     def forget(self, name: str) -> None:
-        """Take the suite's last result away. The record goes first: without it no result stands."""
+        """Remove the suite's last result. The record goes first: without it no result is up to date."""
         self.record(name).unlink(missing_ok=True)
         self.xml(name).unlink(missing_ok=True)
         folder = self.folder / name
@@ -109,13 +109,13 @@ class Results:
             folder.unlink(missing_ok=True)
 
     def publish(self, name: str, xml: bytes, record: ResultRecord) -> None:
-        """Put down how the suite has ended: the record last."""
+        """Write the suite's result: the record last."""
         self.record(name).unlink(missing_ok=True)
         files.write(self.xml(name), xml)
         write_record(self.record(name), record)
 
     def broken(self, name: str, why: str, output: str = "") -> None:
-        """Put down that nobody knows how the suite has ended, or would have, and why."""
+        """Write a result that says why the suite's end is unknown."""
         from vmtasks.suites import junit  # noqa: PLC0415 - start-up time
 
         fmt = self.config.suites[name].format if name in self.config.suites else "plain"
@@ -130,14 +130,14 @@ class Results:
         )
         self.publish(name, made.xml, record)
 
-    # -- what decides
+    # -- inputs
 
     def source(self) -> Path:
         """The tree to sync."""
         return self.config.root / self.config.sync.source
 
     def walk(self) -> Walk:
-        """A look at the tree to sync. ConfigError when it is in a place that never goes into a guest."""
+        """A walk of the tree to sync. ConfigError if it lies in a place that never goes into a guest."""
         private, source, table = Private(self.config), self.source(), self.config.sync
         place = private.around(source)
         if place is not None:
@@ -148,11 +148,11 @@ class Results:
         return Walk(source, table.exclude, gitignore=table.gitignore, hidden=private)
 
     def parts(self, name: str) -> dict[str, str]:
-        """What decides the suite's result: the parts of its node in the plan."""
+        """The inputs of the suite's result: the parts of its node in the plan."""
         return {**plan.build_parts(self.config, self.tree, self.system()), **plan.suite_parts(self.config.suites[name])}
 
     def former_parts(self, name: str) -> dict[str, str]:
-        """What decides it as results of older versions have it."""
+        """The same inputs in the form of older versions' results."""
         suite = msgspec.structs.asdict(self.config.suites[name])
         decides = {key: value for key, value in suite.items() if not key.startswith("artifacts") and key != "timeout_s"}
         return {
@@ -164,18 +164,18 @@ class Results:
 
     @cached_property
     def tree(self) -> str:
-        """Digest of the tree to sync, as it was when first asked for: what is edited later is tested next time."""
+        """Digest of the tree to sync at the first call: later edits are tested in the next run."""
         return tree_digest(self.walk(), self.config.vm_dir / "tree.json", keep=not self.read_only)
 
     @property
     def built(self) -> str:
-        """Digest of how the tree is built, and where."""
+        """Digest of the build's command, environment and place."""
         table = self.config.build
         return plan.suite_digest({"command": table.command, "env": table.env, "dest": self.config.sync.dest})
 
     @property
     def where(self) -> str:
-        """Digest of where the tree is from and where it lies in the machine."""
+        """Digest of the tree's source and its place in the machine."""
         table = self.config.sync
         return plan.suite_digest(
             {
@@ -187,9 +187,9 @@ class Results:
         )
 
     def system(self, clean: str | None = None) -> str:
-        """Which system the machine runs: its image, and what was done to it since.
+        """The machine's system: its image, and the changes made to it since.
 
-        `clean`: digest of the bytes of the image that the phases are going to end in; None: of the one on record.
+        `clean`: digest of the bytes of the phases' future last image; None: of the recorded one.
         """
         record = self.state.machine(self.config.name)
         ours = record if record and record.guest == self.config.label else None

@@ -1,4 +1,4 @@
-"""Sync, build and run the user's suites in a machine, and collect what they leave."""
+"""Sync, build and run the user's suites in a machine, and collect their results and artifacts."""
 
 import contextlib
 import shlex
@@ -27,17 +27,17 @@ from vmtasks.suites.results import BUILD, LOG, ResultRecord, Results
 
 CHOWN_S = 300.0
 WAIT_S = 86400.0
-"""How long a run waits for others in the same machine: as long as a suite may take."""
+"""Limit for waiting for other runs in the same machine: a suite may take that long."""
 JUNIT_BYTES = 64 << 20
-"""A suite's own JUnit file may be so large: its elements take several times that in memory."""
+"""Limit for a suite's own JUnit file; its elements take several times that in memory."""
 OUTPUT_BYTES = 256 << 20
-"""So much of a suite's output is kept and judged; all of it is shown."""
+"""Limit for the part of a suite's output that is kept and judged; all of it is shown."""
 
 
 class Tree(msgspec.Struct, frozen=True, kw_only=True):
-    """What the machine holds: digests of the tree, of `where` it is from and lies, and of how it was `built`.
+    """The tree in the machine: digests of its files, of its source and place (`where`), and of the build (`built`).
 
-    Or why that `failed`.
+    `failed`: why the build failed, or ''.
     """
 
     tree: str
@@ -47,34 +47,34 @@ class Tree(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _NotBuiltError(StateError):
-    """The build has failed that a suite needs."""
+    """The build that a suite needs has failed."""
 
 
 class Suites:
     """The suites of one project, in the machine that they run in. One run at a time uses its tree."""
 
     def __init__(self, results: Results, note: Say = progress.say) -> None:
-        """`results` says what is stale; `note` is told what a person should know."""
+        """`results` says what is stale; `note` receives messages for the user."""
         self.config = results.config
         self.results = results
         self.machine = Machine(results.config)
         self.note = note
 
     def sync(self) -> Synced:
-        """Bring the tree into the machine. What a suite that ran as root has left there is taken back if need be."""
+        """Copy the tree into the machine. Files that a suite left as root are given to the login user if necessary."""
         with self._alone():
             return self._sync()[0]
 
     def build(self, sink: Callable[[bytes], None]) -> None:
-        """Run the build command, if there is one. CommandError when it fails, which is a JUnit result too."""
+        """Run the build command, if there is one. CommandError if it fails; that is also written as JUnit XML."""
         with self._alone():
             self._build(sink, self._held() or self._sync()[1])
 
     def run(self, name: str, sink: Callable[[bytes], None]) -> ResultRecord:
         """Run a suite, collect its artifacts and its JUnit file, and keep the result. Failure is a result too.
 
-        Whatever ends the run, the last result is gone before it, and one that says what happened is there after it. A
-        suite that was stale, and that another run has made meanwhile, is not run again.
+        The last result is removed before the run. Whatever ends the run, it leaves a result that says what happened. A
+        stale suite that another run has just finished is not run again.
         """
         with self._alone_with(name):
             last = self.results.last(name)
@@ -95,25 +95,25 @@ class Suites:
     # -- parts
 
     def _alone(self) -> contextlib.AbstractContextManager[int]:
-        """Be the only run that uses the tree in the machine. StateError when the machine does not run."""
+        """Lock the tree in the machine. StateError if the machine does not run."""
         self.machine.require_running()
         what = f"the tree in machine {self.machine.name}"
         path = self.machine.folder / "tree.lock"
         return lock(path, what, timeout_s=WAIT_S, waiting=lambda who: self.note(f"{what}: {who} uses it; waiting"))
 
     def _alone_with(self, name: str) -> contextlib.AbstractContextManager[int]:
-        """Be the only one that writes the suite's result: the same suite may run in another machine of the project."""
+        """Lock the suite's result: the same suite may run in another machine of the project."""
         what = f"the result of suite {name}"
         path = self.results.folder / f".{name}.lock"
         return lock(path, what, timeout_s=WAIT_S, waiting=lambda who: self.note(f"{what}: {who} makes it; waiting"))
 
     @property
     def _ready(self) -> Path:
-        """Records which tree the machine holds; it is not there while one is being synced."""
+        """The record of the tree in the machine; it does not exist during a sync."""
         return self.machine.folder / "ready"
 
     def _held(self) -> Tree | None:
-        """Which tree the machine holds, if it is the one that the configuration means."""
+        """The record of the tree in the machine, if its source and place are those of the configuration."""
         held = read_record(self._ready, Tree)
         return held if held is not None and held.where == self.results.where else None
 
@@ -149,7 +149,7 @@ class Suites:
         return done
 
     def _build(self, sink: Callable[[bytes], None], held: Tree) -> Tree:
-        """Build the tree that the machine holds; returns what it holds then."""
+        """Build the tree in the machine; returns its new record."""
         table, plain = self.config.build, Tree(tree=held.tree, where=held.where)
         write_record(self._ready, plain)
         if table.command.strip():
@@ -171,7 +171,7 @@ class Suites:
         return held
 
     def _built(self, name: str, sink: Callable[[bytes], None]) -> Tree:
-        """What the machine holds, built: by us, if another run has begun to sync meanwhile and has not built yet."""
+        """The record of the built tree. Syncs and builds if another run has synced meanwhile without building."""
         held = self._held()
         if held is not None and held.failed:
             raise _NotBuiltError(f"suite {name} was not run: {held.failed}", hint="doit build")
@@ -181,7 +181,7 @@ class Suites:
         return held
 
     def _broken(self, name: str, error: BaseException, log: Path) -> None:
-        """Put down what has ended a run. Where even that fails, it stands that the run has not ended."""
+        """Write down what ended a run. If even that fails, the result still says that the run has not ended."""
         with contextlib.suppress(OSError):
             self.results.broken(name, _sentence(error), _read(log))
 
@@ -238,10 +238,10 @@ class Suites:
         timeout_s: float,
         user: str = "",
     ) -> process.Ended:
-        """Run a command as a job, which a connection that breaks does not end.
+        """Run a command as a job, which survives a broken connection.
 
-        The job's id is written down before it starts: what a killed run has left in the guest is ended by the next.
-        SshError when it is not known how it has ended.
+        The job's id is written down before it starts, so that the next run can end the job of a killed one. SshError if
+        the job's end is unknown.
         """
         note, began = self.machine.folder / f"job-{name}", time.monotonic()
         with self.machine.link() as link:
@@ -263,11 +263,11 @@ class Suites:
                 note.unlink()
             except CommandTimeoutError as late:
                 if time.monotonic() - began < timeout_s:
-                    raise  # it was a question to the guest that was not answered in time
+                    raise  # a query to the guest timed out, not the job
                 if getattr(late, "__notes__", ()):
                     said = f"{name} did not end within {timeout_s:g} s, and could not be ended in the guest"
                     raise SshError(said, log=self.machine.place.console_log, hint="doit status") from late
-                with contextlib.suppress(SshError):  # it is over; what is left of it is removed by the next run
+                with contextlib.suppress(SshError):  # the job has ended; the next run removes the rest
                     _end_leftover(link, note)
                 return process.AT_DEADLINE
             except SshError as error:
@@ -294,7 +294,7 @@ class Suites:
 
 
 def send(results: Results, target: ssh.Target, say: Say, *, thorough: bool = False) -> Synced:
-    """Bring the project's tree to `target`; raises what sync() does."""
+    """Copy the project's tree to `target`; raises what sync() raises."""
     table, walk = results.config.sync, results.walk()
     size = sum(taken(info) for _, info in walk)
     return sync(
@@ -310,7 +310,7 @@ def send(results: Results, target: ssh.Target, say: Say, *, thorough: bool = Fal
 
 
 class _Output:
-    """Where the output of a command goes: to whoever watches, and as far as it may be long into a log."""
+    """Passes a command's output on to a sink, and its first OUTPUT_BYTES to a log."""
 
     def __init__(self, log: IO[bytes], sink: Callable[[bytes], None]) -> None:
         self._log = log
@@ -331,7 +331,7 @@ def _read(log: Path) -> str:
 
 
 def _sentence(error: BaseException) -> str:
-    """What has ended a run, for its result."""
+    """What ended a run, for its result."""
     if isinstance(error, VmTasksError):
         return "; ".join([error.message, *getattr(error, "__notes__", ())])
     if isinstance(error, KeyboardInterrupt):
@@ -348,7 +348,7 @@ def _require_built(ended: process.Ended, table: BuildTable) -> None:
 
 
 def _own_report(name: str, folder: Path, fetched: Fetched) -> tuple[bytes | None, str]:
-    """Return the JUnit file that the suite has written, or why there is none although there should be."""
+    """Return the JUnit file that the suite wrote, or why an expected one is missing."""
     path = PurePosixPath(name)
     if not name:
         return None, ""
@@ -361,7 +361,7 @@ def _own_report(name: str, folder: Path, fetched: Fetched) -> tuple[bytes | None
 
 
 def _end_leftover(link: Link, note: Path) -> None:
-    """End and remove the job that a note names; one that the guest does not know needs neither."""
+    """End and remove the job that a note names, if the guest knows it."""
     if note.exists():
         with contextlib.suppress(StateError, ConfigError):
             job.cancel(link, note.read_text())

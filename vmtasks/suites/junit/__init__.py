@@ -34,7 +34,7 @@ class Counts:
         return not (self.failed or self.errors)
 
     def __str__(self) -> str:
-        """As people say it: `7 passed, 1 failed, 2 skipped`."""
+        """For messages: `7 passed, 1 failed, 2 skipped`."""
         errors = "error" if self.errors == 1 else "errors"
         shown = [(self.passed, "passed"), (self.failed, "failed"), (self.errors, errors), (self.skipped, "skipped")]
         return ", ".join(f"{number} {what}" for number, what in shown if number) or "no tests"
@@ -42,7 +42,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class Report:
-    """JUnit XML, its counts, and in one sentence the first trouble that is not a failed test of the suite's own."""
+    """JUnit XML, its counts, and in one sentence the first problem that is not a failed test of the suite itself."""
 
     xml: bytes
     counts: Counts
@@ -59,12 +59,11 @@ def report(
     own_xml: bytes | None,
     problem: str = "",
 ) -> Report:
-    """Say as JUnit XML how the suite `name` went, and count its cases.
+    """Write the result of the suite `name` as JUnit XML, and count its cases.
 
-    `own_xml` is the JUnit file that the suite wrote, if any: it is believed before `output`. `problem`: why it is not
-    missing, or, with `ended` None, why the suite's end is not known. The counts are
-    never green when the suite has not ended with 0, nor when what it left behind says that something is missing. The
-    same arguments give the same bytes.
+    `own_xml` is the JUnit file that the suite wrote, if any; it takes precedence over `output`. `problem`: why that
+    file is missing or, with `ended` None, why the suite's end is unknown. The counts are never green if the suite did
+    not exit with 0, or if its output shows that something is missing. The same arguments give the same bytes.
     """
     log, status = clean(output), ended.status if ended else None
     kind = "junit" if own_xml is not None else detect(log) if fmt == "auto" else fmt
@@ -92,9 +91,9 @@ def report(
 
 
 def detect(log: str) -> Format:
-    """Detect the format of a suite's output; the first line that only one format has decides.
+    """Detect the format of a suite's output by the first line that only one format has.
 
-    Or, of TAP, a plan and a test point.
+    A plan and a test point together mean TAP.
     """
     if log.lstrip().startswith(("<?xml", "<testsuite")):
         return "junit"
@@ -109,7 +108,7 @@ def detect(log: str) -> Format:
 
 
 def _or_plain(case: Case) -> Case:
-    """Add a hint to an error case of output that may not be meant as TAP."""
+    """Add a hint to an error case: the output may not be TAP."""
     if case.outcome != "error":
         return case
     return replace(case, message=f'{case.message} (if this is no TAP: format = "plain")')
@@ -144,7 +143,7 @@ def _meaning(ended: Ended, duration_s: float) -> str:
 
 
 def _tail(log: str, lines: int = 30) -> str:
-    """The end of the output, which most often has the reason of a failure."""
+    """The end of the output, which usually has the reason of a failure."""
     return "\n".join(log.rstrip("\n").split("\n")[-lines:])
 
 

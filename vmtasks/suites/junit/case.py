@@ -1,4 +1,4 @@
-"""One test case, and text as a report may hold it."""
+"""One test case, and text made valid for a report."""
 
 import math
 import re
@@ -12,7 +12,7 @@ Outcome = Literal["passed", "failed", "skipped", "error"]
 NAME_LIMIT = 500
 """Characters of a test's name or of a one-line message."""
 TEXT_LIMIT = 64 * 1024
-"""Characters of what is said about one test."""
+"""Characters of the text about one test."""
 LOG_LIMIT = 1024 * 1024
 """Characters of a suite's output that are kept in its report; all of it is in the suite's log."""
 
@@ -21,7 +21,7 @@ _FORBIDDEN = re.compile(r"[^\t\n\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 @dataclass(frozen=True)
 class Case:
-    """One test case of a report. `group` becomes its class name, and is the suite's name where there is none."""
+    """One test case of a report. `group` becomes its class name; if empty, the suite's name does."""
 
     name: str
     outcome: Outcome
@@ -50,5 +50,5 @@ def one_line(text: str) -> str:
 
 
 def seconds(value: float) -> float:
-    """Round a duration to milliseconds; what is negative or not finite counts as 0."""
+    """Round a duration to milliseconds; a negative or infinite value or NaN gives 0."""
     return round(value, 3) if math.isfinite(value) and value > 0 else 0.0

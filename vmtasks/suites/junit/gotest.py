@@ -60,7 +60,7 @@ class _Run:
 
 
 def _reason(text: str) -> str:
-    """Find what a skipped test said: its last line that is not of the test runner's own making."""
+    """The message of a skipped test: its last line that the test runner did not add."""
     said = [line.strip() for line in text.split("\n") if line.strip()]
     return next((line for line in reversed(said) if not line.startswith(("===", "---"))), "")
 
@@ -104,7 +104,7 @@ class _Reader:
         return run
 
     def cases(self) -> Iterator[Case]:
-        """Give the tests in the order in which they began, then what went wrong outside of any test."""
+        """Yield the tests in the order in which they began, then errors outside of any test."""
         yield from (run.case() for run in self.runs if run.test)
         explained = {run.package for run in self.runs if run.test and run.is_bad}
         packages = [run for run in self.runs if not run.test]
@@ -139,6 +139,6 @@ def _text(found: dict[str, Any], key: str) -> str:
 
 
 def _elapsed(found: dict[str, Any]) -> float | None:
-    """Read the seconds of an event; None for what cannot be a duration, such as a number of 400 digits."""
+    """Read the seconds of an event; None if it cannot be a duration, such as a number of 400 digits."""
     value = found.get("Elapsed")
     return float(value) if isinstance(value, int | float) and 0 <= value < _LONGEST_S else None

@@ -1,4 +1,4 @@
-"""The JUnit file that a suite wrote -> the same as <testsuites>, with true counts."""
+"""The JUnit file that a suite wrote -> the same as <testsuites>, with correct counts."""
 
 import math
 import re
@@ -12,9 +12,9 @@ DEPTH_LIMIT = 100
 
 
 def normalised(data: bytes) -> tuple[ET.Element, Counter[Outcome], list[Case]]:
-    """Read a JUnit file: <testsuites> its counts set right, these counts, an error case if it contradicts itself.
+    """Read a JUnit file: <testsuites> with corrected counts, these counts, an error case if it contradicts itself.
 
-    ValueError when it is not well-formed, or no JUnit file: what a tool wrote wrong is not repaired here.
+    ValueError if it is not well-formed, or no JUnit file: malformed XML is not repaired.
     """
     if not data.strip():
         raise ValueError("there is none")
@@ -55,7 +55,7 @@ def _parse(data: bytes) -> ET.Element:
 
 
 def _tidy(element: ET.Element) -> None:
-    """Remove namespaces and control characters, shorten long texts, drop times that are no number."""
+    """Remove namespaces, control characters and times that are not a number; shorten long texts."""
     element.tag = element.tag.rpartition("}")[2]
     element.text, element.tail = shorten(clean(element.text or ""), TEXT_LIMIT), clean(element.tail or "") or None
     for key, value in element.attrib.items():
@@ -76,7 +76,7 @@ def _outcome(case: ET.Element) -> Outcome:
 
 
 def _claimed(root: ET.Element) -> int:
-    """Sum up the failures and errors that the outermost counts state: a collection error may have no case."""
+    """Add up the failures and errors in the outermost counts: a collection error may have no case."""
 
     def stated(element: ET.Element) -> int:
         numbers = (element.get(key, "") for key in ("failures", "errors"))

@@ -24,9 +24,9 @@ _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (("sure", _SURE), ("plan", _P
 
 
 def kind(line: str) -> Kind | None:
-    """Classify a line of TAP; `sure`: hardly anything else prints such a line.
+    """Classify a line of TAP; `sure`: hardly any other program prints such a line.
 
-    Programs do print `1..5` or `ok 3 files` by chance.
+    Other programs print `1..5` or `ok 3 files` by chance.
     """
     return next((name for name, pattern in _KINDS if pattern.match(line)), None)
 
@@ -34,8 +34,8 @@ def kind(line: str) -> Kind | None:
 def cases(log: str) -> list[Case]:
     """Read one or more TAP streams; indented subtests are part of the test point that follows them.
 
-    A missing plan, a plan that was not kept, a number given twice and "Bail out!" each make an error case. What was
-    printed before a failed test point and the diagnostics after it are its text.
+    A missing plan, a wrong plan, a duplicate number and "Bail out!" each make an error case. The output before a failed
+    test point and the diagnostics after it are its text.
     """
     reader = _Reader()
     for line in log.split("\n"):
@@ -47,7 +47,7 @@ def cases(log: str) -> list[Case]:
 
 @dataclass
 class _Point:
-    """A test line, and what was printed around it: `before` it (subtests and output), `after` it (diagnostics)."""
+    """A test line, with the output `before` it (subtests too) and the diagnostics `after` it."""
 
     ok: bool
     number: int
@@ -144,7 +144,7 @@ class _Reader:
             self.pending.append(line)
 
     def _yaml(self, line: str, stream: _Stream) -> bool:
-        """Add a line of a YAML block; False, and the block is over, when it is not indented as the block is."""
+        """Add a line to a YAML block; False, which ends the block, if it is not indented like the block."""
         if line and not line.startswith(self.yaml_indent):
             self.yaml_indent = ""
             return False
