@@ -46,7 +46,7 @@ def raw(machine: Machine) -> float:
     copy = machine.folder / "raw.qcow2"
     shutil.copyfile(machine.place.disk, copy)
     events.prepare(machine.place.events)
-    words = argv.command(replace(start.spec(machine.place, record, port), disk=copy.absolute()))
+    words = argv.command(replace(start.qemu_spec(machine.place, record, port), disk=copy.absolute()))
     began = time.perf_counter()
     with subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as qemu:
         try:

@@ -70,7 +70,7 @@ def test_files_and_folders_come_with_time_and_mode(local_guest: Connection, cwd:
     expected = {"out": "/", "out/deep": "/", "out/empty": "/", "out/deep/a file": "a", "-n": "c"}
     assert inside(tmp_path / "got") == expected | {"run": "b", "run-2": "b"}
     assert done.files == {"out/deep/a file", "run", "run-2", "-n"}
-    assert list(done.told()) == ["*file: there is nothing of this name in the guest"]
+    assert list(done.messages()) == ["*file: there is nothing of this name in the guest"]
     run = (tmp_path / "got/run").stat()
     assert (run.st_mtime, bool(run.st_mode & 0o100), run.st_nlink) == (1e9, True, 1)
     assert not (tmp_path / "got/-n").stat().st_mode & 0o111
@@ -92,9 +92,9 @@ def test_what_is_no_plain_file_stays_and_is_told(local_guest: Connection, cwd: P
     assert inside(tmp_path / "got") == {}
     names = {"to-file", "to-folder", "endless", "dangling", "up", "fifo", "socket"}
     assert set(done.left) == names
-    told = list(done.told())
-    assert f"and {len(names) - artifacts.TOLD} more: left in the guest: it is a link, or no plain file" in told
-    assert len(told) == artifacts.TOLD + 1
+    told = list(done.messages())
+    assert f"and {len(names) - artifacts.NAMES_SHOWN} more: left in the guest: it is a link, or no plain file" in told
+    assert len(told) == artifacts.NAMES_SHOWN + 1
 
 
 def test_names_come_as_they_are_and_are_told_so_that_no_terminal_obeys(
@@ -106,7 +106,7 @@ def test_names_come_as_they_are_and_are_told_so_that_no_terminal_obeys(
         (cwd / f"{name}-link").symlink_to("/nowhere")
     done = get(local_guest, tmp_path / "got", "*")
     assert inside(tmp_path / "got") == dict.fromkeys(odd, "x")
-    assert all(line.isprintable() for line in done.told())
+    assert all(line.isprintable() for line in done.messages())
 
 
 def test_a_huge_file_stays_and_what_is_too_much_together_is_cut(
@@ -124,7 +124,7 @@ def test_a_huge_file_stays_and_what_is_too_much_together_is_cut(
     assert done.left["huge"] == "left in the guest: it is larger than 1M"
     parts = [name for name in done.files if name.startswith("part-")]
     assert len(parts) == 3
-    assert set(done.left.values()) == {done.left["huge"], artifacts._cut(MIB)}
+    assert set(done.left.values()) == {done.left["huge"], artifacts._over_limit(MIB)}
     assert len(done.left) == 1 + 9 - 3
     assert sum(path.stat().st_size for path in (tmp_path / "got").iterdir()) <= MIB
 
@@ -137,11 +137,11 @@ def test_more_files_than_anybody_wants(
         (cwd / f"a file with a name that is not short {number}").touch()
     done = get(local_guest, tmp_path / "got", "*")
     assert len(inside(tmp_path / "got")) == len(done.files) == 100
-    assert list(done.told()) == ["more than 100 files and folders: the rest was left in the guest"]
+    assert list(done.messages()) == ["more than 100 files and folders: the rest was left in the guest"]
     monkeypatch.setattr(artifacts, "LIST_BYTES", 1000)
     done = get(local_guest, tmp_path / "cut", "*")
     assert 10 < len(done.files) < 40
-    assert len(list(done.told())) == 1
+    assert len(list(done.messages())) == 1
 
 
 def test_a_guest_that_hangs_costs_no_more_than_the_time_for_it(
@@ -154,7 +154,7 @@ def test_a_guest_that_hangs_costs_no_more_than_the_time_for_it(
         began = time.monotonic()
         done = get(local_guest, tmp_path / f"got-{tool}", "*", timeout_s=1.5)
         assert time.monotonic() - began < 10
-        assert "there was no time left (artifacts_timeout_s)" in "".join(done.told())
+        assert "there was no time left (artifacts_timeout_s)" in "".join(done.messages())
         (tmp_path / f"bin/{tool}").unlink()
 
 
@@ -162,9 +162,9 @@ def test_failures_in_the_guest_are_told(local_guest: Connection, cwd: Path, tmp_
     (cwd / "a").touch()
     (tmp_path / "bin/tar").write_text("#!/bin/sh\necho 'tar: ./a: \x1b[1mPermission denied' >&2; exit 2\n")
     (tmp_path / "bin/tar").chmod(0o755)
-    assert list(get(local_guest, tmp_path / "got", "*").told()) == ["a: tar: ./a: Permission denied"]
+    assert list(get(local_guest, tmp_path / "got", "*").messages()) == ["a: tar: ./a: Permission denied"]
     shutil.rmtree(cwd)
-    (told,) = (line for line in get(local_guest, tmp_path / "none", "*").told())
+    (told,) = (line for line in get(local_guest, tmp_path / "none", "*").messages())
     assert told.startswith("not all could be listed: ")
     assert "src" in told
 

@@ -139,8 +139,8 @@ def test_nothing_listens_and_nobody_is_alive():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    assert waiting(port, 0.3)[0] == banner.NOBODY
+    assert waiting(port, 0.3)[0] == banner.NO_LISTENER
     asked = []
     stage, took_s = waiting(port, 60, lambda: bool(asked.append(1)))
-    assert stage == banner.NOBODY
+    assert stage == banner.NO_LISTENER
     assert (len(asked), took_s < 10) == (1, True)

@@ -282,7 +282,7 @@ def test_the_signal_that_ended_a_command_is_heard_and_other_requests_are_as_ever
     with transport_to(port, key, *pin(keys["rsa"])) as transport:
         for line, heard in (("by signal", ("TERM", -1)), ("by itself", ("", 7))):
             channel = transport.open_session(timeout=LIMIT_S)
-            transport.order(channel, line)
+            transport.send_exec(channel, line)
             channel.status_event.wait(LIMIT_S)
             assert (getattr(channel, "exit_signal", ""), channel.exit_status) == heard
 
@@ -296,7 +296,7 @@ def test_a_command_is_sent_without_waiting_for_an_answer(serve: Serve, key: Path
         return answer.wait(LIMIT_S)
 
     with transport_to(serve(keys["rsa"], on_exec=slow), key, *pin(keys["rsa"])) as transport:
-        transport.order(transport.open_session(timeout=LIMIT_S), "echo 'a b'")
+        transport.send_exec(transport.open_session(timeout=LIMIT_S), "echo 'a b'")
         assert not answer.is_set(), "it returned although the server has not answered"
         assert asked.wait(LIMIT_S)
         answer.set()

@@ -86,11 +86,15 @@ def test_a_program_that_a_signal_ends_is_not_an_exit(via: Via, tmp_path: Path):
 def test_a_shell_that_waits_runs_what_comes_and_reads_no_byte_more(shell: str, via: Via, size: int, tmp_path: Path):
     data = bytes(range(256)) * 300
     words = [*ODD, "x" * size]
-    line = command.waiting("0f0f", via)
+    line = command.waiting_shell_line("0f0f", via)
 
     def given(text: str, *, stdin: bool) -> "subprocess.CompletedProcess[bytes]":
         return run(
-            shell, command.Wire(line, command.order(text, stdin=stdin), "0f0f"), tmp_path, leads=via == "sh", stdin=data
+            shell,
+            command.Wire(line, command.waiting_shell_input(text, stdin=stdin), "0f0f"),
+            tmp_path,
+            leads=via == "sh",
+            stdin=data,
         )
 
     for text in (command.script(["printf", "<%s>", *words]), "printf '<%s>' a\\b 'it''s' !; set | grep vmtasks_line"):

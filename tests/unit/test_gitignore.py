@@ -108,7 +108,7 @@ def named_by_us(root: Path) -> set[bytes]:
     walk = Walk(root, ["/.git/"], gitignore=True)
     for _ in walk:
         pass
-    return {path for path in all_paths(root) if walk.names(path + b"/" * (root / os.fsdecode(path)).is_dir())}
+    return {path for path in all_paths(root) if walk.ignores(path + b"/" * (root / os.fsdecode(path)).is_dir())}
 
 
 @pytest.mark.parametrize("text", TRICKY)
@@ -133,15 +133,15 @@ def test_any_rules_are_read_as_git_reads_them(seed: int, forest: Path) -> None:
 
 @pytest.mark.parametrize("glob", [b"a**b", b"**", b"[", b"[[:bad:]]", b"\\", b"*" * 50 + b"a"])
 def test_odd_globs_are_no_bugs(glob: bytes) -> None:
-    rules = gitignore.read(glob + b"\n" + b"x\n")
+    rules = gitignore.parse(glob + b"\n" + b"x\n")
     assert rules is not None
-    assert rules.names(b"", b"x", folder=False)
+    assert rules.ignores(b"", b"x", folder=False)
 
 
 def test_a_rule_cannot_keep_the_walk_busy() -> None:
-    rules = gitignore.read(b"a*a*a*a*a*a*a*a*b\n")
+    rules = gitignore.parse(b"a*a*a*a*a*a*a*a*b\n")
     assert rules is not None
-    assert not rules.names(b"", b"a" * 60, folder=False)
+    assert not rules.ignores(b"", b"a" * 60, folder=False)
 
 
 # ---- what is sent, and what is deleted

@@ -127,7 +127,7 @@ def etc(tmp_path: Path) -> Path:
 def test_host_keys_are_put_in_place_whole(shell: str, etc: Path, tmp_path: Path):
     names = sorted(path.name for path in etc.iterdir())
     fresh = [host_key(tmp_path, kind) for kind in ("ecdsa", "ed25519")]
-    done = run(shell, identity.INSTALL, tmp_path, stdin=identity.stream(fresh), folder=str(etc))
+    done = run(shell, identity.INSTALL, tmp_path, stdin=identity.install_input(fresh), folder=str(etc))
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(path.name for path in etc.iterdir()) == names, "nothing is left over"
     for key in fresh:
@@ -143,7 +143,7 @@ def test_host_keys_are_put_in_place_whole(shell: str, etc: Path, tmp_path: Path)
 def test_a_guest_that_lacks_one_of_them_keeps_all(etc: Path, tmp_path: Path):
     before = {path.name: path.read_bytes() for path in etc.iterdir()}
     fresh = [host_key(tmp_path, kind) for kind in ("ecdsa", "rsa")]
-    done = run("sh", identity.INSTALL, tmp_path, stdin=identity.stream(fresh), folder=str(etc))
+    done = run("sh", identity.INSTALL, tmp_path, stdin=identity.install_input(fresh), folder=str(etc))
     assert (done.returncode, done.stderr) == (identity.NOT_THERE, f"there is no {etc}/ssh_host_rsa_key\n")
     assert {path.name: path.read_bytes() for path in etc.iterdir()} == before
 
@@ -153,7 +153,7 @@ def test_a_stream_that_is_cut_replaces_nothing(etc: Path, tmp_path: Path):
     """The connection broke in the middle of the last key."""
     before = {path.name: path.read_bytes() for path in etc.glob("*key*")}
     fresh = [host_key(tmp_path, kind) for kind in ("ecdsa", "ed25519")]
-    text, first = identity.stream(fresh), len(str(fresh[0]))
+    text, first = identity.install_input(fresh), len(str(fresh[0]))
     for cut in (0, 5, 300, first - 1, first, first + 8, first + 200, len(text) - 6, len(text) - 4):
         done = run("sh", identity.INSTALL, tmp_path, stdin=text[:cut], folder=str(etc))
         assert done.returncode == 1, cut
@@ -162,4 +162,4 @@ def test_a_stream_that_is_cut_replaces_nothing(etc: Path, tmp_path: Path):
 
 def test_the_types_that_the_image_shows_are_the_types_that_are_made():
     shown = ["ssh-rsa A", "ssh-ed25519 B", "ssh-dss C", "ecdsa-sha2-nistp384 D", "ssh-ed25519 E"]
-    assert identity.kinds(shown) == [("ecdsa", "-b", "384"), ("ed25519",), ("rsa",)]
+    assert identity.key_kinds(shown) == [("ecdsa", "-b", "384"), ("ed25519",), ("rsa",)]

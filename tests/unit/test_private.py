@@ -156,7 +156,7 @@ class There:
 
     def bound(self, host: Path, exclude: tuple[str, ...] = ()) -> MachineRecord:
         bind = binds.check(Bind(str(host), f"{self.home}/work", exclude=exclude), Private(self.config))
-        chosen = binds.choose(self.place, msgspec.structs.replace(self.record, binds=[bind]))
+        chosen = binds.decide_copied(self.place, msgspec.structs.replace(self.record, binds=[bind]))
         return msgspec.structs.replace(
             chosen, binds=[msgspec.structs.replace(bind, how="rsync") for bind in chosen.binds]
         )
@@ -207,7 +207,7 @@ def test_nothing_private_is_bound(layout: str, root: Path, there: Callable[..., 
     (bind,) = record.binds
     assert "never goes into a guest" in bind.copied, "by 9p the guest would have it"
     guest.place.state.accel = Accel("tcg", "max", "", 1.0, 0.0)
-    assert start.spec(guest.place, record, 2222).shares == ()
+    assert start.qemu_spec(guest.place, record, 2222).shares == ()
     binds.push(guest.place, guest.target, 0, bind)
     assert guest.leaked() == []
     assert (guest.home / "work/main.c").is_file()
@@ -222,7 +222,7 @@ def test_a_guest_cannot_write_into_a_private_place(root: Path, there: Callable[.
     (guest.home / "work/.vm/run/dev/machine.toml").write_text("forged")
     (guest.home / "work/new.c").touch()
     guest.place.folder.mkdir(parents=True, exist_ok=True)
-    binds.after(guest.place, record)
+    binds.copy_out(guest.place, record)
     assert (root / "new.c").exists()
     assert (root / ".vm/run/dev/machine.toml").read_text() == ""
 
@@ -233,7 +233,7 @@ def test_a_folder_without_anything_private_is_shared(tmp_path: Path, there: Call
     record = guest.bound(tmp_path / "plain")
     assert [bind.copied for bind in record.binds] == [""]
     guest.place.state.accel = Accel("tcg", "max", "", 1.0, 0.0)
-    assert [share.folder for share in start.spec(guest.place, record, 2222).shares] == [str(tmp_path / "plain")]
+    assert [share.folder for share in start.qemu_spec(guest.place, record, 2222).shares] == [str(tmp_path / "plain")]
 
 
 def test_what_came_into_a_shared_folder_later_is_said(
@@ -243,10 +243,10 @@ def test_what_came_into_a_shared_folder_later_is_said(
     guest = there()
     record = guest.bound(tmp_path / "plain")
     record = msgspec.structs.replace(record, binds=[msgspec.structs.replace(record.binds[0], how="9p")])
-    assert binds.before(guest.place, record)
+    assert binds.copy_in(guest.place, record)
     assert capsys.readouterr().out == ""
     state_folder(tmp_path / "plain/state")
-    assert binds.before(guest.place, record)
+    assert binds.copy_in(guest.place, record)
     assert "warning: machine dev: --bind " in (said := capsys.readouterr().out)
     assert "state in it never goes into a guest, and the guest can read it" in said
 
@@ -275,7 +275,7 @@ def test_excludes_hold_both_ways(tmp_path: Path, there: Callable[..., There]) ->
     (work / "b.o").write_text("guest")
     (work / "b.c").write_text("guest")
     guest.place.folder.mkdir(parents=True, exist_ok=True)
-    binds.after(guest.place, record)
+    binds.copy_out(guest.place, record)
     assert (host / "b.c").exists()
     assert not (host / "b.o").exists()
 
@@ -314,7 +314,7 @@ def test_what_is_too_large_is_said_before_it_is_copied(tmp_path: Path, there: Ca
     (guest.home / "work").mkdir()
     first = msgspec.structs.replace(record.binds[0], how="")
     with connect.connect(guest.target, timeout_s=20) as connection, pytest.raises(BindError) as refused:
-        binds._fill(guest.place, connection, 0, first)
+        binds._first_copy(guest.place, connection, 0, first)
     assert "--exclude PATTERN" in refused.value.hint
     few = msgspec.structs.replace(record.binds[0], exclude=["large"])
     binds.push(guest.place, guest.target, 0, few)

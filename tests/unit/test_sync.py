@@ -19,7 +19,7 @@ from vmtasks.config.scaffold import scaffold
 from vmtasks.errors import CommandError, SshError
 from vmtasks.guest import tree
 from vmtasks.guest.ssh import Target
-from vmtasks.guest.sync import PARTIAL, VANISHED, Rules, Synced, Told, copy, itemised
+from vmtasks.guest.sync import PARTIAL, VANISHED, Filter, SentReporter, Synced, copy, parse_itemized
 from vmtasks.guest.sync import sync as sync_by_rules
 from vmtasks.guest.tree import Walk
 from vmtasks.guest.tree import tree_digest as digest_of
@@ -53,7 +53,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def sync(target: Target, source: Path, dest: str, exclude: list[str], *, delete: bool = True) -> Synced:
-    return sync_by_rules(target, source, dest, Rules(exclude=exclude), delete=delete)
+    return sync_by_rules(target, source, dest, Filter(exclude=exclude), delete=delete)
 
 
 def tree_digest(root: Path, exclude: list[str], cache: Path | None = None) -> str:
@@ -171,11 +171,11 @@ def test_itemised_names_are_those_of_the_files(tmp_path: Path):
 
     def run() -> Synced:
         argv = ["rsync", "-rlptD8", "--delete", "--out-format=%i %n", f"{tmp_path}/from/", f"{tmp_path}/to/"]
-        return itemised(subprocess.run(argv, capture_output=True, check=True).stdout.decode())
+        return parse_itemized(subprocess.run(argv, capture_output=True, check=True).stdout.decode())
 
     printable = {name for name in ODD_NAMES if name not in {"x\x0cy", "a\\#b"}}  # rsync writes those in its own way
     assert printable <= set(run().sent)
-    assert itemised("") == Synced((), ())
+    assert parse_itemized("") == Synced((), ())
     shutil.rmtree(tmp_path / "from")
     (tmp_path / "from").mkdir()
     deleted = run().deleted
@@ -188,7 +188,7 @@ def test_itemised_counts_files_and_links_not_folders_and_times():
         "cd+++++++++ ./\n<f+++++++++ new\n<f.st...... changed\ncL+++++++++ link -> new\n.d..t...... dir/\n"
         ".f...p..... only mode\nhf+++++++++ hard => new\n*deleting   old\nnoise\n"
     )
-    assert itemised(out) == Synced(("new", "changed", "link -> new", "hard => new"), ("old",))
+    assert parse_itemized(out) == Synced(("new", "changed", "link -> new", "hard => new"), ("old",))
 
 
 # ---- exclude patterns
@@ -433,12 +433,12 @@ SYNC = """
 import sys, pathlib
 from vmtasks.errors import CommandError
 from vmtasks.guest.ssh import Target
-from vmtasks.guest.sync import refused, sync, unreadable
+from vmtasks.guest.sync import read_failed, sync, write_denied
 folder = pathlib.Path(sys.argv[2])
 try:
     sync(Target("vm", 22220, "dev", folder / "key", (), folder), pathlib.Path(sys.argv[1]), "src")
 except CommandError as error:
-    print(error.message, refused(error), unreadable(error), sep="\\n")
+    print(error.message, write_denied(error), read_failed(error), sep="\\n")
 """
 
 
@@ -497,7 +497,7 @@ def test_holes_stay_holes(target: Target, source: Path, tmp_path: Path):
 
 
 def test_a_long_sync_says_how_far_it_is(target: Target, source: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(Told, "EVERY_S", 0.0)
+    monkeypatch.setattr(SentReporter, "EVERY_S", 0.0)
     said: list[str] = []
     sync_by_rules(target, source, "src", keep=lambda _: False, say=said.append)
     assert said

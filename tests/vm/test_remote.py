@@ -185,7 +185,7 @@ def test_a_shell_waits_for_the_next_command_but_not_for_long(guest: Guest, monke
         guest.root(f"kill -KILL {second}")
         assert connection.execute("echo fine", timeout_s=LIMIT_S).stdout == b"fine\n"
         until_true(waiting, "the next shell to wait")
-        monkeypatch.setattr(channels, "WAITING_S", 1.0)
+        monkeypatch.setattr(channels, "SHELL_MAX_AGE_S", 1.0)
         until_true(lambda: waiting() == [], "it to be dismissed")
         assert connection.execute("echo fine", timeout_s=LIMIT_S).stdout == b"fine\n"
     until_true(lambda: waiting() == [], "all to be gone with the connection")

@@ -9,7 +9,7 @@ from vmtasks.cli.common import app, project
 from vmtasks.errors import ConfigError, StateError
 from vmtasks.guest import ssh
 from vmtasks.machines import health, life
-from vmtasks.machines.sessions import using
+from vmtasks.machines.sessions import recorded_session
 
 
 @app.command(rich_help_panel="Use")
@@ -32,7 +32,7 @@ def cp(
     local = str(Path(source if into else dest).absolute()) + ("/" if (source if into else dest).endswith("/") else "")
     remote = f"{target.name}:{path or '.'}"
     words = target.scp(local, remote) if into else target.scp(remote, local)
-    with health.warn_when_stuck(machine.place), using(machine.place, "cp", f"{source} {dest}") as outcome:
+    with health.warn_when_stuck(machine.place), recorded_session(machine.place, "cp", f"{source} {dest}") as outcome:
         outcome.status = ssh.run_attached(target, words)
     raise typer.Exit(outcome.status)
 

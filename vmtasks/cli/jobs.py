@@ -13,7 +13,7 @@ from vmtasks.cli.common import AsJson, Name, PassThrough, app, find_machine, sho
 from vmtasks.guest.jobview import JobView
 from vmtasks.host import progress
 from vmtasks.machines import health, life
-from vmtasks.machines.sessions import using
+from vmtasks.machines.sessions import recorded_session
 
 FOREVER_S = 14 * 86400.0
 """Below 24 days, the longest timeout of poll(2)."""
@@ -58,7 +58,7 @@ def attach(name: Name, which: Job) -> None:
     with (
         find_machine(name) as machine,
         health.warn_when_stuck(machine.place),
-        using(machine.place, "attach", which) as outcome,
+        recorded_session(machine.place, "attach", which) as outcome,
     ):
         end = machine.jobs.follow(which, timeout_s=FOREVER_S, on_data=_print_data, keep=False)
         outcome.status = end.status
@@ -77,7 +77,7 @@ def start_job(name: str, words: list[str], *, cwd: str, env: dict[str, str], use
     """Start a program as a job; returns the job's id."""
     with find_machine(name) as machine:
         life.wait_ready(machine.place)
-        with using(machine.place, "exec", shlex.join(words), user, goes_on=True) as outcome:
+        with recorded_session(machine.place, "exec", shlex.join(words), user, goes_on=True) as outcome:
             job = machine.jobs.start(words, cwd=cwd, env=env, user=user)
             outcome.status = 0
     return job

@@ -31,13 +31,15 @@ def list_keys(name: Name, user: User = "", as_json: AsJson = False) -> None:
                     "type": item.key.kind,
                     "fingerprint": item.key.fingerprint,
                     "comment": item.key.comment,
-                    "machine": item.ours,
+                    "machine": item.is_own,
                 }
                 for item in listed
             ]
         )
         return
-    rows = [(item.key.kind, item.key.fingerprint, item.key.comment, "machine" if item.ours else "") for item in listed]
+    rows = [
+        (item.key.kind, item.key.fingerprint, item.key.comment, "machine" if item.is_own else "") for item in listed
+    ]
     table(("TYPE", "FINGERPRINT", "COMMENT", ""), rows)
 
 

@@ -154,7 +154,7 @@ def rm(
 
     def add(name: str) -> None:
         machine = here.machine(name)
-        if not force and machine.place.runs():
+        if not force and machine.place.is_running():
             raise StateError(f"running: {name}; nothing was removed", hint=f"vmtasks stop {name}, or rm --force")
         machines.append(machine)
 
@@ -186,7 +186,7 @@ def wait(
     machine = find_machine(name)
 
     def has_stopped() -> bool:
-        return not machine.place.runs()
+        return not machine.place.is_running()
 
     def is_ready() -> bool:
         return has_stopped() or machine.status().status == "running"

@@ -26,7 +26,7 @@ from vmtasks.errors import CommandTimeoutError, ConfigError
 from vmtasks.host import process, progress
 from vmtasks.host.process import TIMED_OUT
 from vmtasks.machines import Machine, life
-from vmtasks.machines.sessions import using
+from vmtasks.machines.sessions import recorded_session
 from vmtasks.qemu.terminal import attach_console
 
 WITH_VALUE = frozenset("BbcDEeFIiJLlmOoPpQRSWw")
@@ -158,7 +158,7 @@ def forward(
     machine = find_machine(name)
     target = life.wait_ready(machine.place)
     progress.say(f"forwarding {', '.join(f'{kind} {item}' for kind, item in wanted)}; Ctrl-C stops")
-    with using(machine.place, "forward", shlex.join(options[5:])) as outcome:
+    with recorded_session(machine.place, "forward", shlex.join(options[5:])) as outcome:
         outcome.status = process.run_attached(target.argv(options=options))
     raise typer.Exit(outcome.status)
 

@@ -29,7 +29,7 @@ from vmtasks.cli.common import (
 from vmtasks.config.arguments import Forward
 from vmtasks.errors import ConfigError, MachineError
 from vmtasks.machines import Machine, health
-from vmtasks.machines.sessions import uses
+from vmtasks.machines.sessions import active_sessions
 from vmtasks.store.store import Store
 
 POLL_S = 0.2
@@ -65,7 +65,7 @@ def machine_json(machine: Machine) -> dict[str, Any]:
         "ssh": state.ssh,
         "ports": [msgspec.to_builtins(forward) for forward in forwards],
         "binds": [msgspec.to_builtins(bind) for bind in record.binds],
-        "sessions": [asdict(use) for use in uses(machine.place)],
+        "sessions": [asdict(use) for use in active_sessions(machine.place)],
         "fault": "",
     }
 
@@ -151,13 +151,13 @@ def logs(
     cleaner = printable.Cleaner()
     out = sys.stdout.buffer
 
-    while not path.exists() and follow and machine.place.runs():
+    while not path.exists() and follow and machine.place.is_running():
         time.sleep(POLL_S)
     if not path.exists():
         return
     with path.open("rb") as log:
         while True:
-            last = not machine.place.runs()  # first, so that output from just before the end is still read
+            last = not machine.place.is_running()  # first, so that output from just before the end is still read
             data = log.read(65536)
             out.write(data if raw else cleaner.feed(data).encode())
             out.flush()

@@ -21,9 +21,9 @@ from vmtasks.qemu import qmp
 if TYPE_CHECKING:
     from vmtasks.guest.client import Console
 
-Verdict = Literal["ready", "ssh", "no-ssh", "silent", "paused", "panicked", "gone", ""]
+Diagnosis = Literal["ready", "ssh", "no-ssh", "silent", "paused", "panicked", "gone", ""]
 
-SAYS: dict[Verdict, str] = {
+DESCRIPTIONS: dict[Diagnosis, str] = {
     "ready": "an authenticated `true` succeeded",
     "ssh": "an SSH server answers, but nobody can log in",
     "no-ssh": "the guest's kernel answers, but no SSH server does",
@@ -33,7 +33,7 @@ SAYS: dict[Verdict, str] = {
     "gone": "QEMU does not run, or listens no more",
 }
 
-Look = Callable[[], tuple[Verdict, str]]
+Probe = Callable[[], tuple[Diagnosis, str]]
 """Looks at one layer: what it means that it failed, or nothing when it passed; and what it says."""
 
 
@@ -44,14 +44,14 @@ class Layer:
     name: str
     passed: bool | None
     says: str
-    verdict: Verdict = ""
+    verdict: Diagnosis = ""
 
 
 @dataclass(frozen=True)
 class Alive:
     """What is known of a machine, and the layers that it is known from."""
 
-    verdict: Verdict
+    verdict: Diagnosis
     layers: tuple[Layer, ...]
 
     @property
@@ -66,7 +66,7 @@ class Alive:
 
     def __str__(self) -> str:
         """The verdict in a sentence, with the reason."""
-        return ": ".join(filter(None, (SAYS[self.verdict], self.reason)))
+        return ": ".join(filter(None, (DESCRIPTIONS[self.verdict], self.reason)))
 
 
 def is_alive(
@@ -82,28 +82,28 @@ def is_alive(
     `process` says whether QEMU runs, `control` is its QMP socket; both are left out for a machine that is not ours, for
     which paused, panicked and silent look alike.
     """
-    looks: dict[str, Look] = {}
+    probes: dict[str, Probe] = {}
     if process is not None:
-        looks["process"] = lambda: ("", "QEMU runs") if process() else ("gone", "QEMU does not run")
+        probes["process"] = lambda: ("", "QEMU runs") if process() else ("gone", "QEMU does not run")
     if control is not None:
-        looks["QMP"] = lambda: cpu(control)
-    return judged(climb(looks | network(target, timeout_s, console)))
+        probes["QMP"] = lambda: probe_cpu(control)
+    return diagnose(run_probes(probes | network_probes(target, timeout_s, console)))
 
 
-def judged(layers: Iterable[Layer]) -> Alive:
+def diagnose(layers: Iterable[Layer]) -> Alive:
     """The verdict of the layer that failed."""
     seen = tuple(layers)
     return Alive(next((layer.verdict for layer in seen if layer.passed is False), "ready"), seen)
 
 
-def climb(looks: Mapping[str, Look]) -> Iterator[Layer]:
-    """Look at one layer after the other, up to the first that fails."""
+def run_probes(probes: Mapping[str, Probe]) -> Iterator[Layer]:
+    """Probe one layer after the other, up to the first that fails."""
     failed = ""
-    for name, look in looks.items():
+    for name, probe in probes.items():
         if failed:
             yield Layer(name, None, f"not looked at, because {failed} failed")
             continue
-        verdict, says = look()
+        verdict, says = probe()
         yield Layer(name, not verdict, says, verdict)
         failed = name if verdict else ""
 
@@ -111,7 +111,7 @@ def climb(looks: Mapping[str, Look]) -> Iterator[Layer]:
 # -- the layers
 
 
-def cpu(control: Path) -> tuple[Verdict, str]:
+def probe_cpu(control: Path) -> tuple[Diagnosis, str]:
     """What QEMU says of the guest's CPU."""
     state = qmp.status(control)
     if not state:
@@ -121,13 +121,13 @@ def cpu(control: Path) -> tuple[Verdict, str]:
     return ("panicked" if state == qmp.PANICKED else "paused"), f"{state}: {qmp.STUCK.get(state, 'see QEMU')}"
 
 
-def network(target: Target, timeout_s: float, console: "Console | None" = None) -> dict[str, Look]:
+def network_probes(target: Target, timeout_s: float, console: "Console | None" = None) -> dict[str, Probe]:
     """The layers from the port to a command in the guest, each for at most `timeout_s`."""
     from vmtasks.guest import client  # noqa: PLC0415 - paramiko takes 0.2 s, and most who import this never look
 
     opened: list[client.Connection] = []
 
-    def port() -> tuple[Verdict, str]:
+    def port() -> tuple[Diagnosis, str]:
         where = f"{HOST}:{target.port}"
         try:
             with socket.create_connection((HOST, target.port), timeout_s):
@@ -135,21 +135,21 @@ def network(target: Target, timeout_s: float, console: "Console | None" = None) 
         except OSError as error:
             return "gone", f"{where} takes no connection ({error})"
 
-    def server() -> tuple[Verdict, str]:
+    def server() -> tuple[Diagnosis, str]:
         said = banner.read(target.port, timeout_s)
         if said.startswith("SSH-"):
             return "", said
         how = said or "nothing behind the port speaks"
         return ("no-ssh" if said else "silent"), f"no SSH server answers in the guest ({how})"
 
-    def login() -> tuple[Verdict, str]:
+    def login() -> tuple[Diagnosis, str]:
         try:
             opened.append(client.connect(target, timeout_s=timeout_s, console=console))
         except SshError as error:
             return "ssh", error.message
         return "", f"{target.user} is let in with {target.key}"
 
-    def command() -> tuple[Verdict, str]:
+    def command() -> tuple[Diagnosis, str]:
         began = time.monotonic()
         try:
             with opened.pop() as connection:

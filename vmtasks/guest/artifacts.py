@@ -34,12 +34,12 @@ HEADERS_BYTES = 2048
 """What tar adds to a file: headers, a long name, padding."""
 META_BYTES = 1 << 16
 """A longer header is refused: tarfile reads it into memory, and no name needs it."""
-TOLD = 5
+NAMES_SHOWN = 5
 """How many names that stayed for the same reason are listed."""
 BLOCK = 1 << 18
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
-ODD_NAMES = (errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
+NAME_ERRORS = (errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
 """Errors of a file system that refuses a name. All others are failures of this host, such as a full disk."""
 
 # All names begin with ./ and no marker does. Not every find has -printf, and not every tar reads names that end in NUL.
@@ -64,15 +64,15 @@ class Fetched:
     files: set[str] = field(default_factory=set)
     left: dict[str, str] = field(default_factory=dict)
 
-    def told(self) -> Iterator[str]:
+    def messages(self) -> Iterator[str]:
         """Yield lines that say what did not come, ready for a terminal."""
         reasons: dict[str, list[str]] = {}
         for name, why in self.left.items():
             reasons.setdefault(why, []).append(name)
         for why, names in reasons.items():
-            yield from (f"{printable.line(name)}: {why}" if name else why for name in names[:TOLD])
-            if len(names) > TOLD:
-                yield f"and {len(names) - TOLD} more: {why}"
+            yield from (f"{printable.line(name)}: {why}" if name else why for name in names[:NAMES_SHOWN])
+            if len(names) > NAMES_SHOWN:
+                yield f"and {len(names) - NAMES_SHOWN} more: {why}"
 
 
 class _FullError(Exception):
@@ -104,7 +104,7 @@ def fetch(
     for token in said.split(b"\0")[:-1]:
         found.take(token)
     for name in found.folders:
-        with _naming(name, done):
+        with _noting_bad_name(name, done):
             (dest / name).mkdir(parents=True, exist_ok=True)
     if found.files:
         with tempfile.TemporaryFile(dir=dest.parent) as archive:
@@ -198,7 +198,7 @@ def _receive(
     try:
         return _run(connection, SEND, cwd, take, deadline, stdin=names)
     except _FullError:
-        return _cut(limit)
+        return _over_limit(limit)
 
 
 class _Member(tarfile.TarInfo):
@@ -226,7 +226,7 @@ def _unpack(archive: IO[bytes], dest: Path, wanted: Mapping[str, None], limit: i
                 if name in wanted and name not in done.files:
                     left -= _write(members, member, dest, name, left, done)
                 if left < 0:
-                    return _cut(limit)
+                    return _over_limit(limit)
     except (tarfile.TarError, OverflowError, RecursionError, ValueError):
         return "what the guest sent was cut, or is no tar"
     return ""
@@ -243,7 +243,7 @@ def _write(members: tarfile.TarFile, member: tarfile.TarInfo, dest: Path, name: 
         return 0
     if size > most:
         return size
-    with _naming(name, done):
+    with _noting_bad_name(name, done):
         place.parent.mkdir(parents=True, exist_ok=True)
         data = (dest / first).open("rb") if member.islnk() else members.extractfile(member)
         mode = 0o777 if member.mode & 0o100 else 0o666
@@ -261,17 +261,17 @@ def _write(members: tarfile.TarFile, member: tarfile.TarInfo, dest: Path, name: 
 
 
 @contextmanager
-def _naming(name: str, done: Fetched) -> Iterator[None]:
+def _noting_bad_name(name: str, done: Fetched) -> Iterator[None]:
     """Note a name that this host's file system refuses."""
     try:
         yield
     except OSError as error:
-        if error.errno not in ODD_NAMES:
+        if error.errno not in NAME_ERRORS:
             raise
         done.left[name] = f"this host cannot have a file of this name: {error.strerror}"
 
 
-def _cut(limit: int) -> str:
+def _over_limit(limit: int) -> str:
     return f"left in the guest: all files together are larger than {show_size(limit)} (artifacts_limit)"
 
 

@@ -10,16 +10,16 @@ from typing import Self
 
 HOST = "127.0.0.1"
 CLOSED = "closed before a word"
-NOBODY = "nothing listens on the port: QEMU is not forwarding it"
+NO_LISTENER = "nothing listens on the port: QEMU is not forwarding it"
 SILENT = "no answer came: the guest is still booting, or its network is down"
 REFUSED = "the guest refused the connection: its SSH server is not up yet or broken"
 
 FIRST_S, LEAST_S = 1.0, 0.4
 SHARE = 6
 """There is a new connection after a sixth of what was waited, which is more than is lost at most."""
-HEARD_S = 4.0
+NETWORK_UP_S = 4.0
 """As LEAST_S, once the guest's kernel has refused a call: its network is up, and no packet is lost any more."""
-AT_ONCE = 8
+MAX_OPEN = 8
 PAUSE_S = 0.1
 ALIVE_EVERY_S = 0.5
 
@@ -39,12 +39,12 @@ def read(port: int, timeout_s: float) -> str:
     return ""
 
 
-def unknown() -> None:
+def network_unknown() -> None:
     """Nobody knows whether the guest's network is up."""
 
 
 def wait(
-    port: int, *, timeout_s: float, alive: Callable[[], bool], network: Callable[[], bool | None] = unknown
+    port: int, *, timeout_s: float, alive: Callable[[], bool], network: Callable[[], bool | None] = network_unknown
 ) -> str:
     """Wait until an SSH server speaks. Returns nothing when one has, else how the port was last.
 
@@ -57,20 +57,20 @@ def wait(
     """
     began = asked = due = time.monotonic()
     first, least_s, stage = 0.0, LEAST_S, SILENT
-    with _Calls(port) as calls:
+    with _Attempts(port) as attempts:
         while True:
             now = time.monotonic()
             if now >= due and network() is False:
                 due = now + PAUSE_S
             elif now >= due:
-                made, first = calls.make(), first or now
-                stage = stage if made else NOBODY
+                made, first = attempts.connect(), first or now
+                stage = stage if made else NO_LISTENER
                 due = max(first + FIRST_S, now + max(least_s, (now - first) / SHARE)) if made else now + PAUSE_S
-            for said in calls.listen(PAUSE_S):
+            for said in attempts.listen(PAUSE_S):
                 if said.startswith("SSH-"):
                     return ""
-                stage = said if said in (NOBODY, REFUSED) else f"another server answers: {said.strip()!r}"
-                due, least_s = time.monotonic() + PAUSE_S, HEARD_S
+                stage = said if said in (NO_LISTENER, REFUSED) else f"another server answers: {said.strip()!r}"
+                due, least_s = time.monotonic() + PAUSE_S, NETWORK_UP_S
             if now - began > timeout_s:
                 return stage
             if now - asked > ALIVE_EVERY_S:
@@ -79,7 +79,7 @@ def wait(
                     return stage
 
 
-class _Calls:
+class _Attempts:
     """Connections on which nobody has spoken yet, the oldest first."""
 
     def __init__(self, port: int) -> None:
@@ -95,7 +95,7 @@ class _Calls:
             self._drop(sock)
         self._selector.close()
 
-    def make(self) -> bool:
+    def connect(self) -> bool:
         """Begin one more, and give up the oldest where there are many; False when nothing listens on the port."""
         sock = socket.socket()
         sock.settimeout(0)
@@ -104,18 +104,18 @@ class _Calls:
             return False
         self._selector.register(sock, selectors.EVENT_READ, sock)
         self._open.append(sock)
-        if len(self._open) > AT_ONCE:
+        if len(self._open) > MAX_OPEN:
             self._drop(self._open[0])
         return True
 
     def listen(self, timeout_s: float) -> Iterator[str]:
-        """The first words of servers as soon as there are any; NOBODY or REFUSED for a connection that was ended."""
+        """Yield the first bytes that servers sent; NO_LISTENER or REFUSED for a connection that was closed."""
         for key, _ in self._selector.select(timeout_s):
             sock: socket.socket = key.data
             try:
                 said = sock.recv(255).decode(errors="replace") or REFUSED
             except ConnectionRefusedError:
-                said = NOBODY
+                said = NO_LISTENER
             except OSError:
                 said = REFUSED
             self._drop(sock)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-Verdict = Literal["same", "rebooted", "unknown"]
+BootChange = Literal["same", "rebooted", "unknown"]
 
 COARSE_S = 60.0
 TOLERANCE_S = 3.0
@@ -80,7 +80,7 @@ def parse(stdout: str, events: str = "") -> Boot:
     if uptime is None and boottime is not None and now is not None:
         uptime = float(now - boottime)  # both move together when the clock is set
     if uptime is None:
-        uptime, coarse = _worded(facts.get("up", "")), COARSE_S
+        uptime, coarse = _parse_uptime(facts.get("up", "")), COARSE_S
     return Boot(frozenset(ids), facts.get("stamp", ""), uptime, coarse, boottime, events)
 
 
@@ -93,7 +93,7 @@ def probe(run: Callable[[str], str], events: Callable[[], str] | None = None) ->
     return parse(run(script()), word)
 
 
-def compare(before: Boot, after: Boot) -> Verdict:
+def compare(before: Boot, after: Boot) -> BootChange:
     """Whether the guest has booted between two looks; "unknown" when nothing that it offers can tell."""
     if before.events and after.events and before.events != after.events:
         return "rebooted"
@@ -120,7 +120,7 @@ def from_text(text: str) -> Boot:
     return Boot(frozenset(part for part in parts if part and not part.startswith("stamp")), stamp)
 
 
-def _by_uptime(before: Boot, after: Boot) -> Verdict:
+def _by_uptime(before: Boot, after: Boot) -> BootChange:
     if before.uptime_s is None or after.uptime_s is None:
         return "unknown"
     elapsed = after.asked - before.asked
@@ -145,7 +145,7 @@ def _seconds(text: str) -> int | None:
     return int(found[1] or found[2]) if found else None
 
 
-def _worded(text: str) -> float | None:
+def _parse_uptime(text: str) -> float | None:
     """The uptime in what uptime(1) prints: `up 3 days, 2:05,`, `up 5 min,`, `up 30 secs,`."""
     found = re.search(r"\bup\s+(?:(\d+) days?,?\s*)?(?:(\d+):(\d\d)|(\d+) hrs?|(\d+) min\w*|(\d+) secs?)?", text)
     if not found or not any(found.groups()):

@@ -20,7 +20,7 @@ from vmtasks.guest import command as commands
 from vmtasks.guest import login
 from vmtasks.guest.channels import BROKEN, Channels, NotStartedError
 from vmtasks.guest.command import Command, CommandResult, OnData, OnLine, Wire
-from vmtasks.guest.pump import Outcome, Pump, feed
+from vmtasks.guest.pump import Pump, StopReason, feed
 from vmtasks.guest.ssh import Target, end_group_script
 from vmtasks.guest.transport import Transport
 
@@ -48,7 +48,7 @@ class Connection:
         self._closing = threading.Event()
         threading.Thread(target=self._keep_alive, args=(keepalive_s,), name="vmtasks keepalive", daemon=True).start()
         if gone is not None:
-            threading.Thread(target=self._heed, args=(gone,), name="vmtasks gone", daemon=True).start()
+            threading.Thread(target=self._close_when_gone, args=(gone,), name="vmtasks gone", daemon=True).start()
 
     def __enter__(self) -> Self:
         """Close it at the end of the block."""
@@ -129,27 +129,29 @@ class Connection:
         fresh = detached != b"" or not isinstance(stdin, bytes)
         channel, wire = self._start(text, deadline, stdin=stdin != b"", fresh=fresh)
         try:
-            pump = Pump(channel, wire.token, heralds=wire.heralds, **more)
+            pump = Pump(channel, wire.token, header_lines=wire.header_lines, **more)
             feed(channel, wire.preamble, stdin)
-            outcome = pump.until_end(deadline, idle_s, detached=detached)
+            reason = pump.until_end(deadline, idle_s, detached=detached)
             self._via = self._via or pump.header.via
-            if outcome == "ended":
+            if reason == "ended":
                 pump.finish()
-                done = self._result(channel, pump, detached, waited=wire.heralds > 1)
+                done = self._result(channel, pump, detached, waited=wire.header_lines > 1)
                 if self._via:
-                    self._channels.prepare(self._via)
+                    self._channels.prestart_shell(self._via)
                 return done
-            ended = self._end(pump, user)
+            ended = self._end_group(pump, user)
             pump.finish()
         finally:
-            self._channels.leave(channel)
-        raise _late(outcome, timeout_s if outcome == "overall" else idle_s or 0.0, pump, ended=ended)
+            self._channels.release(channel)
+        raise _timeout_error(reason, timeout_s if reason == "overall" else idle_s or 0.0, pump, ended=ended)
 
     def _start(self, text: str, deadline: float, *, stdin: bool, fresh: bool) -> tuple[Any, Wire]:
         """A channel on which a command was begun, by the shell that waits for one or by a new one."""
-        waiting = None if fresh else self._channels.take(deadline)
+        waiting = None if fresh else self._channels.take_shell(deadline)
         if waiting is not None:
-            return waiting.channel, Wire("", commands.order(text, stdin=stdin), waiting.token, heralds=2)
+            return waiting.channel, Wire(
+                "", commands.waiting_shell_input(text, stdin=stdin), waiting.token, header_lines=2
+            )
         wire = commands.wire(text, secrets.token_hex(4), self._via, stdin=stdin)
         return self._channels.open(wire.line, deadline), wire
 
@@ -166,7 +168,7 @@ class Connection:
         if name:
             number = getattr(signal.Signals, f"SIG{name}", 0)
             return CommandResult(pump.stdout, pump.stderr, 128 + number, name)
-        if self._channels.gone():
+        if self._channels.is_broken():
             raise ConnectionLostError(
                 f"the connection to {self.target.name} was lost; how the command ended is not known",
                 stdout=pump.stdout,
@@ -178,7 +180,7 @@ class Connection:
             raise NotStartedError("the guest's SSH server refused to run the command")
         raise SshError("the guest's SSH server gave no status for the command")
 
-    def _end(self, pump: Pump, user: str) -> bool:
+    def _end_group(self, pump: Pump, user: str) -> bool:
         """End in the guest what a command has started; whether that is certain."""
         limit = time.monotonic() + END_S
         # A guest that answers no more may also keep us from sending: then all of the connection is given up.
@@ -192,14 +194,14 @@ class Connection:
                 try:
                     Pump(other, "0").until_end(limit)
                 finally:
-                    self._channels.leave(other)
+                    self._channels.release(other)
             return pump.until_end(min(limit, time.monotonic() + 5)) == "ended" and pump.header.group != 0
         except SshError:
             return False
         finally:
             guard.cancel()
 
-    def _heed(self, gone: Callable[[], bool]) -> None:
+    def _close_when_gone(self, gone: Callable[[], bool]) -> None:
         """Give the connection up as soon as its other end is known to be gone."""
         while not self._closing.wait(GONE_EVERY_S) and self.is_connected():
             if gone():
@@ -208,7 +210,7 @@ class Connection:
     def _keep_alive(self, every_s: float) -> None:
         """Ask for a sign of life now and then; give the connection up after a time without one."""
         while not self._closing.wait(every_s) and self.is_connected():
-            self._channels.expire()
+            self._channels.expire_shell()
             guard = threading.Timer(every_s * MISSED, self._transport.close)
             guard.daemon = True
             guard.start()
@@ -217,12 +219,12 @@ class Connection:
             guard.cancel()
 
 
-def _late(outcome: Outcome, limit_s: float, pump: Pump, *, ended: bool) -> CommandTimeoutError:
-    how = f"within {limit_s:g} s" if outcome == "overall" else f"and said nothing for {limit_s:g} s"
+def _timeout_error(reason: StopReason, limit_s: float, pump: Pump, *, ended: bool) -> CommandTimeoutError:
+    how = f"within {limit_s:g} s" if reason == "overall" else f"and said nothing for {limit_s:g} s"
     then = "it was ended" if ended else "it may still run: the guest did not let it be ended"
     return CommandTimeoutError(
         f"the command did not end {how}; {then}",
-        which="overall" if outcome == "overall" else "idle",
+        which="overall" if reason == "overall" else "idle",
         stdout=pump.stdout,
         stderr=pump.stderr,
     )

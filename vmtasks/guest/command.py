@@ -50,13 +50,13 @@ class CommandResult:
 class Wire:
     """A command as it is sent: the command line, what goes through stdin before anything else, and the token.
 
-    `heralds`: how often the line with the token comes. Before the last of them nothing of the command has run.
+    `header_lines`: how often the line with the token comes. Before the last of them nothing of the command has run.
     """
 
     line: str
     preamble: bytes
     token: str
-    heralds: int = 1
+    header_lines: int = 1
 
 
 def script(command: Command, *, cwd: str = "", env: Mapping[str, str] | None = None, user: str = "") -> str:
@@ -83,35 +83,35 @@ def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
 
     Without `stdin` the command reads from /dev/null.
     """
-    empty = "" if stdin else NO_INPUT
+    no_input = "" if stdin else NO_INPUT
     if via:
-        body = f"{empty}echo ::vmtasks:{token}:$$:{via} >&2; {text}"
+        body = f"{no_input}echo ::vmtasks:{token}:$$:{via} >&2; {text}"
     else:
-        first = f"{empty}kill -0 -$$ 2>/dev/null && set -- $$ || set -- 0; echo ::vmtasks:{token}:$1"
+        first = f"{no_input}kill -0 -$$ 2>/dev/null && set -- $$ || set -- 0; echo ::vmtasks:{token}:$1"
         forms = {name: f"{first}:{name} >&2; set --; {text}" for name in ("setsid", "sh")}
         body = f"{GROUP_FIRST}exec setsid /bin/sh -c {shlex.quote(forms['setsid'])}\n{forms['sh']}"
     program = "setsid /bin/sh" if via == "setsid" else "/bin/sh"
     line = ssh.remote_line(body, program)
     if len(line) <= ssh.LINE_BYTES:
         return Wire(line, b"", token)
-    return Wire(ssh.remote_line(READ + RUN, program), ssh.plain(body).encode() + b"\n", token)
+    return Wire(ssh.remote_line(READ + RUN, program), ssh.printf_escape(body).encode() + b"\n", token)
 
 
-def waiting(token: str, via: Via) -> str:
-    """The command line of a shell that names its group and then waits on stdin for its text, which order() makes.
+def waiting_shell_line(token: str, via: Via) -> str:
+    """The command line of a shell that names its group and then waits on stdin; see waiting_shell_input().
 
     It names its group again once it has the text: one that ends before has run nothing.
     """
-    herald = f"echo ::vmtasks:{token}:$$:{via} >&2; "
-    text = herald + READ + herald + RUN
+    header = f"echo ::vmtasks:{token}:$$:{via} >&2; "
+    text = header + READ + header + RUN
     return ssh.remote_line(text, "setsid /bin/sh" if via == "setsid" else "/bin/sh")
 
 
-def order(text: str, *, stdin: bool) -> bytes:
+def waiting_shell_input(text: str, *, stdin: bool) -> bytes:
     """The line that has a waiting shell run `text`. Without `stdin` the command reads from /dev/null."""
     body = text if stdin else NO_INPUT + text
     # Some shells' read changes bytes beyond ASCII.
-    return (f"={body}" if body.isascii() and body.isprintable() else ssh.plain(body)).encode() + b"\n"
+    return (f"={body}" if body.isascii() and body.isprintable() else ssh.printf_escape(body)).encode() + b"\n"
 
 
 class Header:

@@ -48,7 +48,7 @@ def wait(
     *,
     timeout_s: float,
     alive: Callable[[], bool],
-    network: Callable[[], bool | None] = banner.unknown,
+    network: Callable[[], bool | None] = banner.network_unknown,
 ) -> "Connection":
     """Wait until the guest lets us in and runs a command; gives the connection. `network`: see banner.wait().
 
@@ -61,7 +61,7 @@ def wait(
         stage = banner.wait(target.port, timeout_s=left_s, alive=alive, network=network)
         if not stage:
             try:
-                return _tried(target)
+                return _connect_and_test(target)
             except HostKeyError as error:  # no waiting mends it
                 raise error.replace(hint="doit restore, if nothing in it is needed") from error
             except SshError as error:
@@ -73,7 +73,7 @@ def wait(
         time.sleep(0.2)
 
 
-def _tried(target: Target) -> "Connection":
+def _connect_and_test(target: Target) -> "Connection":
     """A connection through which a command has run."""
     with ExitStack() as stack:
         connection = stack.enter_context(connect(target, timeout_s=TRY_S))

@@ -14,7 +14,7 @@ class Excluder(msgspec.Struct, frozen=True):
     whole: bool = True
     """Whether all patterns are understood; else what no run matches may be kept by one that is not."""
 
-    def verdict(self, path: bytes) -> bool | None:
+    def excludes(self, path: bytes) -> bool | None:
         """True: excluded. False: kept, or perhaps so. None: no pattern speaks of it."""
         for excluded, expression in self.runs:
             if expression.fullmatch(path):

@@ -27,7 +27,7 @@ CLASSES = {
 }
 
 
-class Rule(msgspec.Struct, frozen=True, dict=True):
+class IgnoreRule(msgspec.Struct, frozen=True, dict=True):
     """One line. `path`: it is held against the path below the file's folder, and not against the last name.
 
     `depth`: how many folders are in a path that it matches; None when that is not certain.
@@ -36,7 +36,7 @@ class Rule(msgspec.Struct, frozen=True, dict=True):
     pattern: bytes
     path: bool
     folders_only: bool
-    keeps: bool
+    negated: bool
     depth: int | None = None
 
     @cached_property
@@ -45,15 +45,15 @@ class Rule(msgspec.Struct, frozen=True, dict=True):
         return re.compile(self.pattern, re.DOTALL)
 
 
-class Rules(msgspec.Struct, frozen=True):
+class IgnoreRules(msgspec.Struct, frozen=True):
     """The rules of one file, which stands in the folder `base` (empty, or ending in `/`), below those of `above`.
 
     The other fields follow from them.
     """
 
     base: bytes
-    rules: tuple[Rule, ...]
-    above: "Rules | None" = None
+    rules: tuple[IgnoreRule, ...]
+    above: "IgnoreRules | None" = None
     whole: frozenset[bytes] = frozenset()
     suffixes: tuple[bytes, ...] = ()
     by_name: re.Pattern[bytes] | None = None
@@ -79,7 +79,7 @@ class Rules(msgspec.Struct, frozen=True):
             names.add(plain) if is_name else ends.append(plain)
             if not rule.folders_only:
                 sure_names.add(plain) if is_name else sure_ends.append(plain)
-        keeps = any(rule.keeps for rule in self.rules)
+        negated = any(rule.negated for rule in self.rules)
         by_path = [rule.pattern for rule in self.rules if rule.path]
         made = {
             "whole": frozenset(names),
@@ -87,15 +87,15 @@ class Rules(msgspec.Struct, frozen=True):
             "by_name": _any_of(rest),
             "by_path": _any_of(by_path),
             "depths": frozenset(rule.depth for rule in self.rules if rule.path),
-            "certain": (frozenset(), ()) if keeps else (frozenset(sure_names), tuple(sure_ends)),
+            "certain": (frozenset(), ()) if negated else (frozenset(sure_names), tuple(sure_ends)),
         }
         for what, value in made.items():
             msgspec.structs.force_setattr(self, what, value)
 
-    def suspects(self, folder_path: bytes, names: Collection[bytes]) -> set[bytes]:
+    def candidates(self, folder_path: bytes, names: Collection[bytes]) -> set[bytes]:
         """Those of the `names` in a folder that a rule matches, though another may keep them."""
         found: set[bytes] = set()
-        level: Rules | None = self
+        level: IgnoreRules | None = self
         while level is not None:
             whole, suffixes = level.whole, level.suffixes
             found.update(whole.intersection(names))
@@ -110,9 +110,9 @@ class Rules(msgspec.Struct, frozen=True):
             level = level.above
         return found
 
-    def names(self, folder_path: bytes, name: bytes, *, folder: bool) -> bool:
+    def ignores(self, folder_path: bytes, name: bytes, *, folder: bool) -> bool:
         """Whether `name` in the folder `folder_path` (it ends in `/`) is ignored, when no folder above it is."""
-        level: Rules | None = self
+        level: IgnoreRules | None = self
         while level is not None:
             names, ends = level.certain
             if name in names or name.endswith(ends):
@@ -120,7 +120,7 @@ class Rules(msgspec.Struct, frozen=True):
             below = folder_path[len(level.base) :] + name
             for rule in reversed(level.rules):
                 if (folder or not rule.folders_only) and rule.expression.fullmatch(below if rule.path else name):
-                    return not rule.keeps
+                    return not rule.negated
             level = level.above
         return False
 
@@ -129,21 +129,21 @@ def _any_of(patterns: list[bytes]) -> re.Pattern[bytes] | None:
     return re.compile(rb"\0(" + b"|".join(patterns) + rb")(?=\0)") if patterns else None
 
 
-def read(text: bytes, base: bytes = b"", above: Rules | None = None) -> Rules | None:
+def parse(text: bytes, base: bytes = b"", above: IgnoreRules | None = None) -> IgnoreRules | None:
     """The rules of a file's text; `above` when it holds none."""
     lines = text.removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    rules = tuple(rule for line in lines if (rule := _rule(line.removesuffix(b"\r"))) is not None)
-    return Rules(base, rules, above) if rules else above
+    rules = tuple(rule for line in lines if (rule := _parse_line(line.removesuffix(b"\r"))) is not None)
+    return IgnoreRules(base, rules, above) if rules else above
 
 
-def _rule(line: bytes) -> Rule | None:
+def _parse_line(line: bytes) -> IgnoreRule | None:
     line = line.partition(b"\0")[0]
     if line.startswith(b"#"):
         return None
     while line.endswith(b" ") and not re.search(rb"(?<!\\)(\\\\)*\\ \Z", line):
         line = line[:-1]
-    keeps = line.startswith(b"!")
-    line = line[1:] if keeps else line
+    negated = line.startswith(b"!")
+    line = line[1:] if negated else line
     folders_only = line.endswith(b"/")
     line = line[:-1] if folders_only else line
     path = b"/" in line
@@ -152,7 +152,7 @@ def _rule(line: bytes) -> Rule | None:
     if expression is None:
         return None
     certain = not any(special in line for special in (b"**", b"[", b"\\"))
-    return Rule(expression, path, folders_only, keeps, line.count(b"/") if certain else None)
+    return IgnoreRule(expression, path, folders_only, negated, line.count(b"/") if certain else None)
 
 
 def _expression(glob: bytes) -> bytes | None:
@@ -220,9 +220,9 @@ def _bracket(glob: bytes, at: int) -> tuple[bytes, int] | None:
             members.append(CLASSES[named[1]])
             at = named.end()
             continue
-        low, at = _member(glob, at)
+        low, at = _bracket_char(glob, at)
         if glob[at : at + 1] == b"-" and glob[at + 1 : at + 2] not in (b"]", b""):
-            high, at = _member(glob, at + 1)
+            high, at = _bracket_char(glob, at + 1)
             members += [b"\\x%02x-\\x%02x" % (low, high)] if low <= high else []
         else:
             members.append(b"\\x%02x" % low)
@@ -234,7 +234,7 @@ def _bracket(glob: bytes, at: int) -> tuple[bytes, int] | None:
     return (b"(?!/)[" + inside + b"]" if inside else b"(?!)"), at + 1
 
 
-def _member(glob: bytes, at: int) -> tuple[int, int]:
+def _bracket_char(glob: bytes, at: int) -> tuple[int, int]:
     """A character, perhaps escaped, and where the next one is."""
     if glob[at : at + 1] == b"\\" and at + 1 < len(glob):
         at += 1

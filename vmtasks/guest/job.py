@@ -81,10 +81,10 @@ def start(
     When the connection breaks meanwhile the job is looked for: it is started once, or RebootedError or
     ConnectionLostError say why that is not known.
     """
-    job = _valid(job or new_id())
+    job = _check_id(job or new_id())
     text = commands.script(command, cwd=cwd, env=env, user=user).encode(errors="surrogateescape") + b"\n"
     shown = title or (command if isinstance(command, str) else " ".join(command))
-    before = link.standing()
+    before = link.current_boot()
     script = jobscript.start(
         job,
         text,
@@ -102,7 +102,7 @@ def start(
         if jobscript.STARTED in done.stdout:
             return job
         if jobscript.EXISTS.encode() in done.stdout:
-            return _settled(link, job)
+            return _wait_started(link, job)
         raise SshError(f"a job could not be started in {link.target.name}: {done.stderr.decode(errors='replace')}")
     raise SshError(f"a job could not be started in {link.target.name}: each connection for it was lost")
 
@@ -126,14 +126,14 @@ def follow(
     when the job's runner was killed or its status cannot be read: each after all that is in the log was handed on.
     StateError when there is no such job.
     """
-    tap = _Tap(_valid(job), {"stdout": offset, "stderr": err_offset}, on_data, on_line, keep=keep)
+    tap = _Tap(_check_id(job), {"stdout": offset, "stderr": err_offset}, on_data, on_line, keep=keep)
     deadline = time.monotonic() + timeout_s
     link.open(wait_s=min(timeout_s, link.window_s))  # the first connection has the patience of all that follow
-    before = link.standing()
+    before = link.current_boot()
     while True:
         try:
             _follow_once(link, tap, deadline, idle_s)
-            view = _rest(link, tap)
+            view = _read_rest(link, tap)
         except CommandTimeoutError as late:
             how = "is not over in time" if late.which == "overall" else "has fallen silent"
             raise late.replace(message=f"job {job} {how}") from late
@@ -141,7 +141,7 @@ def follow(
             try:
                 link.recover(before, lost)
             except RebootedError:
-                _rest(link, tap)
+                _read_rest(link, tap)
                 tap.end()
                 raise
             continue
@@ -177,7 +177,7 @@ def run(
     started: Callable[[str], object] = str,
     **more: object,
 ) -> JobEnd:
-    """Start a job and follow it to its end; `more` as for start(). `started` is told the id before it is sent.
+    """Start a job and follow it to its end; `more` as for start(). `started` gets the id before it is sent.
 
     A job that passes a deadline, or that an interrupt here leaves behind, is ended in the guest; CommandTimeoutError.
     """
@@ -187,26 +187,26 @@ def run(
         start(link, command, job=job, **more)  # type: ignore[arg-type]
         return follow(link, job, timeout_s=timeout_s, idle_s=idle_s, on_data=on_data, on_line=on_line, keep=keep)
     except (CommandTimeoutError, KeyboardInterrupt) as error:
-        _end_late(link, job, error)
+        _cancel_abandoned(link, job, error)
         raise
 
 
 def listing(link: Link) -> list[JobView]:
     """All jobs of the guest, oldest first."""
-    return sorted(_show(link, f"{jobscript.JOBS}/*"), key=lambda view: view.started)
+    return sorted(_read_views(link, f"{jobscript.JOBS}/*"), key=lambda view: view.started)
 
 
 def show(link: Link, job: str) -> JobView | None:
     """One job, or None when there is none of that name."""
-    views = _show(link, f"{jobscript.JOBS}/{_valid(job)}")
+    views = _read_views(link, f"{jobscript.JOBS}/{_check_id(job)}")
     return views[0] if views else None
 
 
 def read(link: Link, job: str) -> tuple[bytes, bytes]:
     """A job's output until now: its log, and its stderr if that is kept apart."""
-    done = link.execute(jobscript.fill(jobscript.READ, ID=_valid(job), OUT=1, ERR=1), timeout_s=READ_S)
+    done = link.execute(jobscript.fill(jobscript.READ, ID=_check_id(job), OUT=1, ERR=1), timeout_s=READ_S)
     if done.status == GONE:
-        raise _none(link, job)
+        raise _no_job(link, job)
     return done.stdout, done.stderr
 
 
@@ -217,9 +217,9 @@ def cancel(link: Link, job: str, *, grace_s: float = GRACE_S) -> JobView:
     """
     view = show(link, job)
     if view is None:
-        raise _none(link, job)
+        raise _no_job(link, job)
     if view.state == "starting":
-        _settled(link, job)
+        _wait_started(link, job)
         view = show(link, job) or view
     if view.state == "running":
         text = jobscript.cancel(job, view.group, view.user, grace_s)
@@ -232,7 +232,7 @@ def cancel(link: Link, job: str, *, grace_s: float = GRACE_S) -> JobView:
 
 def remove(link: Link, job: str) -> None:
     """Remove the folder of a job that is over. StateError when it runs."""
-    if link.execute(jobscript.fill(jobscript.REMOVE, ID=_valid(job)), timeout_s=ASK_S).status == 3:
+    if link.execute(jobscript.fill(jobscript.REMOVE, ID=_check_id(job)), timeout_s=ASK_S).status == 3:
         raise StateError(f"job {job} runs", hint="cancel it first")
 
 
@@ -276,35 +276,35 @@ def _follow_once(link: Link, tap: _Tap, deadline: float, idle_s: float | None) -
     connection = link.open()
     done = connection.execute(tap.script(jobscript.FOLLOW), timeout_s=left, idle_s=idle_s, on_data=tap, keep=False)
     if done.status == GONE:
-        raise _none(link, tap.job)
+        raise _no_job(link, tap.job)
     if done.status != 0:
         raise SshError(f"job {tap.job} could not be followed: {done.stderr.decode(errors='replace')}")
 
 
-def _rest(link: Link, tap: _Tap) -> JobView:
+def _read_rest(link: Link, tap: _Tap) -> JobView:
     """Pass on the rest of the log; returns the job's state just before."""
-    told = b""
+    stderr = b""
 
     def hand_on(data: bytes, stream: Stream) -> None:
-        nonlocal told
+        nonlocal stderr
         if stream == "stdout":
             tap(data, stream)
         else:
-            told += data
+            stderr += data
 
     done = link.open().execute(tap.script(jobscript.REST), timeout_s=READ_S, on_data=hand_on, keep=False)
     if done.status == GONE:
-        raise _none(link, tap.job)
-    facts, _, errors = told.partition(f"\n{jobscript.MARK}\n".encode())  # not in a line: a title may say it too
+        raise _no_job(link, tap.job)
+    facts, _, errors = stderr.partition(f"\n{jobscript.MARK}\n".encode())  # not in a line: a title may say it too
     if errors:
         tap(errors, "stderr")
     views = jobview.parse(facts.decode(errors="replace"), link.boot)
     if not views:
-        raise _none(link, tap.job)
+        raise _no_job(link, tap.job)
     return views[0]
 
 
-def _settled(link: Link, job: str) -> str:
+def _wait_started(link: Link, job: str) -> str:
     """Wait until a job that was begun over a connection that broke has its runner, or say that it has none."""
     until = time.monotonic() + START_S
     while time.monotonic() < until:
@@ -315,7 +315,7 @@ def _settled(link: Link, job: str) -> str:
     raise SshError(f"job {job} was begun but has not started: the connection broke while its command was sent")
 
 
-def _end_late(link: Link, job: str, error: BaseException) -> None:
+def _cancel_abandoned(link: Link, job: str, error: BaseException) -> None:
     """End a job that is no longer awaited. A failure to do so must not hide the reason."""
     try:
         with signals.cuttable():
@@ -327,7 +327,7 @@ def _end_late(link: Link, job: str, error: BaseException) -> None:
             error.message += f"; it was ended ({view.signal or view.status})"
 
 
-def _show(link: Link, which: str) -> list[JobView]:
+def _read_views(link: Link, which: str) -> list[JobView]:
     """Read the state of jobs, again after a broken connection: reading changes nothing."""
     for left in reversed(range(TRIES)):
         try:
@@ -342,11 +342,11 @@ def _show(link: Link, which: str) -> list[JobView]:
     raise AssertionError("the last try returns or raises")
 
 
-def _none(link: Link, job: str) -> StateError:
+def _no_job(link: Link, job: str) -> StateError:
     return StateError(f"{link.target.name} knows no job {job}", hint="vmtasks jobs")
 
 
-def _valid(job: str) -> str:
+def _check_id(job: str) -> str:
     if not re.fullmatch(r"[0-9a-f]{16}", job):
         raise ConfigError(f"{job!r} is not the id of a job: 16 digits and letters a to f", hint="vmtasks jobs")
     return job

@@ -24,7 +24,7 @@ from vmtasks.errors import (
     SshError,
 )
 from vmtasks.guest import boot, client, ssh
-from vmtasks.guest.boot import Boot, Verdict
+from vmtasks.guest.boot import Boot, BootChange
 from vmtasks.guest.client import Connection, Console
 from vmtasks.guest.command import Command, CommandResult
 from vmtasks.guest.ssh import Target
@@ -39,7 +39,7 @@ TRIES = 5
 WINDOW_S = 180.0
 """How long a guest may take to come back; a reboot under emulation takes 30 to 120 s."""
 
-PASSING = (ConnectRefusedError, BannerError, ConnectTimeoutError)
+TRANSIENT = (ConnectRefusedError, BannerError, ConnectTimeoutError)
 """Failures to connect that a guest on its way up shows."""
 
 
@@ -74,7 +74,7 @@ class Link:
         self._boot: Boot | None = None
         self._reached = False
         self._lock = threading.RLock()
-        self._mine = threading.local()
+        self._local = threading.local()
 
     def __enter__(self) -> Self:
         """Close it at the end of the block."""
@@ -98,16 +98,16 @@ class Link:
         those of client.connect(). Other threads wait for the one that connects.
         """
         with self._lock:
-            connection = self._mine.connection = self._opened(wait_s)
+            connection = self._local.connection = self._open_locked(wait_s)
             return connection
 
     def _drop_used(self) -> None:
         """Close the connection that this thread has used last, unless another thread has replaced it already."""
         with self._lock:
-            if self._connection is getattr(self._mine, "connection", None):
+            if self._connection is getattr(self._local, "connection", None):
                 self.close()
 
-    def _opened(self, wait_s: float | None) -> Connection:
+    def _open_locked(self, wait_s: float | None) -> Connection:
         if self._connection is not None and self._connection.is_connected():
             return self._connection
         if wait_s is None:
@@ -123,9 +123,9 @@ class Link:
                     timeout_s=limit,
                     console=self._console,
                     keepalive_s=self._keepalive_s,
-                    gone=self._boot_over(),
+                    gone=self._reboot_detector(),
                 )
-            except PASSING:
+            except TRANSIENT:
                 if time.monotonic() >= until or not self._alive():
                     raise
                 time.sleep(RETRY_S)
@@ -133,7 +133,7 @@ class Link:
                 self._reached = True
                 return self._connection
 
-    def _boot_over(self) -> Callable[[], bool] | None:
+    def _reboot_detector(self) -> Callable[[], bool] | None:
         """Whether the boot of this moment has ended, to be asked later; None where that cannot be known."""
         events = self._events
         now = events() if events is not None else ""
@@ -142,9 +142,9 @@ class Link:
     def boot(self) -> Boot:
         """The identity of the boot that the connection reaches; asked once for each connection."""
         with self._lock:
-            return self._probed(self.open())
+            return self._probe_boot(self.open())
 
-    def _probed(self, connection: Connection) -> Boot:
+    def _probe_boot(self, connection: Connection) -> Boot:
         if self._boot is None:
             self._boot = boot.probe(
                 lambda text: connection.execute(text, timeout_s=PROBE_S).stdout.decode(errors="replace"), self._events
@@ -157,15 +157,15 @@ class Link:
         When the connection breaks meanwhile, it is opened again: RebootedError if the guest has booted since, else
         ConnectionLostError. The command is run a second time only if it was certainly not started.
         """
-        before = self.standing()
+        before = self.current_boot()
         try:
             return self.open().execute(command, timeout_s=timeout_s, **more)
         except ConnectionLostError as lost:
             if lost.started:
-                self.explain(before, lost)
+                self.raise_explained(before, lost)
             return self.open().execute(command, timeout_s=timeout_s, **more)
 
-    def explain(self, before: Boot, lost: ConnectionLostError) -> None:
+    def raise_explained(self, before: Boot, lost: ConnectionLostError) -> None:
         """Connect again after a loss and raise what it meant: RebootedError, or `lost` with what is known now."""
         if lost.explained:
             raise lost
@@ -173,7 +173,7 @@ class Link:
         known = "; the guest has not rebooted" if verdict == "same" else ""
         raise lost.replace(message=lost.message + known, explained=True) from lost
 
-    def recover(self, before: Boot, lost: ConnectionLostError) -> Verdict:
+    def recover(self, before: Boot, lost: ConnectionLostError) -> BootChange:
         """Connect again after a loss: "same" boot, or "unknown". RebootedError if the guest has booted since `before`.
 
         `lost`, when the guest does not come back within the window.
@@ -181,11 +181,11 @@ class Link:
         self._drop_used()
         try:
             self.open()
-            verdict = boot.compare(before, self.standing())
+            verdict = boot.compare(before, self.current_boot())
         except ConnectionLostError:
             raise
         except SshError as error:
-            when = f" within {self.window_s:g} s" if isinstance(error, PASSING) else ""
+            when = f" within {self.window_s:g} s" if isinstance(error, TRANSIENT) else ""
             message = f"{lost.message}; the guest did not come back{when}: {error.message}"
             raise lost.replace(message=message, console=error.console, explained=True) from error
         if verdict == "rebooted":
@@ -196,7 +196,7 @@ class Link:
             ) from lost
         return verdict
 
-    def standing(self) -> Boot:
+    def current_boot(self) -> Boot:
         """The boot identity; a connection that broke while it was idle, or breaks meanwhile, is replaced."""
         for left in reversed(range(TRIES)):
             try:
@@ -221,7 +221,7 @@ def resilient(function: Callable[Concatenate[Link, P], T]) -> Callable[Concatena
         try:
             result = function(link, *args, **kwargs)
         except ConnectionLostError as lost:
-            link.explain(before, lost)
+            link.raise_explained(before, lost)
             raise
         if boot.compare(before, link.boot()) == "rebooted":
             raise RebootedError(f"{link.target.name} has rebooted meanwhile")

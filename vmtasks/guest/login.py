@@ -81,8 +81,8 @@ def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -
         raise HostKeyError(f"{target.name}: no host key is recorded for it", hint="its record was made without one")
     first = [name for kind, _ in sorted(pinned) for name in (RSA if kind == "ssh-rsa" else (kind,))]
     options = transport.get_security_options()
-    options.key_types = _preferred(first, options.key_types)
-    options.kex = _preferred(KEX.split(","), options.kex)
+    options.key_types = _prioritized(first, options.key_types)
+    options.kex = _prioritized(KEX.split(","), options.kex)
     event = threading.Event()
     left = max(0.1, deadline - time.monotonic())
     transport.banner_timeout = transport.handshake_timeout = left + 1
@@ -91,7 +91,7 @@ def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -
         raise ConnectTimeoutError(f"{target.name}: the key exchange was not over in time")
     if not transport.is_active():
         why = transport.get_exception() or "it closed the connection"
-        raise BannerError(f"{target.name}: the server broke off the key exchange: {said(why)}")
+        raise BannerError(f"{target.name}: the server broke off the key exchange: {describe(why)}")
     key = transport.get_remote_server_key()
     if (key.get_name(), key.get_base64()) not in pinned:
         raise HostKeyError(
@@ -100,7 +100,7 @@ def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -
         )
 
 
-def _preferred(first: Iterable[str], known: Sequence[str]) -> list[str]:
+def _prioritized(first: Iterable[str], known: Sequence[str]) -> list[str]:
     """What paramiko knows, and of that `first` before the rest."""
     front = [name for name in first if name in known]
     return [*front, *(name for name in known if name not in front)]
@@ -124,11 +124,11 @@ def _log_in(target: Target, transport: paramiko.Transport, deadline: float) -> N
 
 def _keys(target: Target) -> list[paramiko.PKey]:
     """The keys of the target, of which the first must be there. AuthFailedError for one that cannot be used."""
-    also = [key for key in target.also if key.is_file()]
-    return [key for path in (target.key, *also) for key in _from(path)]
+    extra = [key for key in target.extra_keys if key.is_file()]
+    return [key for path in (target.key, *extra) for key in _load_key(path)]
 
 
-def _from(path: Path) -> list[paramiko.PKey]:
+def _load_key(path: Path) -> list[paramiko.PKey]:
     """The key in a file, or if that is encrypted from the agent."""
     try:
         return [paramiko.PKey.from_path(path)]
@@ -137,7 +137,7 @@ def _from(path: Path) -> list[paramiko.PKey]:
     except (TypeError, paramiko.PasswordRequiredException):
         pass  # encrypted
     except (OSError, ValueError, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
-        raise AuthFailedError(f"the private key {path} cannot be used: {said(error)}") from None
+        raise AuthFailedError(f"the private key {path} cannot be used: {describe(error)}") from None
     held = list(paramiko.Agent().get_keys())
     public = Path(f"{path}.pub")
     named = public_key(files.read_text(public, "replace")) if public.is_file() else None
@@ -147,6 +147,6 @@ def _from(path: Path) -> list[paramiko.PKey]:
     return found
 
 
-def said(error: object) -> str:
+def describe(error: object) -> str:
     """What an exception says, or at least its name."""
     return str(error) or type(error).__name__

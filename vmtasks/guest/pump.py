@@ -9,7 +9,7 @@ from typing import Any, BinaryIO, Literal
 from vmtasks.guest.command import Header, Lines, OnData, OnLine, Stream
 
 BLOCK = 1 << 16
-Outcome = Literal["ended", "overall", "idle"]
+StopReason = Literal["ended", "overall", "idle"]
 
 
 class Pump:
@@ -20,19 +20,19 @@ class Pump:
         channel: Any,
         token: str,
         *,
-        heralds: int = 1,
+        header_lines: int = 1,
         on_line: OnLine | None = None,
         on_data: OnData | None = None,
         keep: bool = True,
     ) -> None:
         """`channel` is paramiko's; `token` that of the command, whose first lines on stderr are taken out."""
-        self.header = Header(token, heralds)
+        self.header = Header(token, header_lines)
         self._channel = channel
         self._keep = keep
         self._on_data = on_data
         self._kept: dict[Stream, list[bytes]] = {"stdout": [], "stderr": []}
         self._lines = {name: Lines(name, on_line) for name in self._kept} if on_line else {}
-        self._heard = time.monotonic()
+        self._last_output = time.monotonic()
 
     @property
     def stdout(self) -> bytes:
@@ -44,7 +44,7 @@ class Pump:
         """What has come so far and was kept."""
         return b"".join(self._kept["stderr"])
 
-    def until_end(self, deadline: float, idle_s: float | None = None, *, detached: bytes = b"") -> Outcome:
+    def until_end(self, deadline: float, idle_s: float | None = None, *, detached: bytes = b"") -> StopReason:
         """Hand on output until the command has ended, or until the monotonic time `deadline`, or `idle_s` of silence.
 
         Ended means that both streams are closed and that there is a status, or that the channel is gone. A command
@@ -52,50 +52,50 @@ class Pump:
         """
         ready = select.poll()
         ready.register(self._channel.fileno(), select.POLLIN)
-        self._heard = time.monotonic()
+        self._last_output = time.monotonic()
         while True:
             last = self._channel.eof_received or self._channel.closed  # before what it wrote is read
             self._drain()
             if last:
                 break
-            late = self._late(deadline, idle_s)
+            late = self._expired(deadline, idle_s)
             if late:
                 return late
-            ready.poll(1 + self._left(deadline, idle_s) * 1000)
+            ready.poll(1 + self._remaining_s(deadline, idle_s) * 1000)
         if detached and self.stdout.endswith(detached):
             return "ended"
-        while not self._channel.status_event.wait(self._left(deadline, idle_s)):
-            if late := self._late(deadline, idle_s):
+        while not self._channel.status_event.wait(self._remaining_s(deadline, idle_s)):
+            if late := self._expired(deadline, idle_s):
                 return late
         self._drain()
         return "ended"
 
     def finish(self) -> None:
         """Hand on what is held back: the last line without a line feed, and stderr of a command that never ran."""
-        self._hand_on(self.header.rest(), "stderr")
+        self._deliver(self.header.rest(), "stderr")
         for lines in self._lines.values():
             lines.end()
 
-    def _left(self, deadline: float, idle_s: float | None) -> float:
-        until = deadline if idle_s is None else min(deadline, self._heard + idle_s)
+    def _remaining_s(self, deadline: float, idle_s: float | None) -> float:
+        until = deadline if idle_s is None else min(deadline, self._last_output + idle_s)
         return max(0.0, until - time.monotonic())
 
-    def _late(self, deadline: float, idle_s: float | None) -> Literal["", "overall", "idle"]:
+    def _expired(self, deadline: float, idle_s: float | None) -> Literal["", "overall", "idle"]:
         now = time.monotonic()
         if now >= deadline:
             return "overall"
-        return "idle" if idle_s is not None and now >= self._heard + idle_s else ""
+        return "idle" if idle_s is not None and now >= self._last_output + idle_s else ""
 
     def _drain(self) -> None:
         channel = self._channel
         while channel.recv_ready() or channel.recv_stderr_ready():
             if channel.recv_ready():
-                self._hand_on(channel.recv(BLOCK), "stdout")
+                self._deliver(channel.recv(BLOCK), "stdout")
             if channel.recv_stderr_ready():
-                self._hand_on(self.header.feed(channel.recv_stderr(BLOCK)), "stderr")
-            self._heard = time.monotonic()
+                self._deliver(self.header.feed(channel.recv_stderr(BLOCK)), "stderr")
+            self._last_output = time.monotonic()
 
-    def _hand_on(self, data: bytes, stream: Stream) -> None:
+    def _deliver(self, data: bytes, stream: Stream) -> None:
         if not data:
             return
         if self._keep:

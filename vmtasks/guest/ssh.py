@@ -64,7 +64,7 @@ class Target:
     key: Path
     host_keys: tuple[str, ...]
     folder: Path
-    also: tuple[Path, ...] = ()
+    extra_keys: tuple[Path, ...] = ()
     """Further private keys to try, while the machine's key is being changed."""
 
     @property
@@ -95,7 +95,7 @@ def write_config(target: Target) -> None:
         f"    HostName {banner.HOST}",
         f"    Port {target.port}",
         f"    User {target.user}",
-        *(f"    IdentityFile {_quoted(key)}" for key in (target.key, *target.also)),
+        *(f"    IdentityFile {_quoted(key)}" for key in (target.key, *target.extra_keys)),
         "    IdentitiesOnly yes",
         f"    HostKeyAlias {target.name}",
         "    StrictHostKeyChecking yes",
@@ -123,8 +123,12 @@ def kex_lines() -> tuple[str, ...]:
     return (f"    KexAlgorithms ^{KEX}",) if process.run(words, timeout_s=CONNECT_S, check=False).status == 0 else ()
 
 
-def learn_host_keys(
-    port: int, *, timeout_s: float, alive: Callable[[], bool], network: Callable[[], bool | None] = banner.unknown
+def scan_host_keys(
+    port: int,
+    *,
+    timeout_s: float,
+    alive: Callable[[], bool],
+    network: Callable[[], bool | None] = banner.network_unknown,
 ) -> list[str]:
     """The host keys that the server behind a loopback port shows, as `type key`. SshError when none comes in time."""
     began = time.monotonic()
@@ -151,7 +155,7 @@ def last_line(stderr: str) -> str:
 
 def run_attached(target: Target, argv: Sequence[str], *, stdin: bool = True, timeout_s: float | None = None) -> int:
     """Run ssh or scp on our own streams over the shared connection; returns its status. See process.run_attached()."""
-    shared = _share(target)
+    shared = _ensure_shared(target)
     if shared.status == 0:
         return process.run_attached(argv, stdin=stdin, timeout_s=timeout_s)
     late = f"ssh: {target.name} did not let us in within {SHARE_S} s\n" if shared.timed_out else ""
@@ -159,7 +163,7 @@ def run_attached(target: Target, argv: Sequence[str], *, stdin: bool = True, tim
     return FAILED
 
 
-def _share(target: Target) -> process.Result:
+def _ensure_shared(target: Target) -> process.Result:
     """Have the connection that all sessions of this user share; returns how ssh ended, 0 where there is one now.
 
     One process at a time makes it: of several that begin at once ssh lets each log in alone, and says so on stderr, and
@@ -181,7 +185,7 @@ def close(target: Target) -> None:
         process.run(target.argv(options=["-o", path, "-O", "exit"]), timeout_s=10, check=False)
 
 
-def detach(target: Target) -> None:
+def stop_sharing(target: Target) -> None:
     """Have new sessions log in anew. Those that are open go on over the connection that was shared until now."""
     if target.control.exists():
         process.run(target.argv(options=["-O", "stop"]), timeout_s=10, check=False)
@@ -240,7 +244,7 @@ def session_argv(
 def _send(target: Target, path: str, text: str, options: Sequence[str]) -> None:
     """Put a script into the guest that removes itself as it begins. SshError when that fails."""
     put = f'umask 077; mkdir -p {SCRIPTS} && printf %b "$(cat)" >{path}'
-    line, stdin = remote_line(put), plain(f"rm -f {path}\n{text}\n")
+    line, stdin = remote_line(put), printf_escape(f"rm -f {path}\n{text}\n")
     sent = process.run(target.argv(line, options=options), timeout_s=SHARE_S, check=False, stdin=stdin)
     if sent.status != 0:
         raise SshError(
@@ -258,7 +262,7 @@ def session_line(text: str) -> str:
     group = (
         'kill -0 -$$ 2>/dev/null || if command -v setsid >/dev/null 2>&1; then exec setsid /bin/sh -c "$2" sh "$1"; fi'
     )
-    return f"""exec /bin/sh -c '{group}; eval "$2"' sh '{plain(text)}' '{run}'"""
+    return f"""exec /bin/sh -c '{group}; eval "$2"' sh '{printf_escape(text)}' '{run}'"""
 
 
 def end_marked_script(mark: str, user: str = "") -> str:
@@ -278,13 +282,13 @@ def remote_line(text: str, program: str = "/bin/sh") -> str:
     In csh neither a line break nor `!` can stand in quotes, and some know no characters beyond ASCII. All that is not
     plain is therefore written as printf's %b reads it.
     """
-    coded = plain(text)
+    coded = printf_escape(text)
     if coded == text:
         return f"exec {program} -c '{text}' sh"
     return f"""exec {program} -c 'eval "$(printf %b "$1")"' sh '{coded}'"""
 
 
-def plain(text: str) -> str:
+def printf_escape(text: str) -> str:
     """`text` on one line of plain ASCII without quotes and `!`, as printf's %b reads it."""
     return "".join(chr(b) if 32 <= b < 127 and b not in b"!'\\" else f"\\0{b:03o}" for b in os.fsencode(text))
 

@@ -39,7 +39,7 @@ SENDER = re.compile(r"\[sender\]|send_files failed")
 
 
 @dataclass(frozen=True)
-class Rules:
+class Filter:
     """What is not copied, and the size of the rest.
 
     `hidden` and `left` are paths of the tree as bytes, folders with `/` at the end; no pattern overrides `hidden`.
@@ -62,7 +62,7 @@ class Rules:
         return b"".join(literal(path) + b"\0" for path in (*self.left, *more))
 
 
-NOTHING = Rules()
+NO_FILTER = Filter()
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Synced:
         return f"{len(self.sent)} sent, {len(self.deleted)} deleted{ignored}"
 
 
-class Told:
+class SentReporter:
     """Reports how many files were sent, every ten seconds. Its argument is rsync's output, a line for each file."""
 
     EVERY_S = 10.0
@@ -108,14 +108,14 @@ def sync(
     target: Target,
     source: Path,
     dest: str,
-    rules: Rules = NOTHING,
+    filters: Filter = NO_FILTER,
     *,
     delete: bool = True,
     keep: Callable[[bytes], bool] | None = None,
     say: Say = lambda _: None,
     thorough: bool = False,
 ) -> Synced:
-    """Make `dest` in the guest equal to `source`, but for what `rules` leave out.
+    """Make `dest` in the guest equal to `source`, but for what `filters` leave out.
 
     `keep` tells which paths that only the guest has are not deleted. `say` gets the progress of a long one.
     `thorough` is for a guest that lost its power: contents are compared, and what was built there is removed.
@@ -127,27 +127,27 @@ def sync(
         "-D",
         *(["--delete"] if delete else []),
         *(["--checksum", "--delete-excluded"] if thorough else []),
-        *rules.argv(),
+        *filters.argv(),
         "--",
         f"{source}/",
         f"{target.name}:{dest}/",
     ]
     stay: list[bytes] = []
-    told = Told(say)
+    reporter = SentReporter(say)
     kept = keep if delete and not thorough else None
-    if kept is not None or rules.size > ASK_BYTES:
-        would = itemised(_run(target, _dry(argv), rules.stdin()))
+    if kept is not None or filters.size > ASK_BYTES:
+        would = parse_itemized(_run(target, _dry_run(argv), filters.stdin()))
         stay = outermost(path for path in map(os.fsencode, would.deleted) if kept is not None and kept(path))
-        told.total = len(would.sent)
+        reporter.total = len(would.sent)
         need = require_room(target, source, dest, would.sent)
         if need > ASK_BYTES:
-            say(f"{told.total} files to send, {need >> 20} MiB")
-    done = itemised(_run(target, argv, rules.stdin(stay), told))
-    return Synced(done.sent, done.deleted, len(rules.left))
+            say(f"{reporter.total} files to send, {need >> 20} MiB")
+    done = parse_itemized(_run(target, argv, filters.stdin(stay), reporter))
+    return Synced(done.sent, done.deleted, len(filters.left))
 
 
 def copy(
-    target: Target, source: str, dest: str, rules: Rules = NOTHING, *, back: bool = False, as_root: bool = False
+    target: Target, source: str, dest: str, filters: Filter = NO_FILTER, *, back: bool = False, as_root: bool = False
 ) -> Synced:
     """Copy what is newer in `source`, deleting nothing: to the guest, or `back` from it.
 
@@ -155,11 +155,11 @@ def copy(
     folder. SshError when the guest is not reached, CommandError when not all could be copied; both say why on one line.
     """
     root = "$(command -v doas || command -v sudo) -n " if as_root and target.user != "root" else ""
-    argv = [*_rsync(target, f"{root}rsync"), "--update", *(["--safe-links"] if back else []), *rules.argv(), "--"]
+    argv = [*_rsync(target, f"{root}rsync"), "--update", *(["--safe-links"] if back else []), *filters.argv(), "--"]
     argv += [f"{target.name}:{source}", dest] if back else [source, f"{target.name}:{dest}"]
-    if rules.size > ASK_BYTES and not back:
-        require_room(target, Path(source), dest, itemised(_run(target, _dry(argv), rules.stdin())).sent)
-    return itemised(_run(target, argv, rules.stdin()))
+    if filters.size > ASK_BYTES and not back:
+        require_room(target, Path(source), dest, parse_itemized(_run(target, _dry_run(argv), filters.stdin())).sent)
+    return parse_itemized(_run(target, argv, filters.stdin()))
 
 
 def require_room(target: Target, source: Path, dest: str, names: Iterable[str]) -> int:
@@ -167,7 +167,7 @@ def require_room(target: Target, source: Path, dest: str, names: Iterable[str]) 
     need = 0
     for name in names:
         with contextlib.suppress(OSError):
-            need += taken(Path(source, name).lstat())
+            need += allocated_bytes(Path(source, name).lstat())
     if need <= ASK_BYTES:
         return need
     try:
@@ -186,7 +186,7 @@ def require_room(target: Target, source: Path, dest: str, names: Iterable[str]) 
     return need
 
 
-def taken(info: os.stat_result) -> int:
+def allocated_bytes(info: os.stat_result) -> int:
     """Bytes that a file takes; holes take none."""
     return min(info.st_size, info.st_blocks * 512)
 
@@ -200,18 +200,18 @@ def outermost(paths: Iterable[bytes]) -> list[bytes]:
     return found
 
 
-def refused(error: CommandError) -> bool:
+def write_denied(error: CommandError) -> bool:
     """Whether the writing side was denied, and the reading side reports no error."""
     said = [line for line in error.stderr.splitlines() if DENIED.search(line)]
-    return bool(said) and not unreadable(error)
+    return bool(said) and not read_failed(error)
 
 
-def unreadable(error: CommandError) -> bool:
+def read_failed(error: CommandError) -> bool:
     """Whether the reading side failed."""
     return any(SENDER.search(line) for line in error.stderr.splitlines())
 
 
-def itemised(out: str) -> Synced:
+def parse_itemized(out: str) -> Synced:
     """What `--out-format='%i %n'` says: files and links that were sent (folders left out), and what was deleted."""
     sent, deleted = [], []
     for line in out.split("\n"):
@@ -243,20 +243,20 @@ def _rsync(target: Target, there: str) -> list[str]:
     ]
 
 
-def _dry(argv: Sequence[str]) -> list[str]:
+def _dry_run(argv: Sequence[str]) -> list[str]:
     return [argv[0], "--dry-run", *argv[1:]]
 
 
-def _run(target: Target, argv: Sequence[str], stdin: bytes, told: Told | None = None) -> str:
+def _run(target: Target, argv: Sequence[str], stdin: bytes, reporter: SentReporter | None = None) -> str:
     """Run rsync, once more when files vanished while it ran; returns its output."""
-    ended, said, stderr = _once(argv, stdin, told)
+    ended, said, stderr = _run_once(argv, stdin, reporter)
     if ended.status == VANISHED:
-        ended, again, stderr = _once(argv, stdin, told)
+        ended, again, stderr = _run_once(argv, stdin, reporter)
         said += again
     if ended.status == 0:
         return said
     lines = [line for line in stderr.splitlines() if line.strip()]
-    why = _words(lines[0]) if lines else f"rsync ended with status {ended.status}"  # later ones follow from it
+    why = _strip_prefix(lines[0]) if lines else f"rsync ended with status {ended.status}"  # later ones follow from it
     if ended.timed_out:
         why = f"rsync did not end within {TIMEOUT_S:g} s"
     if ended.status in RSYNC_CONNECTION:
@@ -264,7 +264,7 @@ def _run(target: Target, argv: Sequence[str], stdin: bytes, told: Told | None = 
     raise CommandError(why, status=ended.status, stderr=stderr, timed_out=ended.timed_out)
 
 
-def _once(argv: Sequence[str], stdin: bytes, told: Told | None) -> tuple[process.Ended, str, str]:
+def _run_once(argv: Sequence[str], stdin: bytes, reporter: SentReporter | None) -> tuple[process.Ended, str, str]:
     out = bytearray()
     errors = process.Head(ERROR_BYTES)
     with tempfile.TemporaryFile() as given:
@@ -273,13 +273,13 @@ def _once(argv: Sequence[str], stdin: bytes, told: Told | None) -> tuple[process
 
         def take(data: bytes) -> None:
             out.extend(data)
-            if told is not None:
-                told(out)
+            if reporter is not None:
+                reporter(out)
 
         ended = process.stream(argv, take, timeout_s=TIMEOUT_S, errors=errors, stdin=given, env={"LC_ALL": "C"})
     return ended, os.fsdecode(bytes(out)), errors.text
 
 
-def _words(line: str) -> str:
+def _strip_prefix(line: str) -> str:
     """A line of rsync's without its prefix."""
     return re.sub(r"\Arsync: (\[\w+\] )?", "", line.strip())

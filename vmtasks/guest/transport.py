@@ -13,7 +13,7 @@ WINDOW_BYTES = 4 << 20
 logging.getLogger(LOG).setLevel(logging.CRITICAL + 1)  # what it logs, with tracebacks, is raised here as an error
 
 
-def _request(channel: Any, message: Any) -> None:
+def _handle_request_message(channel: Any, message: Any) -> None:
     """Hear also by which signal a command ended, which paramiko ignores: RFC 4254, 6.10."""
     if message.get_text() == "exit-signal":
         message.get_boolean()
@@ -36,7 +36,7 @@ class Transport(paramiko.Transport):  # type: ignore[misc]  # as above
 
     _channel_handler_table: ClassVar[dict[int, Any]] = {
         **paramiko.Transport._channel_handler_table,  # noqa: SLF001
-        MSG_CHANNEL_REQUEST: _request,
+        MSG_CHANNEL_REQUEST: _handle_request_message,
     }
 
     def __init__(self, sock: socket.socket) -> None:
@@ -45,7 +45,7 @@ class Transport(paramiko.Transport):  # type: ignore[misc]  # as above
         self._channels = _Channels()
         self.set_log_channel(LOG)
 
-    def order(self, channel: Any, line: str) -> None:
+    def send_exec(self, channel: Any, line: str) -> None:
         """Send a command line on an open channel, and wait for no answer: a server that refuses it closes the channel.
 
         Channel.exec_command() waits for the answer, which costs a round trip, and has no deadline.

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from vmtasks.errors import StateError, VmTasksError
 from vmtasks.guest.exclude import excluder
-from vmtasks.guest.gitignore import FILE, Rules, read
+from vmtasks.guest.gitignore import FILE, IgnoreRules, parse
 from vmtasks.host import files, process
 
 SETTLED_NS = 2_000_000_000
@@ -39,10 +39,10 @@ class Hidden(Protocol):
     def places(self) -> Collection[tuple[int, int]]:
         """Device and inode of what is known."""
 
-    def looks(self, folder: bytes, names: Collection[bytes]) -> bool:
+    def looks_private(self, folder: bytes, names: Collection[bytes]) -> bool:
         """Whether a folder with these `names` in it looks like such a place."""
 
-    def named(self, folder: bytes, names: Collection[bytes]) -> Collection[bytes]:
+    def private_names(self, folder: bytes, names: Collection[bytes]) -> Collection[bytes]:
         """Which names in a folder are those of such places, whether or not they are there."""
 
 
@@ -53,14 +53,14 @@ class Repository:
         """`folder` is the walk's root, or the repository's own in it, whose name there is `base` (it ends in `/`)."""
         self.base = base
         self.folder = folder
-        self._asking: threading.Thread | None = None
+        self._querying: threading.Thread | None = None
         self._tracked: frozenset[bytes] | None = None
 
-    def ask(self) -> None:
+    def start_query(self) -> None:
         """Begin to ask git, which works while the tree is looked at."""
-        if self._asking is None:
-            self._asking = threading.Thread(target=self._ask, name="git ls-files", daemon=True)
-            self._asking.start()
+        if self._querying is None:
+            self._querying = threading.Thread(target=self._query, name="git ls-files", daemon=True)
+            self._querying.start()
 
     def tracks(self, path: bytes) -> bool:
         """Whether it does so with a path, or a folder (ending in `/`) that leads to one. True where git cannot say."""
@@ -69,12 +69,12 @@ class Repository:
     @cached_property
     def tracked(self) -> frozenset[bytes] | None:
         """Those paths and folders; None where git cannot say."""
-        self.ask()
-        if self._asking is not None:
-            self._asking.join()
+        self.start_query()
+        if self._querying is not None:
+            self._querying.join()
         return self._tracked
 
-    def _ask(self) -> None:
+    def _query(self) -> None:
         words = ["git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", "-C", os.fsdecode(self.folder)]
         words += ["ls-files", "-z", "-c", "-i", "--exclude-per-directory=.gitignore"]
         try:
@@ -91,11 +91,11 @@ class Repository:
         self._tracked = frozenset(found)
 
 
-_Folder = tuple[bytes, bytes, Rules | None, Repository | None, bool]
+_Folder = tuple[bytes, bytes, IgnoreRules | None, Repository | None, bool]
 """Name in the tree (ends in `/`), path, what holds around it, and whether `.gitignore` names it."""
 _Entry = tuple[bytes, os.stat_result]
 """Name in the tree and lstat."""
-_Doubt = tuple[bytes, _Entry, Rules | None, Repository]
+_Ignored = tuple[bytes, _Entry, IgnoreRules | None, Repository]
 """Name (a folder ends in `/`), the entry, and what holds around it."""
 
 
@@ -104,7 +104,7 @@ class Walk:
 
     What git tracks although `.gitignore` names it comes last: git is asked while all else is looked at. Then `hidden`
     has what never goes into a guest, `ignored` what `.gitignore` names and git does not track (relative paths, folders
-    end in `/`), and names() tells what else it would name. What vanishes meanwhile is as if it had not been there.
+    end in `/`), and ignores() tells what else it would name. What vanishes meanwhile is as if it had not been there.
     StateError for what cannot be read.
     """
 
@@ -119,7 +119,7 @@ class Walk:
         self.lead = b""
         self.hidden: list[bytes] = []
         self.ignored: list[bytes] = []
-        self.rules: dict[bytes, Rules | None] = {}
+        self.rules: dict[bytes, IgnoreRules | None] = {}
         self.repositories: list[Repository] = []
 
     def __iter__(self) -> Iterator[_Entry]:
@@ -130,38 +130,38 @@ class Walk:
     def by_folder(self) -> Iterator[list[_Entry]]:
         """Walk the tree and give what lies in one folder at a time, which costs a third less."""
         self.hidden, self.ignored, self.rules, self.repositories, self.lead = [], [], {}, [], b""
-        rules, repository = self._outside() if self.gitignore else (None, None)
+        rules, repository = self._enclosing_rules() if self.gitignore else (None, None)
         folders: list[_Folder] = [(b"", self.root, rules, repository, False)]
-        doubtful: list[_Doubt] = []
-        while folders or doubtful:
+        undecided: list[_Ignored] = []
+        while folders or undecided:
             if folders:
                 below: list[_Folder] = []
-                yield self._look(folders.pop(), below, doubtful)
+                yield self._scan_folder(folders.pop(), below, undecided)
                 folders += reversed(below)
                 continue
-            tracked, doubtful = list(self._tracked(doubtful)), []
+            tracked, undecided = list(self._tracked(undecided)), []
             yield [entry for _, entry, _, _ in tracked]
             for path, (name, _), rules, repository in reversed(tracked):
                 if path.endswith(b"/"):
                     folders.append((path, self.root + b"/" + name, rules, repository, True))
 
-    def _look(self, folder: _Folder, below: list[_Folder], doubtful: list[_Doubt]) -> list[_Entry]:
+    def _scan_folder(self, folder: _Folder, below: list[_Folder], undecided: list[_Ignored]) -> list[_Entry]:
         """What is in one folder; adds to its folders, and to what `.gitignore` names: git says later what it tracks."""
         base, place, rules, repository, inside = folder
         names = _list(place)
-        if base and self.private is not None and self.private.looks(place, names):
+        if base and self.private is not None and self.private.looks_private(place, names):
             self.hidden.append(base)
             return []
-        hidden = self.private.named(place, names) if self.private is not None else ()
+        hidden = self.private.private_names(place, names) if self.private is not None else ()
         self.hidden += [base + name + b"/" for name in hidden]
         if self.gitignore:
             rules, repository = self._enter(base, place, names, rules, repository)
         in_repository = self.lead + base
-        suspects = rules.suspects(in_repository, names) if rules is not None else ()
+        candidates = rules.candidates(in_repository, names) if rules is not None else ()
         infos = _stat(place, names)
         plain = not self.excluder.runs and self.excluder.whole and not inside
         # Most are plain files, and there may be many: what is none is looked at more closely.
-        odd = {*suspects, *hidden} if plain else set(infos)
+        odd = {*candidates, *hidden} if plain else set(infos)
         odd.update([name for name, info in infos.items() if info.st_mode & KIND == FOLDER or info.st_nlink > 1])
         found = [(base + name, info) for name, info in infos.items() if name not in odd]
         for name in sorted(odd.intersection(infos)):
@@ -170,15 +170,15 @@ class Walk:
             if (end or info.st_nlink > 1) and self._is_private(info):
                 self.hidden.append(path + end)
                 continue
-            said = self.excluder.verdict(path + end)
+            said = self.excluder.excludes(path + end)
             if said or name in hidden:
                 continue
             named = said is None and (
                 inside
-                or (rules is not None and name in suspects and rules.names(in_repository, name, folder=end != b""))
+                or (rules is not None and name in candidates and rules.ignores(in_repository, name, folder=end != b""))
             )
             if named and repository is not None:
-                doubtful.append((path + end, (path, info), rules, repository))
+                undecided.append((path + end, (path, info), rules, repository))
                 continue
             found.append((path, info))
             if end:
@@ -188,23 +188,23 @@ class Walk:
     def _is_private(self, info: os.stat_result) -> bool:
         return self.private is not None and (info.st_dev, info.st_ino) in self.private.places
 
-    def _tracked(self, doubtful: "list[_Doubt]") -> "Iterator[_Doubt]":
+    def _tracked(self, undecided: "list[_Ignored]") -> "Iterator[_Ignored]":
         """Of what `.gitignore` names, what git tracks all the same."""
-        for doubt in doubtful:
-            path, _, _, repository = doubt
+        for item in undecided:
+            path, _, _, repository = item
             if repository.tracks(path):
-                yield doubt
+                yield item
             else:
                 self.ignored.append(path)
 
-    def names(self, path: bytes) -> bool:
+    def ignores(self, path: bytes) -> bool:
         """Whether `.gitignore` names what the guest has at `path` (a folder ends in `/`), and git does not track it."""
         rules, base = None, b""
         parts = path.removesuffix(b"/").split(b"/")
         for number, part in enumerate(parts, 1):
             rules = self.rules.get(base, rules)
             folder = number < len(parts) or path.endswith(b"/")
-            if rules is not None and rules.names(self.lead + base, part, folder=folder):
+            if rules is not None and rules.ignores(self.lead + base, part, folder=folder):
                 return not any(path in (repository.tracked or ()) for repository in self.repositories)
             base += part + b"/"
         return False
@@ -214,21 +214,21 @@ class Walk:
         base: bytes,
         folder: bytes,
         names: Collection[bytes],
-        rules: Rules | None,
+        rules: IgnoreRules | None,
         repository: "Repository | None",
-    ) -> tuple[Rules | None, "Repository | None"]:
+    ) -> tuple[IgnoreRules | None, "Repository | None"]:
         """What holds in a folder: a repository inside another knows nothing of the outer one's rules."""
         if b".git" in names and base:
             rules, repository = None, Repository(base, folder)
             self.repositories.append(repository)
         if FILE in names:
-            rules = read(_text(folder + b"/" + FILE), self.lead + base, rules)
+            rules = parse(_text(folder + b"/" + FILE), self.lead + base, rules)
         self.rules[base] = rules
         if rules is not None and repository is not None:
-            repository.ask()
+            repository.start_query()
         return rules, repository
 
-    def _outside(self) -> tuple[Rules | None, "Repository | None"]:
+    def _enclosing_rules(self) -> tuple[IgnoreRules | None, "Repository | None"]:
         """What holds in the whole tree because of the repository around it. None of it where that ignores the tree."""
         top = root = self.root
         while not os.path.lexists(top + b"/.git"):
@@ -237,8 +237,8 @@ class Walk:
             top = os.path.dirname(top)  # noqa: PTH120 - bytes
         rules, base = None, b""
         for part in os.path.relpath(root, top).split(b"/") if root != top else ():
-            rules = read(_text(top + b"/" + base + FILE), base, rules)
-            if rules is not None and rules.names(base, part, folder=True):
+            rules = parse(_text(top + b"/" + base + FILE), base, rules)
+            if rules is not None and rules.ignores(base, part, folder=True):
                 return None, None
             base += part + b"/"
         self.lead = base
@@ -253,15 +253,15 @@ def tree_digest(walk: Walk, cache: Path | None = None, *, keep: bool = True) -> 
     `cache` remembers contents by size, times and inode, so that only changed files are read. What was changed just now
     is not remembered: a second change in the same tick of the clock would not show. Without `keep` nothing is written.
     """
-    looks = list(_looks(walk))
+    looks = list(_pack_folders(walk))
     stamp = hashlib.sha256(b"".join(looks)).hexdigest()
     settled_ns = time.time_ns() - SETTLED_NS
-    whole = _known(cache, WHOLE)
+    whole = _read_cache(cache, WHOLE)
     if whole.get("stamp") == stamp and isinstance(same := whole.get("digest"), str):
         return same
-    known, seen, settled = _known(cache, FILES), {}, True
+    known, seen, settled = _read_cache(cache, FILES), {}, True
     digest = hashlib.sha256()
-    for name, (mode, size, mtime_ns, ctime_ns, inode) in chain.from_iterable(map(_facts, looks)):
+    for name, (mode, size, mtime_ns, ctime_ns, inode) in chain.from_iterable(map(_unpack_folder, looks)):
         content, path = "", walk.root + b"/" + name
         if stat.S_ISREG(mode):
             key = f"{size} {mtime_ns} {ctime_ns} {inode} "
@@ -282,7 +282,7 @@ def tree_digest(walk: Walk, cache: Path | None = None, *, keep: bool = True) -> 
     return digest.hexdigest()
 
 
-def _looks(walk: Walk) -> Iterator[bytes]:
+def _pack_folders(walk: Walk) -> Iterator[bytes]:
     """What is seen in one folder at a time, packed: 50,000 files as objects would cost more time than looking at them.
 
     First the names: none holds a NUL. Then of each its mode, size in bytes, times of change and inode; of folders only
@@ -299,7 +299,7 @@ def _looks(walk: Walk) -> Iterator[bytes]:
             yield b"\0".join([name for name, _ in entries]) + END_OF_NAMES + marshal.dumps(facts, 2)
 
 
-def _facts(look: bytes) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
+def _unpack_folder(look: bytes) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
     """Unpack a look: each name with its facts."""
     names, _, facts = look.partition(END_OF_NAMES)
     return zip(names.split(b"\0"), marshal.loads(facts), strict=True)  # noqa: S302 - our own, of this process
@@ -373,7 +373,7 @@ def _unreadable(error: OSError) -> StateError:
     )
 
 
-def _known(cache: Path | None, line: int) -> dict[str, object]:
+def _read_cache(cache: Path | None, line: int) -> dict[str, object]:
     """A line of the cache: a stamp with the tree's digest, or what is known of each file. Empty for what is damaged."""
     try:
         with files.opened(cache) if cache is not None else io.BytesIO() as lines:

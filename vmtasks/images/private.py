@@ -45,16 +45,16 @@ class Private:
                 info, names = place.stat(), {os.fsencode(path.name) for path in place.iterdir()}
             except OSError:
                 continue
-            if (info.st_dev, info.st_ino) in self.places or self.looks(os.fsencode(place), names):
+            if (info.st_dev, info.st_ino) in self.places or self.looks_private(os.fsencode(place), names):
                 return place
         return None
 
-    def named(self, folder: bytes, names: Collection[bytes]) -> Collection[bytes]:
+    def private_names(self, folder: bytes, names: Collection[bytes]) -> Collection[bytes]:
         """The name of a project's state folder in `folder`, also if it does not exist yet."""
         is_project = CONFIG_FOLDER in names and Path(os.fsdecode(folder), CONFIG_PATH).is_file()
         return (STATE,) if is_project else ()
 
-    def looks(self, folder: bytes, names: Collection[bytes]) -> bool:
+    def looks_private(self, folder: bytes, names: Collection[bytes]) -> bool:
         """Whether a folder that contains `names` looks like a private place."""
         if os.path.basename(folder) == STATE and b"run" in names:  # noqa: PTH119 - bytes
             return any(Path(os.fsdecode(folder), "run").glob("*/id_ed25519"))

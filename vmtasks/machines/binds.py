@@ -18,7 +18,7 @@ import msgspec
 from vmtasks.config.arguments import Bind
 from vmtasks.errors import BindError, CommandError, ConfigError, SshError, StateError, VmTasksError
 from vmtasks.guest import connect, ssh
-from vmtasks.guest.sync import PARTIAL, NoRoomError, Rules, copy, taken
+from vmtasks.guest.sync import PARTIAL, Filter, NoRoomError, allocated_bytes, copy
 from vmtasks.guest.tree import Walk
 from vmtasks.host import progress, signals
 from vmtasks.host.locks import lock
@@ -46,7 +46,7 @@ MOUNT = r"""
 grep -q " $guest 9p " /proc/mounts && exit 0
 mkdir -p "$guest" && mount -t 9p -o "trans=virtio,version=9p2000.L,msize=262144,$mode" "$tag" "$guest"
 """
-TRY = 'new=$guest/.vmtasks-$$; : >"$new" && rm "$new"'
+WRITE_TEST = 'new=$guest/.vmtasks-$$; : >"$new" && rm "$new"'
 UMOUNT = r"""
 umount "$guest" && { [ -n "$(ls -A "$guest")" ] || chown "$who" "$guest"; }
 """
@@ -82,7 +82,7 @@ def check(bind: Bind, private: Private) -> BindRecord:
     return BindRecord(host=str(folder), guest=bind.guest, read_only=bind.read_only, exclude=list(bind.exclude))
 
 
-def choose(place: Place, record: MachineRecord) -> MachineRecord:
+def decide_copied(place: Place, record: MachineRecord) -> MachineRecord:
     """The record with the reason why each bind must be copied, if there is one. To be asked before QEMU is started."""
     return msgspec.structs.replace(
         record, binds=[msgspec.structs.replace(bind, copied=_why_copied(place, bind)) for bind in record.binds]
@@ -90,17 +90,17 @@ def choose(place: Place, record: MachineRecord) -> MachineRecord:
 
 
 def _why_copied(place: Place, bind: BindRecord) -> str:
-    hidden = _look(place, bind).hidden
+    hidden = _filter(place, bind).hidden
     if hidden:
         return f"{os.fsdecode(hidden[0]).rstrip('/')} in it never goes into a guest"
     return "not all of it is wanted there" if bind.exclude else ""
 
 
-def _look(place: Place, bind: BindRecord) -> Rules:
+def _filter(place: Place, bind: BindRecord) -> Filter:
     """What of the bind is not copied, and what the rest takes, as it is now."""
     walk = Walk(Path(bind.host), bind.exclude, hidden=Private(place.config))
-    size = sum(taken(info) for _, info in walk)
-    return Rules(walk.hidden, bind.exclude, size=size)
+    size = sum(allocated_bytes(info) for _, info in walk)
+    return Filter(walk.hidden, bind.exclude, size=size)
 
 
 def mount(place: Place, connection: "Connection", record: MachineRecord) -> MachineRecord:
@@ -111,13 +111,13 @@ def mount(place: Place, connection: "Connection", record: MachineRecord) -> Mach
     if not record.binds:
         return record
     shared = any(not bind.copied for bind in record.binds)
-    has_9p = shared and _root(connection, PROBE).status == 0
+    has_9p = shared and _execute_as_root(connection, PROBE).status == 0
     done = []
     for number, bind in enumerate(record.binds):
         why = bind.copied or ("its kernel has no 9p" if not has_9p else _mount(connection, number, bind))
         if why:
-            _place(connection, number, bind)
-            _fill(place, connection, number, bind)
+            _make_mount_point(connection, number, bind)
+            _first_copy(place, connection, number, bind)
             if bind.how != "rsync":
                 progress.say(f"machine {place.name}: {why}, so {bind.host} is copied to {bind.guest}")
         done.append(msgspec.structs.replace(bind, how="rsync" if why else "9p"))
@@ -128,22 +128,22 @@ def _mount(connection: "Connection", number: int, bind: BindRecord) -> str:
     """Mount it by 9p; returns why it is of no use so. The login user must be able to write where that is meant."""
     mode = "ro" if bind.read_only else "rw"
     user = connection.target.user
-    _must(_root(connection, MOUNT, guest=bind.guest, tag=f"bind{number}", mode=mode), bind)
+    _check_done(_execute_as_root(connection, MOUNT, guest=bind.guest, tag=f"bind{number}", mode=mode), bind)
     if bind.read_only:
         return ""
     if not _unwritable(connection, bind):
         return ""
-    _must(_root(connection, UMOUNT, guest=bind.guest, who=user), bind)
+    _check_done(_execute_as_root(connection, UMOUNT, guest=bind.guest, who=user), bind)
     return f"{user} may not write there by 9p, which keeps the numbers of users"
 
 
-def _fill(place: Place, connection: "Connection", number: int, bind: BindRecord) -> None:
+def _first_copy(place: Place, connection: "Connection", number: int, bind: BindRecord) -> None:
     """Copy it to a guest that has come up. Where that has worked before, a failure must not keep the disk from us."""
     target, new = connection.target, bind.how != "rsync"
     if new and not bind.read_only and (why := _unwritable(connection, bind)):
         other = "" if target.user == "root" else ", or --user root"
         raise BindError(
-            f"{shown(bind)}: {target.user} cannot write to {bind.guest} in the guest: {why}",
+            f"{option_text(bind)}: {target.user} cannot write to {bind.guest} in the guest: {why}",
             hint=f"choose another path of the guest{other}",
         )
     try:
@@ -152,35 +152,37 @@ def _fill(place: Place, connection: "Connection", number: int, bind: BindRecord)
         if new:
             hint = "mend what is named, or choose another folder or another path of the guest"
             raise BindError(
-                f"{shown(bind)}: cannot all be copied to the guest: {error.message}",
+                f"{option_text(bind)}: cannot all be copied to the guest: {error.message}",
                 hint=ROOM_HINT if isinstance(error, NoRoomError) else hint,
             ) from None
-        progress.say(f"warning: machine {place.name}: {shown(bind)}: not all is up to date there: {error.message}")
+        progress.say(
+            f"warning: machine {place.name}: {option_text(bind)}: not all is up to date there: {error.message}"
+        )
 
 
 def _unwritable(connection: "Connection", bind: BindRecord) -> str:
     """Why the login user cannot write there; empty when it can."""
-    done = connection.execute(TRY, cwd="/", env={"guest": bind.guest}, timeout_s=MOUNT_S)
+    done = connection.execute(WRITE_TEST, cwd="/", env={"guest": bind.guest}, timeout_s=MOUNT_S)
     said = done.stderr.decode(errors="replace")
     return "" if done.status == 0 else said.strip().rpartition(": ")[2] or f"status {done.status}"
 
 
-def before(place: Place, record: MachineRecord) -> bool:
+def copy_in(place: Place, record: MachineRecord) -> bool:
     """Bring what is copied up to date in the guest. False when it is not reached: who goes there next will say why.
 
     BindError when not all could be copied, or the guest stands still: nothing must run on what is out of date.
     """
     target = place.target(record)
     copied = [bind for bind in record.binds if bind.how == "rsync"]
-    if copied and (state := place.stuck()):
+    if copied and (state := place.stuck_state()):
         raise BindError(
-            f"machine {place.name}: {shown(copied[0])} cannot be brought up to date there: {qmp.STUCK[state]}",
+            f"machine {place.name}: {option_text(copied[0])} cannot be brought up to date there: {qmp.STUCK[state]}",
             hint=place.remedy(state),
         )
-    with _alone(place, record):
+    with _copy_lock(place, record):
         for number, bind in enumerate(record.binds):
             if bind.how != "rsync":
-                _heed(place, bind)
+                _warn_if_exposed(place, bind)
                 continue
             try:
                 push(place, target, number, bind)
@@ -188,13 +190,13 @@ def before(place: Place, record: MachineRecord) -> bool:
                 if isinstance(error, SshError) and not connect.is_ready(target):
                     return False
                 raise BindError(
-                    f"machine {place.name}: {shown(bind)}: not all is up to date there: {error.message}",
+                    f"machine {place.name}: {option_text(bind)}: not all is up to date there: {error.message}",
                     hint=f"to log in without copying: {place.ssh_line()}",
                 ) from None
     return True
 
 
-def after(place: Place, record: MachineRecord, *, last: bool = False, wait_s: float = COPY_S) -> None:
+def copy_out(place: Place, record: MachineRecord, *, last: bool = False, wait_s: float = COPY_S) -> None:
     """Bring back what is newer in the guest, and say what could not be. Links that lead out of the folder stay there.
 
     `last`: the machine goes after this. `wait_s`: how long another command's copying may keep us from ours.
@@ -202,11 +204,11 @@ def after(place: Place, record: MachineRecord, *, last: bool = False, wait_s: fl
     back = [bind for bind in record.binds if bind.how == "rsync" and not bind.read_only]
     left = list(back)
     try:
-        with signals.cuttable(), _alone(place, record, wait_s):
+        with signals.cuttable(), _copy_lock(place, record, wait_s):
             for number, bind in enumerate(back):
                 left = back[number:]
                 try:
-                    copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", _look(place, bind), back=True)
+                    copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", _filter(place, bind), back=True)
                 except SshError as error:  # nor would the others be reached
                     _warn(place, left, f"{NOT_BACK}: {error.message}", last=last)
                     return
@@ -222,11 +224,11 @@ def after(place: Place, record: MachineRecord, *, last: bool = False, wait_s: fl
 
 def _warn(place: Place, binds: Sequence[BindRecord], what: str, *, last: bool) -> None:
     fate = "it goes with the machine" if last else "it stays in the guest, and the next command tries again"
-    which = ", ".join(shown(bind) for bind in binds)
+    which = ", ".join(option_text(bind) for bind in binds)
     progress.say(f"warning: machine {place.name}: {which}: {what}; {fate}")
 
 
-def shown(bind: BindRecord) -> str:
+def option_text(bind: BindRecord) -> str:
     """The bind as a user writes it."""
     return f"--bind {Bind(bind.host, bind.guest, bind.read_only)}"
 
@@ -234,20 +236,22 @@ def shown(bind: BindRecord) -> str:
 def push(place: Place, target: ssh.Target, number: int, bind: BindRecord) -> None:
     """Copy what is newer on the host."""
     into = f"{STAGE}/{number}" if bind.read_only else bind.guest
-    copy(target, f"{bind.host}/", f"{into}/", _look(place, bind), as_root=bind.read_only)
+    copy(target, f"{bind.host}/", f"{into}/", _filter(place, bind), as_root=bind.read_only)
 
 
-def _heed(place: Place, bind: BindRecord) -> None:
+def _warn_if_exposed(place: Place, bind: BindRecord) -> None:
     """Warn of what was put into a folder that the guest has all of: that was looked at when the machine started."""
     why = _why_copied(place, bind)
     if why:
         progress.say(
-            f"warning: machine {place.name}: {shown(bind)}: {why}, and the guest can read it, as it came there "
+            f"warning: machine {place.name}: {option_text(bind)}: {why}, and the guest can read it, as it came there "
             f"since the machine was started; stop and start the machine, or put it elsewhere"
         )
 
 
-def _alone(place: Place, record: MachineRecord, wait_s: float = COPY_S) -> contextlib.AbstractContextManager[object]:
+def _copy_lock(
+    place: Place, record: MachineRecord, wait_s: float = COPY_S
+) -> contextlib.AbstractContextManager[object]:
     """One copy at a time: sessions may begin and end together."""
     if not any(bind.how == "rsync" for bind in record.binds):
         return contextlib.nullcontext()
@@ -260,20 +264,20 @@ def _alone(place: Place, record: MachineRecord, wait_s: float = COPY_S) -> conte
     )
 
 
-def _place(connection: "Connection", number: int, bind: BindRecord) -> None:
+def _make_mount_point(connection: "Connection", number: int, bind: BindRecord) -> None:
     if bind.read_only:
-        done = _root(connection, READ_ONLY, guest=bind.guest, stage=f"{STAGE}/{number}")
+        done = _execute_as_root(connection, READ_ONLY, guest=bind.guest, stage=f"{STAGE}/{number}")
     else:
-        done = _root(connection, FOLDER, guest=bind.guest, who=connection.target.user)
-    _must(done, bind)
+        done = _execute_as_root(connection, FOLDER, guest=bind.guest, who=connection.target.user)
+    _check_done(done, bind)
 
 
-def _root(connection: "Connection", text: str, **env: str) -> "CommandResult":
+def _execute_as_root(connection: "Connection", text: str, **env: str) -> "CommandResult":
     return connection.execute(text, cwd="/", env=env, user="root", timeout_s=MOUNT_S)
 
 
-def _must(done: "CommandResult", bind: BindRecord) -> None:
+def _check_done(done: "CommandResult", bind: BindRecord) -> None:
     if done.status != 0:
         lines = done.stderr.decode(errors="replace").split("\n")
         said = "; ".join(lines).strip("; ") or f"status {done.status}"
-        raise BindError(f"{shown(bind)}: cannot be had there: {said}", hint="choose another path of the guest")
+        raise BindError(f"{option_text(bind)}: cannot be had there: {said}", hint="choose another path of the guest")

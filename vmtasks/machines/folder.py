@@ -128,7 +128,7 @@ class Place:
         record = self.state.machine(self.name)
         return (self.pid(record) if record is not None else None) or vm.find(self.pidfile)
 
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         """Whether QEMU runs: as the record says, and without one that can be read by QEMU's command line."""
         record = self.state.machine(self.name)
         if record is not None:
@@ -138,14 +138,14 @@ class Place:
         except MachineError:
             return True
 
-    def number_told(self) -> int:
+    def pidfile_pid(self) -> int:
         """The process id that QEMU's pid file names; 0 where there is none. It proves nothing."""
         try:
             return int(files.read(self.pidfile))
         except (OSError, ValueError):
             return 0
 
-    def stuck(self) -> str:
+    def stuck_state(self) -> str:
         """The key of qmp.STUCK that says why the machine's CPU stands still; '' when it runs, or QEMU does not answer.
 
         QEMU is asked only where its events say so, or where the last one could not be written.
@@ -165,7 +165,7 @@ class Place:
 
         MachineError when it cannot be written yet.
         """
-        if self.stuck() != qmp.FULL:
+        if self.stuck_state() != qmp.FULL:
             return
         vm.control(self.qmp, "cont")()  # QEMU writes again what it could not
         if vm.wait_until(lambda: qmp.status(self.qmp) == qmp.FULL, STOPS_AGAIN_S, every_s=0.2):
@@ -176,16 +176,18 @@ class Place:
             )
         progress.say(f"machine {self.name}: its disk can be written again, and it goes on")
 
-    def door_key(self, record: MachineRecord) -> Path:
+    def bootstrap_key(self, record: MachineRecord) -> Path:
         """The private key that the machine's image lets in: the store's, or the one that was saved with a snapshot."""
         saved = self.state.snapshot_key(record.image)
         return saved if saved.is_file() else self.state.key
 
     def target(self, record: MachineRecord) -> ssh.Target:
         """The machine as ssh sees it."""
-        key = self.own_key if record.key == "own" else self.door_key(record)
-        also = (self.own_key,) if record.key == "changing" else ()
-        return ssh.Target(self.name, record.ssh_port, record.ssh_user, key, tuple(record.host_keys), self.sockets, also)
+        key = self.own_key if record.key == "own" else self.bootstrap_key(record)
+        extra_keys = (self.own_key,) if record.key == "changing" else ()
+        return ssh.Target(
+            self.name, record.ssh_port, record.ssh_user, key, tuple(record.host_keys), self.sockets, extra_keys
+        )
 
     def command(self, verb: str) -> str:
         """What a user types to `start` or `stop` this machine."""

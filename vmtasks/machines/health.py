@@ -15,7 +15,7 @@ from pathlib import Path
 from vmtasks.config.load import FALLBACK_PORTS, Config
 from vmtasks.errors import MissingToolError, VmTasksError
 from vmtasks.guest import alive
-from vmtasks.guest.alive import Alive, Layer, Verdict
+from vmtasks.guest.alive import Alive, Diagnosis, Layer
 from vmtasks.host import files, process, processes, progress
 from vmtasks.images.workspace import MachineRecord, State
 from vmtasks.machines import start
@@ -32,7 +32,7 @@ LEAST_FREE = 2 << 30
 
 def is_alive(place: Place) -> Alive:
     """The verdict on a machine, from its layers."""
-    return alive.judged(machine_layers(place))
+    return alive.diagnose(machine_layers(place))
 
 
 @contextmanager
@@ -42,7 +42,7 @@ def warn_when_stuck(place: Place) -> Iterator[None]:
 
     def watch() -> None:
         while not over.wait(STUCK_EVERY_S):
-            if state := place.stuck():
+            if state := place.stuck_state():
                 progress.say(f"machine {place.name}: {qmp.STUCK[state]}; {place.remedy(state)}")
                 return
 
@@ -57,36 +57,36 @@ def machine_layers(place: Place) -> Iterator[Layer]:
     """The layers of a machine, from its record to a command in the guest. Takes at most a minute."""
     record = place.state.machine(place.name)
     if record is None and (fault := place.fault()):
-        runs = "its QEMU runs" if place.runs() else "no QEMU of it was found"
+        runs = "its QEMU runs" if place.is_running() else "no QEMU of it was found"
         says = f"it cannot be read: {fault}; {runs}; vmtasks stop {place.name}, vmtasks rm {place.name}"
-        yield Layer("record", passed=False, says=says, verdict="silent" if place.runs() else "gone")
+        yield Layer("record", passed=False, says=says, verdict="silent" if place.is_running() else "gone")
         return
     if record is None:
         yield Layer("record", passed=False, says=f"there is no machine {place.name}", verdict="gone")
         return
     yield Layer("record", passed=True, says=f"{record.guest}:{record.snapshot}, in {place.folder}")
     target = place.target(record)
-    looks = {
-        "process": lambda: _process(place, record),
-        "QMP": lambda: _cpu(place),
-        "console": lambda: _console(place),
-        **alive.network(target, LAYER_S),
+    probes = {
+        "process": lambda: _probe_process(place, record),
+        "QMP": lambda: _probe_cpu(place),
+        "console": lambda: _probe_console(place),
+        **alive.network_probes(target, LAYER_S),
     }
-    for layer in alive.climb(looks):
-        if layer.name == "banner" and layer.passed is False and _booting(place, record):
+    for layer in alive.run_probes(probes):
+        if layer.name == "banner" and layer.passed is False and _is_booting(place, record):
             up = progress.seconds(time.time() - record.started)
             yield replace(layer, says=f"{layer.says}: the guest has been booting for {up}")
         else:
             yield layer
 
 
-def _cpu(place: Place) -> tuple[Verdict, str]:
-    verdict, says = alive.cpu(place.qmp)
+def _probe_cpu(place: Place) -> tuple[Diagnosis, str]:
+    verdict, says = alive.probe_cpu(place.qmp)
     state = says.partition(":")[0]
     return verdict, f"{says}; {place.remedy(state)}" if state in qmp.STUCK else says
 
 
-def _process(place: Place, record: MachineRecord) -> tuple[Verdict, str]:
+def _probe_process(place: Place, record: MachineRecord) -> tuple[Diagnosis, str]:
     if place.pid(record) is not None:
         return "", f"QEMU is process {record.pid}, up {progress.seconds(time.time() - record.started)}"
     if not record.pid:
@@ -97,7 +97,7 @@ def _process(place: Place, record: MachineRecord) -> tuple[Verdict, str]:
     return "gone", f"QEMU, process {record.pid}, is gone: killed, or crashed{other}; it last said: {last}"
 
 
-def _console(place: Place) -> tuple[Verdict, str]:
+def _probe_console(place: Place) -> tuple[Diagnosis, str]:
     transcript = read_log(place.console_log, last_boot(place.console_log))
     for failure in place.config.guest.failures:
         if failure.cause != "login" and transcript.match(failure.expect):
@@ -116,7 +116,7 @@ def last_boot(log: Path) -> int:
     return max(data.rfind(b"SeaBIOS"), data.rfind(b"Linux version"), 0)
 
 
-def _booting(place: Place, record: MachineRecord) -> bool:
+def _is_booting(place: Place, record: MachineRecord) -> bool:
     """Whether it has not let us in yet, and may still."""
     wait_s = place.config.guest.ssh.ready_timeout_s * place.state.accel.factor
     return not record.ready and time.time() - record.started < wait_s
@@ -138,7 +138,7 @@ def host_layers(config: Config, programs: Iterable[str] = process.REQUIRED) -> I
     except VmTasksError as error:
         yield Layer("accelerator", passed=False, says=f"{error.message}; {error.hint}".removesuffix("; "))
     for what, folder in (("store", config.store_dir), ("state", config.vm_dir)):
-        yield _space(what, folder)
+        yield _space_layer(what, folder)
     ports = (start.FIRST_PORT, *FALLBACK_PORTS)
     free = [port for port in ports if port_free(port)]
     taken = [f"{port} {port_holder(port) or 'held'}".rstrip() for port in ports if port not in free]
@@ -146,7 +146,7 @@ def host_layers(config: Config, programs: Iterable[str] = process.REQUIRED) -> I
     yield Layer("ports", passed=True, says=says if free else f"{says}; the next machine gets any other")
 
 
-def _space(what: str, folder: Path) -> Layer:
+def _space_layer(what: str, folder: Path) -> Layer:
     """Whether `folder` can be written to, or made, and has room."""
     try:
         place = files.nearest_folder(folder)

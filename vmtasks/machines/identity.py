@@ -102,7 +102,7 @@ def hostname(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:63].rstrip("-")
 
 
-def lacks(record: MachineRecord) -> bool:
+def shows_image_keys(record: MachineRecord) -> bool:
     """Whether a machine that has just come up shows its image's host keys. One installed by hand has its own anyway."""
     return bool(record.image) and not record.ready and record.identity in ("image", "changing")
 
@@ -116,7 +116,7 @@ def personalize(place: Place, record: MachineRecord, connection: "Connection") -
     so that the next command gets in, and is as strict. A guest that cannot have host keys of its own keeps those of its
     image, and that is said. SshError when nobody is let in any more.
     """
-    login, host = bool(record.image) and record.key != "own", lacks(record)
+    login, host = bool(record.image) and record.key != "own", shows_image_keys(record)
     if host and record.identity == "changing":
         record, host = _resume(place, record)
     if not login and not host:
@@ -131,19 +131,19 @@ def personalize(place: Place, record: MachineRecord, connection: "Connection") -
     ssh.write_config(place.target(record))
     own = record
     if login:
-        keys.admit(place, record, connection)
+        keys.install_own_key(place, record, connection)
         own = msgspec.structs.replace(own, key="own", ssh_user=record.login or record.ssh_user)
     if host:
         own = _install_identity(place, connection, own, fresh, old)
-    ssh.detach(place.target(record))
+    ssh.stop_sharing(place.target(record))
     return _verify_login(place, own, fallback=record.host_keys)
 
 
 def _resume(place: Place, record: MachineRecord) -> tuple[MachineRecord, bool]:
     """After a kill: whether host keys are lacking still, or the guest already shows those that were put there last."""
-    newest = record.host_keys[: len(kinds(record.host_keys))]
+    newest = record.host_keys[: len(key_kinds(record.host_keys))]
     done = msgspec.structs.replace(record, host_keys=newest)
-    ssh.detach(place.target(record))
+    ssh.stop_sharing(place.target(record))
     proof = _log_in(place, done, 0)
     if proof is None:
         return record, True
@@ -164,7 +164,7 @@ class HostKey:
         return f"{self.kind}\n{self.private}\n{self.public}\n"
 
 
-def kinds(host_keys: Sequence[str]) -> list[tuple[str, ...]]:
+def key_kinds(host_keys: Sequence[str]) -> list[tuple[str, ...]]:
     """How keys of the same types are made, each once."""
     return sorted({KINDS[key.split()[0]] for key in host_keys if key.split()[0] in KINDS})
 
@@ -173,7 +173,7 @@ def make_host_keys(place: Place, old: list[str]) -> list[HostKey]:
     """New host keys of the same types. They stand in a private folder for the moment in which ssh-keygen makes them."""
     made = []
     with tempfile.TemporaryDirectory(dir=place.sockets) as folder:
-        for kind, *how in kinds(old):
+        for kind, *how in key_kinds(old):
             path = Path(folder, kind)
             keypair.make_pair(path, place.name, (kind, *how))
             public = files.read_text(keypair.public_half(path)).split()
@@ -181,7 +181,7 @@ def make_host_keys(place: Place, old: list[str]) -> list[HostKey]:
     return made
 
 
-def stream(fresh: Sequence[HostKey]) -> str:
+def install_input(fresh: Sequence[HostKey]) -> str:
     """What INSTALL reads; without the last line it does nothing."""
     return "".join([*map(str, fresh), "end\n"])
 
@@ -195,7 +195,7 @@ def _install_identity(
     env = {"name": hostname(place.name), "etc": "/etc", "folder": where}
     parts = [f"(\n{guest.hostname or HOSTNAME}\n) </dev/null || exit"]
     parts += [INSTALL, guest.ssh.reload or RELOAD] if where else []
-    given = stream(fresh).encode() if where else b""
+    given = install_input(fresh).encode() if where else b""
     done = connection.execute("\n".join(parts), cwd="/", env=env, user="root", stdin=given, timeout_s=INSTALL_S)
     if done.status == 0 and where:
         return msgspec.structs.replace(own, identity="own", host_keys=[key.public for key in fresh])
@@ -232,7 +232,7 @@ def _log_in(place: Place, record: MachineRecord, within_s: float) -> "Connection
     """A new connection by this record, if one comes to be. It is tried at least once."""
     target = place.target(record)
     ssh.write_config(target)
-    ssh.detach(target)
+    ssh.stop_sharing(target)
     until = time.monotonic() + within_s
     while True:
         with contextlib.suppress(SshError):

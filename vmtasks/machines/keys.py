@@ -65,11 +65,11 @@ done </etc/passwd
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A key that lets in. `ours`: the machine's own, without which vmtasks cannot log in."""
+class AuthorizedKey:
+    """A key that lets in. `is_own`: the machine's own, without which vmtasks cannot log in."""
 
     key: PublicKey
-    ours: bool
+    is_own: bool
 
 
 def require_usable(private: Path, public: Path | None = None, remedy: str = "put it back from a copy") -> None:
@@ -104,11 +104,11 @@ def require_usable(private: Path, public: Path | None = None, remedy: str = "put
         raise StateError(f"{what} is not the one of {public}, which guests let in", hint=remedy)
 
 
-def admit(place: Place, record: MachineRecord, connection: "Connection") -> None:
+def install_own_key(place: Place, record: MachineRecord, connection: "Connection") -> None:
     """Let a machine's own key in, in place of the one of its image, which is then refused."""
-    own, door = read_public(place.own_key), read_public(place.door_key(record))
+    own, bootstrap = read_public(place.own_key), read_public(place.bootstrap_key(record))
     user = record.login or record.ssh_user
-    change(connection, user, put=[str(own), *record.authorized], drop=[door.blob], everywhere=True)
+    change(connection, user, put=[str(own), *record.authorized], drop=[bootstrap.blob], everywhere=True)
 
 
 def rotate(place: Place, record: MachineRecord) -> PublicKey:
@@ -120,7 +120,7 @@ def rotate(place: Place, record: MachineRecord) -> PublicKey:
     key = make_pair(fresh, f"vmtasks {place.name}")
     with connect.connect(target, timeout_s=CHANGE_S) as connection:
         change(connection, record.ssh_user, put=[str(key)], drop=stale or [key.blob])
-    require_login(replace(target, key=fresh, also=()))
+    require_login(replace(target, key=fresh, extra_keys=()))
     # From here on the new key is the machine's. A kill before the last step leaves the old one in the guest; the next
     # rotation takes out all that the machine ever had, which `retired` lists.
     retired = place.own_key.with_name("retired")
@@ -128,7 +128,7 @@ def rotate(place: Place, record: MachineRecord) -> PublicKey:
         file.write(f"{old.blob}\n")
     fresh.rename(place.own_key)
     public_half(fresh).rename(public_half(place.own_key))
-    ssh.detach(target)
+    ssh.stop_sharing(target)
     _change(
         replace(target, key=place.own_key),
         record.ssh_user,
@@ -140,14 +140,14 @@ def rotate(place: Place, record: MachineRecord) -> PublicKey:
     return key
 
 
-def listed(place: Place, record: MachineRecord, user: str) -> list[Listed]:
+def listed(place: Place, record: MachineRecord, user: str) -> list[AuthorizedKey]:
     """The keys in the guest's authorized_keys of `user`. Lines with options or of other kinds are left out."""
     own = read_public(key_in_use(place, record)).blob
     become = "" if user == record.ssh_user else "root"
     done = connect.run(place.target(record), READ, cwd="/", env={"who": user}, user=become, timeout_s=CHANGE_S)
     lines = done.stdout.decode(errors="replace").splitlines()
     found = [key for line in lines if (key := arguments.public_key(line)) is not None]
-    return [Listed(key, key.blob == own) for key in found]
+    return [AuthorizedKey(key, key.blob == own) for key in found]
 
 
 def key_in_use(place: Place, record: MachineRecord) -> Path:
@@ -168,7 +168,7 @@ def remove(place: Place, record: MachineRecord, which: str, user: str) -> list[P
         blobs = {key.blob for key in arguments.public_keys(path.read_text(errors="replace"), which)}
     there = listed(place, record, user)
     doomed = [item for item in there if item.key.blob in blobs or which in (item.key.fingerprint, item.key.comment)]
-    if any(item.ours for item in doomed):
+    if any(item.is_own for item in doomed):
         raise StateError(f"that is machine {place.name}'s own key", hint=f"vmtasks keys rotate {place.name}")
     if not doomed:
         raise StateError(f"no key of {user} in {place.name} is {which!r}", hint=f"vmtasks keys list {place.name}")

@@ -21,7 +21,7 @@ from vmtasks.guest import ssh
 from vmtasks.host import processes, progress
 from vmtasks.host.locks import drop
 from vmtasks.images.workspace import CLEAN, MANUAL, MachineRecord
-from vmtasks.machines import binds, breakin, identity, overlay, start
+from vmtasks.machines import binds, identity, overlay, start, takeover
 from vmtasks.machines import stop as ladder
 from vmtasks.machines.folder import Place
 from vmtasks.media import disk
@@ -121,7 +121,7 @@ def stop(place: Place, *, gentle: bool = True, timeout_s: float | None = None) -
     said. Not `gentle`: another command that is at work on the machine is ended. Without a record that can be read,
     what can be found of the machine is stopped.
     """
-    with _alone(place, force=not gentle) as cut:
+    with _exclusive(place, force=not gentle) as cut:
         record, fault = place.state.machine(place.name), place.fault()
         if record is None and not fault:
             if cut:  # who was at work on it has removed it
@@ -132,7 +132,7 @@ def stop(place: Place, *, gentle: bool = True, timeout_s: float | None = None) -
         if gentle and record is not None and place.pid(record) is not None:
             gentle = ladder.resume_if_paused(place)
             if gentle and record.ready:
-                binds.after(place, record, last=record.throwaway)
+                binds.copy_out(place, record, last=record.throwaway)
         rung = ladder.stop(place, record, gentle=gentle, timeout_s=timeout_s)
         return cut if rung == ladder.AT_REST and cut else rung
 
@@ -239,8 +239,8 @@ def destroy(place: Place, *, force: bool = False, tell: bool = True) -> list[Pat
     """
     if not place.folder.exists():
         return []
-    with _alone(place, force=force):
-        return remove(place, wait_s=breakin.LETS_GO_S if force else binds.COPY_S, tell=tell)
+    with _exclusive(place, force=force):
+        return remove(place, wait_s=takeover.RELEASE_S if force else binds.COPY_S, tell=tell)
 
 
 def remove(place: Place, *, wait_s: float = 0.0, tell: bool = False) -> list[Path]:
@@ -250,17 +250,17 @@ def remove(place: Place, *, wait_s: float = 0.0, tell: bool = False) -> list[Pat
     record = place.state.machine(place.name)
     if record is None and (fault := place.fault()):
         _say_fault(place, fault)
-    hears = progress.observer() if tell else progress.Observer()
+    observer = progress.observer() if tell else progress.Observer()
     try:
         # Nobody has tried yet where it was ours: not even if it has ended by itself.
         there = record is not None and (record.owner == os.getpid() or place.pid(record) is not None)
         if record is not None and record.ready and record.binds and there:
-            with progress.observing(hears):
+            with progress.observing(observer):
                 answers = ladder.resume_if_paused(place)
             if answers:
-                binds.after(place, record, last=True, wait_s=wait_s)
+                binds.copy_out(place, record, last=True, wait_s=wait_s)
     finally:  # who interrupts the copying is rid of the machine all the same
-        with progress.observing(hears):
+        with progress.observing(observer):
             gone = _cut_and_remove(place, record)
     return gone
 
@@ -278,11 +278,11 @@ def _cut_and_remove(place: Place, record: MachineRecord | None) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _alone(place: Place, *, force: bool) -> Iterator[str]:
+def _exclusive(place: Place, *, force: bool) -> Iterator[str]:
     """Hold the machine's lock. Gives the rung that has ended the machine, where that was needed to have it."""
     with contextlib.ExitStack() as stack:
         if force:
-            cut = stack.enter_context(breakin.lock(place))
+            cut = stack.enter_context(takeover.lock(place))
         else:
             cut = ""
             stack.enter_context(place.lock())
@@ -299,6 +299,6 @@ def _say_fault(place: Place, fault: str) -> None:
         f"machine {place.name}: its record cannot be read: {fault}; what runs of it is looked for, and nothing is "
         "copied back from its binds"
     )
-    number, found = place.number_told(), place.process()
+    number, found = place.pidfile_pid(), place.process()
     if number and processes.started(number) and (found is None or found.number != number):
         progress.say(f"machine {place.name}: process {number}, which its pid file names, is not provably its QEMU")

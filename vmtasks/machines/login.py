@@ -10,7 +10,7 @@ from vmtasks.guest import ssh
 from vmtasks.host import process, progress, signals
 from vmtasks.machines import health, life
 from vmtasks.machines.folder import Place
-from vmtasks.machines.sessions import using
+from vmtasks.machines.sessions import recorded_session
 
 END_S = 20.0
 
@@ -40,16 +40,16 @@ def log_in(
     """
     target = life.wait_ready(place)
     mark = f"vmtasks-{secrets.token_hex(8)}"
-    with health.warn_when_stuck(place), using(place, verb, shown, user) as outcome:
+    with health.warn_when_stuck(place), recorded_session(place, verb, shown, user) as result:
         argv = target.argv(options=[*options, *(["-tt"] if tty else [])])
         if command:
             argv = ssh.session_argv(target, mark, command, cwd=cwd, env=env, user=user, options=options, tty=tty)
         # Options may ask for another user, or for a connection of its own.
         run = partial(process.run_attached, argv) if options else partial(ssh.run_attached, target, argv)
         try:
-            outcome.status = run(stdin=stdin, timeout_s=timeout_s)
+            result.status = run(stdin=stdin, timeout_s=timeout_s)
         except CommandTimeoutError:
-            outcome.status = process.TIMED_OUT
+            result.status = process.TIMED_OUT
             ended = "it was ended" if _end(place, target, mark, user) else "it may still run in the guest"
             raise CommandTimeoutError(
                 f"the command did not end within {timeout_s:g} s; {ended}", which="overall"
@@ -58,12 +58,12 @@ def log_in(
             if command:
                 _end(place, target, mark, user)
             raise
-        if outcome.status == process.UNREAD:
+        if result.status == process.UNREAD:
             _end(place, target, mark, user)
-    if outcome.status == ssh.FAILED and (why := health.is_alive(place).reason):
+    if result.status == ssh.FAILED and (why := health.is_alive(place).reason):
         progress.say(f"error: {why}\nhint: vmtasks doctor {place.name}")
         return failed
-    return outcome.status
+    return result.status
 
 
 def _end(place: Place, target: ssh.Target, mark: str, user: str) -> bool:

@@ -54,13 +54,13 @@ class Machine:
     def __init__(self, config: Config, name: str = "") -> None:
         """`name` is by default the configured one. Nothing is touched yet."""
         self.place = Place(config, name)
-        self.jobs = Jobs(self._linked)
+        self.jobs = Jobs(self._shared_link)
         self._journal: deque[str] = deque(maxlen=JOURNAL)
         self._began = time.monotonic()
         self._lock = threading.RLock()
         self._open = contextlib.ExitStack()
         self._link: Link | None = None
-        self._link_to: tuple[int, str] = (0, "")
+        self._linked_process: tuple[int, str] = (0, "")
 
     def __enter__(self) -> Self:
         """Close connections and forwards at the end of the block; the machine is left as it is."""
@@ -118,8 +118,8 @@ class Machine:
 
         CommandTimeoutError after `timeout_s`: what it has started was ended. ConnectionLostError, RebootedError.
         """
-        with self._noted(f"$ {_shown(command)[:SHOWN_CHARS]}") as note:
-            link = self._linked()
+        with self._journaled(f"$ {_command_text(command)[:SHOWN_CHARS]}") as note:
+            link = self._shared_link()
             done = link.execute(command, timeout_s=timeout_s, user=user, cwd=cwd, env=env, stdin=stdin)
             note(f"status {done.status}")
         return done
@@ -128,14 +128,14 @@ class Machine:
         """What a command prints that must exit with 0. WrongStatusError with both of its streams when it does not."""
         done = self.execute(command, **more)
         if done.status != 0:
-            raise _wrong(command, done, "0")
+            raise _wrong_status(command, done, "0")
         return done.stdout.decode(errors="replace")
 
     def fail(self, command: Command, **more: Any) -> str:
         """What a command prints that must not exit with 0. WrongStatusError when it does."""
         done = self.execute(command, **more)
         if done.status == 0:
-            raise _wrong(command, done, "other than 0")
+            raise _wrong_status(command, done, "other than 0")
         return done.stdout.decode(errors="replace")
 
     def wait_until_succeeds(self, command: Command, *, timeout_s: float = COMMAND_S, **more: Any) -> str:
@@ -149,7 +149,7 @@ class Machine:
             if done.status == 0:
                 return done.stdout.decode(errors="replace")
             if time.monotonic() > until:
-                raise _wrong(command, done, "0", f"within {timeout_s:g} s: ")
+                raise _wrong_status(command, done, "0", f"within {timeout_s:g} s: ")
             time.sleep(POLL_S)
 
     def wait_for_port(self, port: int, *, host: str = "127.0.0.1", timeout_s: float = COMMAND_S) -> None:
@@ -157,12 +157,12 @@ class Machine:
 
         WrongStatusError with the ports that something listens on after `timeout_s`.
         """
-        with self._noted(f"wait for port {port} of {host}"):
+        with self._journaled(f"wait for port {port} of {host}"):
             until = time.monotonic() + timeout_s
             while True:
                 left = max(1.0, until - time.monotonic())
                 # Not by a call: what listens may take only one.
-                table = self._linked().execute(listeners.SCRIPT, timeout_s=min(COMMAND_S, left)).stdout
+                table = self._shared_link().execute(listeners.SCRIPT, timeout_s=min(COMMAND_S, left)).stdout
                 found = listeners.parse(table.decode(errors="replace"))
                 if any(one.serves(host, port) for one in found):
                     return
@@ -191,7 +191,7 @@ class Machine:
 
         OpenSSH hands on the size of our terminal and each change of it.
         """
-        with self._noted(shown or command or "log in") as note:
+        with self._journaled(shown or command or "log in") as note:
             status = login.log_in(
                 self.place, verb, command, user=user, cwd=cwd, env=env, tty=tty, stdin=stdin, timeout_s=timeout_s,
                 options=options, failed=failed, shown=shown,
@@ -206,18 +206,18 @@ class Machine:
 
         Folders above it that are not there are made.
         """
-        with self._noted(f"put {os.fspath(source)} {dest}"):
+        with self._journaled(f"put {os.fspath(source)} {dest}"):
             target = life.wait_ready(self.place)
             if Path(source).is_dir():
                 folder = posixpath.dirname(dest.rstrip("/")) or "."
-                self._linked().execute(["mkdir", "-p", "--", folder], timeout_s=COMMAND_S)
+                self._shared_link().execute(["mkdir", "-p", "--", folder], timeout_s=COMMAND_S)
                 process.run(target.scp(str(Path(source).absolute()), f"{target.name}:{dest}"), timeout_s=COPY_S)
             else:
                 files.put(target, Path(source), dest)
 
     def get(self, source: str, dest: str | os.PathLike[str]) -> None:
         """Copy a file out of the guest, whole or not at all. Folders above `dest` that are not there are made."""
-        with self._noted(f"get {source} {os.fspath(dest)}"):
+        with self._journaled(f"get {source} {os.fspath(dest)}"):
             Path(dest).parent.mkdir(parents=True, exist_ok=True)
             files.get(life.wait_ready(self.place), source, Path(dest))
 
@@ -226,19 +226,19 @@ class Machine:
         target = life.wait_ready(self.place)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            ours = int(probe.getsockname()[1])
+            local_port = int(probe.getsockname()[1])
         options = ["-N", "-o", "ControlPath=none", "-o", "ExitOnForwardFailure=yes"]
-        with self._noted(f"forward {ours} to port {port} of {host}"):
-            words = target.argv(options=[*options, "-L", f"127.0.0.1:{ours}:{host}:{port}"])
+        with self._journaled(f"forward {local_port} to port {port} of {host}"):
+            words = target.argv(options=[*options, "-L", f"127.0.0.1:{local_port}:{host}:{port}"])
             with self._lock:
                 # The kernel would end it with the thread, not with the process.
                 main = threading.current_thread() is threading.main_thread()
                 child = self._open.enter_context(process.spawn(words, die_with_us=main))
             # Not by a call: what listens in the guest may take only one.
-            wait_until(lambda: child.poll() is not None or not port_free(ours), timeout_s)
-            if child.poll() is not None or port_free(ours):
-                raise SshError(f"port {ours} could not be forwarded to port {port} of {host} in {self.name}")
-        return ours
+            wait_until(lambda: child.poll() is not None or not port_free(local_port), timeout_s)
+            if child.poll() is not None or port_free(local_port):
+                raise SshError(f"port {local_port} could not be forwarded to port {port} of {host} in {self.name}")
+        return local_port
 
     # -- life
 
@@ -247,12 +247,12 @@ class Machine:
 
         `die_with_us`: the kernel ends its QEMU with the thread that calls.
         """
-        with self._noted("start"):
+        with self._journaled("start"):
             life.start_up(self.place, die_with_us=die_with_us)
 
     def stop(self, *, gentle: bool = True, timeout_s: float | None = None) -> str:
         """Stop it, gently first; returns the rung of the ladder that was needed. See life.stop()."""
-        with self._noted("stop") as note:
+        with self._journaled("stop") as note:
             self.close()
             rung = life.stop(self.place, gentle=gentle, timeout_s=timeout_s)
             note(rung)
@@ -260,14 +260,14 @@ class Machine:
 
     def crash(self) -> None:
         """Cut its power. It stays off until start()."""
-        with self._noted("crash"):
+        with self._journaled("crash"):
             self.close()
             life.stop(self.place, gentle=False)
 
     def reboot(self, *, timeout_s: float = 300.0) -> None:
         """Have the guest reboot, and wait until it lets us in again. MachineError after `timeout_s`."""
-        with self._noted("reboot"):
-            link = self._linked()
+        with self._journaled("reboot"):
+            link = self._shared_link()
             before = link.boot()
             with contextlib.suppress(ConnectionLostError, CommandTimeoutError):
                 link.open().execute("reboot", timeout_s=10.0, user="root")
@@ -291,7 +291,7 @@ class Machine:
 
     def remove(self, *, force: bool = False) -> list[Path]:
         """Cut its power and remove it with its disk and key; returns what was removed. See life.destroy()."""
-        with self._noted("remove"):
+        with self._journaled("remove"):
             self.close()
             return life.destroy(self.place, force=force, tell=False)
 
@@ -299,7 +299,7 @@ class Machine:
 
     def checkpoint(self, tag: str) -> None:
         """Keep this moment, RAM, devices and disk, under a name, inside its disk; the machine runs on."""
-        with self._noted(f"checkpoint {tag}"):
+        with self._journaled(f"checkpoint {tag}"):
             life.require_running(self.place)
             checkpoint.save(self.place.qmp, tag)
 
@@ -308,21 +308,21 @@ class Machine:
 
         Connections are not part of it: ours, and those that OpenSSH shares, are ended.
         """
-        with self._noted(f"rollback {tag}"):
+        with self._journaled(f"rollback {tag}"):
             target = life.require_running(self.place)
             self.close()
             checkpoint.load(self.place.qmp, tag)
             ssh.close(target)
-            self._linked().open(wait_s=COMMAND_S)
+            self._shared_link().open(wait_s=COMMAND_S)
 
     def snapshot(self, name: str) -> ImageRecord:
         """Save the disk of the stopped machine as a snapshot, which other machines can be made from."""
-        with self._noted(f"snapshot {name}"):
+        with self._journaled(f"snapshot {name}"):
             return life.snapshot(self.place, name)
 
     def restore(self, snapshot: str = "") -> ImageRecord:
         """Throw away what it has written, and go back to a snapshot, by default the one it came from. It is stopped."""
-        with self._noted(f"restore {snapshot}".rstrip()):
+        with self._journaled(f"restore {snapshot}".rstrip()):
             self.close()
             return life.restore(self.place, snapshot)
 
@@ -339,7 +339,7 @@ class Machine:
 
     def status(self) -> MachineState:
         """What it is doing now; takes no lock. A machine that has let us in before is not logged in to for that."""
-        return state.look(self.place)
+        return state.read_state(self.place)
 
     def console(self, lines: int = 30) -> list[str]:
         """The last lines of its serial console."""
@@ -368,26 +368,26 @@ class Machine:
             target,
             window_s=window_s,
             console=lambda: read_log(log).tail(),
-            alive=start.Watch(self.place, record, now, patient=True) if record is not None else lambda: False,
+            alive=start.BootWatch(self.place, record, now, patient=True) if record is not None else lambda: False,
             events=Events(self.place.events).boot_marker,
         )
 
     # -- parts
 
-    def _linked(self) -> "Link":
+    def _shared_link(self) -> "Link":
         """The connection that all threads share; a new one where the machine was started anew, by whomever."""
         with self._lock:
             record = self.place.record()
             now = (record.pid, record.pid_started) if record is not None else (0, "")
-            if self._link is None or self._link_to != now:
+            if self._link is None or self._linked_process != now:
                 life.wait_ready(self.place)
                 if self._link is not None:
                     self._link.close()
-                self._link, self._link_to = self.link(), now
+                self._link, self._linked_process = self.link(), now
             return self._link
 
     @contextlib.contextmanager
-    def _noted(self, what: str) -> Iterator[Callable[[str], None]]:
+    def _journaled(self, what: str) -> Iterator[Callable[[str], None]]:
         """An entry in the journal: when it began, what it was, how long it took, how it ended."""
         began, ends = time.monotonic(), ["done"]
         try:
@@ -401,15 +401,15 @@ class Machine:
             self._journal.append(f"{began - self._began:8.1f} s  {entry} after {took:.1f} s")
 
 
-def _shown(command: Command) -> str:
+def _command_text(command: Command) -> str:
     return command if isinstance(command, str) else process.quote(list(command))
 
 
-def _wrong(command: Command, done: CommandResult, wanted: str, when: str = "") -> WrongStatusError:
+def _wrong_status(command: Command, done: CommandResult, wanted: str, when: str = "") -> WrongStatusError:
     streams = [
         f"{name}:\n{text.decode(errors='replace').rstrip()}"
         for name, text in (("stdout", done.stdout), ("stderr", done.stderr))
         if text.strip()
     ]
-    said = [f"{when}{_shown(command)}\nexited with {done.status}, not with a status {wanted}", *streams]
+    said = [f"{when}{_command_text(command)}\nexited with {done.status}, not with a status {wanted}", *streams]
     return WrongStatusError(printable.text("\n".join(said)), result=done)

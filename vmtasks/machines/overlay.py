@@ -15,7 +15,7 @@ from vmtasks.media import disk
 from vmtasks.store import qcow2
 from vmtasks.store.records import ImageRecord, read_record
 
-KEPT = (
+KEPT_FIELDS = (
     "own", "throwaway", "owner", "owner_started", "lease_until", "login", "authorized", "disk_size", "want_port",
     "binds", "memory", "cpus", "network", "created",
 )  # fmt: skip
@@ -79,9 +79,9 @@ def require_image(place: Place, record: MachineRecord) -> ImageRecord | None:
             f"machine {place.name} cannot use its disk {place.disk}: it is another user's, or its mode forbids it",
             hint=f"look at it: ls -l {place.disk}; it is to belong to you, with mode 0600",
         )
-    store, told = place.state.store, qcow2.header(place.disk)
+    store, header = place.state.store, qcow2.header(place.disk)
     image, fault = store.find(record.image, record.image_sha256, look="sample")
-    at = Path(told.backing) if told else None
+    at = Path(header.backing) if header else None
     if at is None:
         fault = f"{place.disk.name} is no qcow2 image"
     elif image is not None and at.name != store.image(image).name:
@@ -112,8 +112,8 @@ def _first_record(place: Place, snapshot: str, image: ImageRecord, like: Machine
     )
     if like is None or not like.own:
         return fresh
-    same = {name: getattr(like, name) for name in KEPT}
-    return msgspec.structs.replace(fresh, **same, want_forwards=[*map(str, start.asked(like))])
+    same = {name: getattr(like, name) for name in KEPT_FIELDS}
+    return msgspec.structs.replace(fresh, **same, want_forwards=[*map(str, start.requested_forwards(like))])
 
 
 def _image_hint(place: Place, snapshot: str) -> str:
@@ -133,5 +133,5 @@ def _remedy(place: Place) -> str:
 
 def _key_inside(place: Place, record: MachineRecord) -> Path | None:
     """The private key that the machine's disk lets in, if it is not the store's."""
-    key = place.own_key if record.key == "own" else place.door_key(record)
+    key = place.own_key if record.key == "own" else place.bootstrap_key(record)
     return None if key == place.state.key else key

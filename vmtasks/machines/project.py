@@ -100,7 +100,7 @@ class Project:
         base = self.config()
         machine = Machine(base)
         if self.root is None and machine.place.record() is None:
-            use_shipped(base)
+            require_shipped_image(base)
         return machine
 
     def machines(self) -> Iterator[Machine]:
@@ -126,7 +126,7 @@ class Project:
         spec.check(base, asked)
         snapshot = snapshot or CLEAN
         if self.root is None and snapshot == CLEAN:
-            use_shipped(base)
+            require_shipped_image(base)
         with prune.naming(State(base).store, base.vm_dir):
             record = msgspec.structs.replace(self._first_record(base, asked, snapshot, owner), binds=bound)
             return Machine(spec.config_for(base, record), self._claim(asked.name, base, record))
@@ -179,7 +179,7 @@ class Project:
                 chosen = name or f"{base.guest.name}-{number}"
                 named = msgspec.structs.replace(record, name=chosen, mac=identity.mac(run / chosen))
                 write_record(staged / "machine.toml", named)
-                if self._take(staged, Place(base, chosen)):
+                if self._take_name(staged, Place(base, chosen)):
                     return chosen
                 if name:
                     raise StateError(
@@ -188,7 +188,7 @@ class Project:
         finally:
             shutil.rmtree(staged, ignore_errors=True)
 
-    def _take(self, staged: Path, place: Place) -> bool:
+    def _take_name(self, staged: Path, place: Place) -> bool:
         """Give what is staged the machine's name; False when it is taken, or somebody is at work on it."""
         try:
             with place.lock(0, say=False):
@@ -232,14 +232,14 @@ class Project:
 
     def reap(self) -> list[str]:
         """Remove the machines that are over, and what half-made ones have left; their names. See reap.py."""
-        return reap.reap(self._run(), self._place)
+        return reap.reap(self._run(), self._open_place)
 
     # -- parts
 
     def _run(self) -> Path:
         return self.config().vm_dir / "run"
 
-    def _place(self, name: str, config: Callable[..., Config] | None = None) -> Place:
+    def _open_place(self, name: str, config: Callable[..., Config] | None = None) -> Place:
         """The folder of a machine, with the configuration of its guest. `config` is ours, or what remembers it."""
         config = config or self.config
         base = config()
@@ -250,11 +250,11 @@ class Project:
         return Place(base if record is None else spec.config_for(base, record), name)
 
     def _open(self, name: str, config: Callable[..., Config] | None = None) -> Machine:
-        place = self._place(name, config)
+        place = self._open_place(name, config)
         return Machine(place.config, name)
 
 
-def use_shipped(base: Config) -> None:
+def require_shipped_image(base: Config) -> None:
     """Without a project, `clean` is the image that the store has of the guest as it comes with vmtasks.
 
     StateError when the store does not have it: what somebody's project has made of the guest is that project's.

@@ -19,14 +19,14 @@ from vmtasks.machines.folder import Place
 from vmtasks.qemu import vm
 
 STAGED = ".new-"
-MORTAL = re.compile(rb"^(?:owner = [1-9]|throwaway = true|lease_until = [0-9.]*[1-9])", re.MULTILINE)
+MAY_BE_OVER = re.compile(rb"^(?:owner = [1-9]|throwaway = true|lease_until = [0-9.]*[1-9])", re.MULTILINE)
 """Stands in the record of a machine that can be over."""
 
-Open = Callable[[str], Place]
+OpenPlace = Callable[[str], Place]
 """The machine of a name."""
 
 
-def reap(run: Path, opened: Open) -> list[str]:
+def reap(run: Path, open_place: OpenPlace) -> list[str]:
     """Remove the machines in `run` that are over, and what half-made ones have left; their names.
 
     What somebody is at work on is left alone. A machine that cannot be removed is a warning: nothing here may keep
@@ -37,10 +37,10 @@ def reap(run: Path, opened: Open) -> list[str]:
     gone = []
     for path in sorted(run.iterdir()) if run.is_dir() else ():
         if path.name.startswith("."):
-            _drop_leftover(path, opened)
+            _drop_leftover(path, open_place)
             continue
         try:
-            why = _reap_machine(path, opened)
+            why = _reap_machine(path, open_place)
         except BusyError:
             continue
         except (VmTasksError, OSError) as error:
@@ -65,34 +65,34 @@ def why_over(place: Place) -> str:
     return "it has ended" if record.throwaway and record.pid and place.pid(record) is None else ""
 
 
-def _reap_machine(folder: Path, opened: Open) -> str:
+def _reap_machine(folder: Path, open_place: OpenPlace) -> str:
     """Remove a machine that is over; returns why it was, or nothing. An empty folder goes too."""
-    if not _mortal(folder):
+    if not _may_be_over(folder):
         return ""
-    place = opened(folder.name)
-    if not why_over(place) and not _empty(folder):
+    place = open_place(folder.name)
+    if not why_over(place) and not _is_empty(folder):
         return ""
     with place.lock(0, say=False):  # and again: it may be another machine of that name by now
         if why := why_over(place):
             life.remove(place)
-        elif _empty(folder):
+        elif _is_empty(folder):
             folder.rmdir()
         if not folder.exists():
             drop(place.lock_file)
         return why
 
 
-def _mortal(folder: Path) -> bool:
+def _may_be_over(folder: Path) -> bool:
     """Whether the machine may be over, or the folder may hold none."""
     try:
-        return MORTAL.search(files.read(folder / "machine.toml")) is not None
+        return MAY_BE_OVER.search(files.read(folder / "machine.toml")) is not None
     except FileNotFoundError:
-        return _empty(folder)
+        return _is_empty(folder)
     except OSError:
         return False
 
 
-def _drop_leftover(path: Path, opened: Open) -> None:
+def _drop_leftover(path: Path, open_place: OpenPlace) -> None:
     """Remove what was staged by a process that is gone, or the lock of a machine that is."""
     staged = re.fullmatch(rf"{re.escape(STAGED)}(\d+)-.*", path.name)
     if staged is not None and not processes.started(int(staged[1])):
@@ -102,13 +102,13 @@ def _drop_leftover(path: Path, opened: Open) -> None:
     name = path.stem.removeprefix(".")
     if path.with_name(name).exists():
         return
-    place = opened(name)
+    place = open_place(name)
     with suppress(StateError, OSError), place.lock(0, say=False):
         if not place.folder.exists():
             drop(path)
 
 
-def _empty(folder: Path) -> bool:
+def _is_empty(folder: Path) -> bool:
     try:
         return not any(folder.iterdir())
     except OSError:

@@ -1,4 +1,4 @@
-"""Who uses a machine: sessions under way, and a log of those that have ended."""
+"""Sessions of a machine: those that are active, and a log of those that have ended."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ SHOWN_CHARS = 200
 
 
 @dataclass(frozen=True)
-class Use:
+class Session:
     """A session that is under way. `since` in seconds since 1970."""
 
     verb: str
@@ -30,47 +30,49 @@ class Use:
 
 
 @dataclass
-class Outcome:
+class SessionResult:
     """How a session ended; to be filled in by who runs it."""
 
     status: int = 255
 
 
 @contextlib.contextmanager
-def using(place: Place, verb: str, command: str = "", user: str = "", *, goes_on: bool = False) -> Iterator[Outcome]:
-    """Count as a session of the machine for the length of the block, and leave a line in the access log.
+def recorded_session(
+    place: Place, verb: str, command: str = "", user: str = "", *, goes_on: bool = False
+) -> Iterator[SessionResult]:
+    """List the block as a session of the machine, and append a line to the access log at its end.
 
-    Copied binds are brought up to date in the guest first, and what is newer there comes back afterwards: when the
-    machine goes with this process, as the last thing before it does; when the command goes on after us, after the
-    `attach` that sees its end, or any other session.
+    Copies binds into the guest first, and newer files back afterwards. If the machine ends with this process, its
+    removal copies them back; if the command outlives this process, the `attach` that sees its end, or any later
+    session, does.
     """
     record = place.record()
     bound = record is not None and verb in ("exec", "run", "ssh")
     back = verb == "attach" if not bound else not goes_on
-    began, outcome = time.time(), Outcome()
+    began, result = time.time(), SessionResult()
     login = user or (record.ssh_user if record else "")
-    use = Use(verb, login, command[:SHOWN_CHARS], os.getpid(), processes.started(os.getpid()), round(began, 1))
+    entry = Session(verb, login, command[:SHOWN_CHARS], os.getpid(), processes.started(os.getpid()), round(began, 1))
     mark = place.folder / "sessions" / f"{os.getpid()}-{time.monotonic_ns()}"
     mark.parent.mkdir(exist_ok=True)
-    files.write(mark, json.dumps(asdict(use)))
+    files.write(mark, json.dumps(asdict(entry)))
     try:
-        reached = record is None or not bound or binds.before(place, record)
-        yield outcome
+        reached = record is None or not bound or binds.copy_in(place, record)
+        yield result
         if record is not None and back and reached and record.owner != os.getpid():
-            binds.after(place, record)
+            binds.copy_out(place, record)
     finally:
         mark.unlink(missing_ok=True)
-        _log(place, use, outcome.status, time.time() - began)
+        _log(place, entry, result.status, time.time() - began)
 
 
-def uses(place: Place) -> list[Use]:
+def active_sessions(place: Place) -> list[Session]:
     """The sessions under way; marks of processes that are gone are removed."""
     found = []
     for mark in sorted((place.folder / "sessions").glob("[0-9]*")):
         with contextlib.suppress(OSError, ValueError, TypeError):
-            use = Use(**json.loads(files.read(mark)))
-            if processes.started(use.pid) == use.pid_started:
-                found.append(use)
+            entry = Session(**json.loads(files.read(mark)))
+            if processes.started(entry.pid) == entry.pid_started:
+                found.append(entry)
                 continue
         with contextlib.suppress(OSError):
             mark.unlink()
@@ -82,14 +84,14 @@ def access_log(config: Config) -> Path:
     return config.vm_dir / "access.log"
 
 
-def _log(place: Place, use: Use, status: int, took_s: float) -> None:
+def _log(place: Place, entry: Session, status: int, took_s: float) -> None:
     path = access_log(place.config)
-    entry = {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(use.since)),
+    line = {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(entry.since)),
         "machine": place.name,
-        "user": use.user,
-        "verb": use.verb,
-        "command": use.command,
+        "user": entry.user,
+        "verb": entry.verb,
+        "command": entry.command,
         "status": status,
         "took_s": round(took_s, 1),
     }
@@ -98,6 +100,6 @@ def _log(place: Place, use: Use, status: int, took_s: float) -> None:
             path.rename(path.with_suffix(".log.1"))
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
-            os.write(handle, (json.dumps(entry) + "\n").encode())
+            os.write(handle, (json.dumps(line) + "\n").encode())
         finally:
             os.close(handle)

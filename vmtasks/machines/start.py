@@ -34,7 +34,7 @@ CPU_EVERY_S = 3.0
 LOGIN_S = 10.0
 NETWORK_S = 20.0
 """How long it is believed that a virtio card is down whose driver has not shown that it is up."""
-AGAIN_S = 30.0
+REACH_AGAIN_S = 30.0
 """How long a machine may take that has let us in before."""
 
 
@@ -50,7 +50,7 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
         try:
             target = personalize(place, *reach(place, record, begins))
         except BaseException as error:
-            stuck = place.stuck()
+            stuck = place.stuck_state()
             _end(place, record, error)
             if not isinstance(error, VmTasksError) or isinstance(error, BindError):  # which is none of the boot's
                 raise
@@ -76,7 +76,7 @@ def start_qemu(place: Place, record: MachineRecord, *, die_with_us: bool = False
 
     On failure nothing is left running. MachineError with QEMU's own words, or for a port that is taken.
     """
-    config, record = place.config, binds.choose(place, record)
+    config, record = place.config, binds.decide_copied(place, record)
     place.make_folder()
     place.open_sockets()
     stop.end_stray(place)
@@ -91,7 +91,7 @@ def start_qemu(place: Place, record: MachineRecord, *, die_with_us: bool = False
                 pid_started=pid.started,
                 ssh_port=port,
                 forwards=[*map(str, forwards)],
-                want_forwards=[*map(str, asked(record))],
+                want_forwards=[*map(str, requested_forwards(record))],
                 memory=config.memory,
                 cpus=config.cpus,
                 accel=place.state.accel.name,
@@ -116,16 +116,16 @@ def reach(place: Place, record: MachineRecord, console_from: int = 0) -> "tuple[
     require_keys(place, record)
     deadline_s = place.config.guest.ssh.ready_timeout_s * place.state.accel.factor
     if record.ready:
-        deadline_s = min(deadline_s, AGAIN_S)
-    watch, up = Watch(place, record, console_from), network(place, record)
+        deadline_s = min(deadline_s, REACH_AGAIN_S)
+    watch, up = BootWatch(place, record, console_from), network_probe(place, record)
     if not record.host_keys:
-        learned = ssh.learn_host_keys(record.ssh_port, timeout_s=deadline_s, alive=watch, network=up)
+        learned = ssh.scan_host_keys(record.ssh_port, timeout_s=deadline_s, alive=watch, network=up)
         record = place.write(msgspec.structs.replace(record, host_keys=learned))
         deadline_s = LOGIN_S  # its server answers, so that a login must succeed soon
     target = place.target(record)
     place.open_sockets()
     ssh.write_config(target)
-    links(place, record)
+    write_state_files(place, record)
     return record, connect.wait(target, timeout_s=deadline_s, alive=watch, network=up)
 
 
@@ -156,7 +156,7 @@ def _end(place: Place, record: MachineRecord, error: BaseException) -> None:
 def require_keys(place: Place, record: MachineRecord) -> None:
     """StateError when a private key with which the machine is to be entered is none: nobody need wait for that."""
     target = place.target(record)
-    for key in (target.key, *target.also):
+    for key in (target.key, *target.extra_keys):
         store = key == place.state.key
         other = f"put it back from a copy; without one: vmtasks rm {place.name}"
         again = "put it back from a copy, or remove both halves: then all that lets them in is built anew"
@@ -164,7 +164,7 @@ def require_keys(place: Place, record: MachineRecord) -> None:
 
 
 @dataclass
-class Watch:
+class BootWatch:
     """Whether a machine can still come up; to be asked between two tries of SSH. Calling it raises SshError if not."""
 
     place: Place
@@ -176,7 +176,7 @@ class Watch:
 
     def __call__(self) -> bool:
         """False when its process has ended."""
-        self.heed_console()
+        self.check_console()
         if time.monotonic() - self.cpu_asked > CPU_EVERY_S:
             self.cpu_asked = time.monotonic()
             state = qmp.status(self.place.qmp)
@@ -185,7 +185,7 @@ class Watch:
                 raise SshError(f"machine {self.place.name}: {stuck}", hint=self.place.remedy(state))
         return self.place.pid(self.record) is not None
 
-    def heed_console(self) -> None:
+    def check_console(self) -> None:
         """SshError when the console says that the boot has failed: no need to wait for the deadline."""
         transcript = read_log(self.place.console_log, self.console_from)
         for failure in self.place.config.guest.failures:
@@ -193,7 +193,7 @@ class Watch:
                 raise SshError(f"machine {self.place.name}: the guest {failure.says}")
 
 
-def network(place: Place, record: MachineRecord) -> Callable[[], bool | None]:
+def network_probe(place: Place, record: MachineRecord) -> Callable[[], bool | None]:
     """What tells whether a guest that has just been started has its network up; None where nobody knows.
 
     No only for some time at most: not every driver shows when it is up.
@@ -220,7 +220,7 @@ def launch(place: Place, record: MachineRecord, *, die_with_us: bool) -> tuple[v
     for port in [want] if want else [*filter(port_free, (FIRST_PORT, *FALLBACK_PORTS)), ANY_PORT]:
         try:
             key = (place.key_cd,) if place.key_cd.is_file() else ()
-            pid = vm.launch(spec(place, record, port, cds=key), place.qemu_log, die_with_us=die_with_us)
+            pid = vm.launch(qemu_spec(place, record, port, cds=key), place.qemu_log, die_with_us=die_with_us)
         except MachineError as error:
             taken = vm.port_taken(error)
             if taken is None:
@@ -229,7 +229,9 @@ def launch(place: Place, record: MachineRecord, *, die_with_us: bool) -> tuple[v
                 raise forward_taken(taken) from None
         else:
             try:
-                ssh_forward, *forwards = resolve(place, [Forward(port, argv.GUEST_SSH_PORT), *asked(record)])
+                ssh_forward, *forwards = resolve(
+                    place, [Forward(port, argv.GUEST_SSH_PORT), *requested_forwards(record)]
+                )
             except BaseException:
                 vm.end_stray(place.qmp)
                 raise
@@ -237,7 +239,7 @@ def launch(place: Place, record: MachineRecord, *, die_with_us: bool) -> tuple[v
     raise ssh_port_taken(want or ANY_PORT, own=record.own)
 
 
-def asked(record: MachineRecord) -> list[Forward]:
+def requested_forwards(record: MachineRecord) -> list[Forward]:
     """The forwards as they were asked for. Earlier versions kept only what was given."""
     return [Forward.parse(text) for text in record.want_forwards or record.forwards]
 
@@ -247,17 +249,17 @@ def ssh_port_taken(port: int, *, own: bool) -> MachineError:
     free = next((p for p in FALLBACK_PORTS if p != port and port_free(p)), "auto")
     offer = f"vmtasks run --ssh-port {free}" if own else f"doit port={free} start"
     hint = offer if free == "auto" or own else f"{offer}, or port=auto"
-    return MachineError(f"port {port} is taken{by(port)}", hint=hint)
+    return MachineError(f"port {port} is taken{held_by(port)}", hint=hint)
 
 
 def forward_taken(port: int) -> MachineError:
     """A port of `-p` that somebody else has."""
     free = next((p for p in range(port + 1, port + 100) if p <= 65535 and port_free(p)), None)
     hint = f"-p {free}:GUEST" if free else "choose another port for this host's side"
-    return MachineError(f"port {port}, the host's side of a forward, is taken{by(port)}", hint=hint)
+    return MachineError(f"port {port}, the host's side of a forward, is taken{held_by(port)}", hint=hint)
 
 
-def by(port: int) -> str:
+def held_by(port: int) -> str:
     """` by name (pid N)`, where that can be known."""
     holder = port_holder(port)
     return f" by {holder}" if holder else ""
@@ -283,7 +285,7 @@ def resolve(place: Place, forwards: list[Forward]) -> list[Forward]:
 # -- what is started
 
 
-def spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
+def qemu_spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
     """The machine's QEMU."""
     return hardware.spec(
         place.config,
@@ -292,7 +294,7 @@ def spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
         disk=place.disk.absolute(),
         network=place.config.network,
         ssh_port=port,
-        forwards=tuple((forward.host, forward.guest) for forward in asked(record)),
+        forwards=tuple((forward.host, forward.guest) for forward in requested_forwards(record)),
         shares=tuple(
             Share(f"bind{number}", bind.host, read_only=bind.read_only)
             for number, bind in enumerate(record.binds)
@@ -308,7 +310,7 @@ def spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
     )
 
 
-def links(place: Place, record: MachineRecord) -> None:
+def write_state_files(place: Place, record: MachineRecord) -> None:
     """State files by the names that scripts expect: ports, and links to the sockets in their short folder."""
     forwards = map(Forward.parse, record.forwards)
     rows = [("ssh", record.ssh_port), *((str(forward.guest), forward.host) for forward in forwards)]
@@ -328,4 +330,4 @@ def on_terminal(place: Place, record: MachineRecord, display: str, **more: Any) 
     """Run the machine in the foreground with its console here; returns QEMU's status."""
     place.open_sockets()
     port = place.config.ssh_port or next(filter(port_free, (FIRST_PORT, *FALLBACK_PORTS)), ANY_PORT)
-    return process.run_attached(argv.on_terminal(spec(place, record, port, **more), display))
+    return process.run_attached(argv.on_terminal(qemu_spec(place, record, port, **more), display))

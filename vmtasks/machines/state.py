@@ -31,7 +31,7 @@ class MachineState:
     """Why its record cannot be read."""
 
 
-def look(place: Place) -> MachineState:
+def read_state(place: Place) -> MachineState:
     """What the machine is doing now. Takes no lock and waits a few seconds at most."""
     record = place.state.machine(place.name)
     if record is None:
@@ -48,7 +48,7 @@ def _running(place: Place, record: MachineRecord) -> Status:
     One that has let us in since it was started is up when its SSH server speaks, which costs no login. Silence proves
     nothing: a server that is busy with others may refuse one more.
     """
-    if state := place.stuck():
+    if state := place.stuck_state():
         return "panicked" if state == qmp.PANICKED else "paused"
     if record.ready and banner.read(record.ssh_port, ANSWER_S).startswith("SSH-"):
         return "running"

@@ -71,7 +71,7 @@ def _tidy(place: Place, record: MachineRecord | None) -> None:
 
 def resume_if_paused(place: Place) -> bool:
     """Whether the guest can power off: not one that panicked or whose disk is full. One that was paused goes on."""
-    state = place.stuck()
+    state = place.stuck_state()
     if state == qmp.FULL:
         with suppress(MachineError):
             place.resume_if_full()

@@ -15,7 +15,17 @@ from vmtasks.errors import CommandError, CommandTimeoutError, ConfigError, SshEr
 from vmtasks.guest import artifacts, connect, job, ssh
 from vmtasks.guest.artifacts import Fetched
 from vmtasks.guest.link import Link
-from vmtasks.guest.sync import FULL, VANISHED, NoRoomError, Rules, Synced, refused, sync, taken, unreadable
+from vmtasks.guest.sync import (
+    FULL,
+    VANISHED,
+    Filter,
+    NoRoomError,
+    Synced,
+    allocated_bytes,
+    read_failed,
+    sync,
+    write_denied,
+)
 from vmtasks.host import files, process, progress
 from vmtasks.host.locks import lock
 from vmtasks.host.progress import Say
@@ -124,7 +134,7 @@ class Suites:
             try:
                 done = self._send(target)
             except CommandError as error:
-                if not refused(error):
+                if not write_denied(error):
                     raise
                 with contextlib.suppress(SshError), self.machine.link() as link:
                     take = ["chown", "-R", "-h", target.user, "."]
@@ -138,7 +148,7 @@ class Suites:
     def _sync_hint(self, error: CommandError) -> str:
         if isinstance(error, NoRoomError) or FULL in error.stderr:
             return "name in sync.exclude what is not needed there, or give it a larger disk_size (installs it anew)"
-        if unreadable(error) or error.status == VANISHED:
+        if read_failed(error) or error.status == VANISHED:
             return "make it readable, or name it in sync.exclude"
         return f"doit ssh, and look at {self.config.sync.dest}"
 
@@ -206,7 +216,7 @@ class Suites:
             )
         took = time.monotonic() - began
         fetched = self._collect(suite, cwd, folder / "artifacts")
-        left = [*([f"{LOG}: cut after {show_size(OUTPUT_BYTES)}"] if output.cut else []), *fetched.told()]
+        left = [*([f"{LOG}: cut after {show_size(OUTPUT_BYTES)}"] if output.cut else []), *fetched.messages()]
         for line in left:
             self.note(f"test:{name}: {line}")
         own, problem = _own_report(suite.junit, folder / "artifacts", fetched)
@@ -296,14 +306,14 @@ class Suites:
 def send(results: Results, target: ssh.Target, say: Say, *, thorough: bool = False) -> Synced:
     """Copy the project's tree to `target`; raises what sync() raises."""
     table, walk = results.config.sync, results.walk()
-    size = sum(taken(info) for _, info in walk)
+    size = sum(allocated_bytes(info) for _, info in walk)
     return sync(
         target,
         results.source(),
         table.dest,
-        Rules(walk.hidden, table.exclude, walk.ignored, size),
+        Filter(walk.hidden, table.exclude, walk.ignored, size),
         delete=table.delete,
-        keep=walk.names if any(walk.rules.values()) else None,
+        keep=walk.ignores if any(walk.rules.values()) else None,
         say=lambda text: say(f"sync {table.source}: {text}"),
         thorough=thorough,
     )

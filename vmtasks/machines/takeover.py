@@ -10,9 +10,9 @@ from vmtasks.host.locks import holder
 from vmtasks.machines.folder import Place
 from vmtasks.qemu import argv, vm
 
-LETS_GO_S = 3.0
+RELEASE_S = 3.0
 """How long who is at work may take to notice that the machine has ended."""
-UNWINDS_S = 5.0
+TERM_S = 5.0
 """How long a command may take to end in good order."""
 
 
@@ -26,28 +26,28 @@ def lock(place: Place) -> Iterator[str]:
     end; MachineError for a QEMU that is not ours to end.
     """
     with ExitStack() as stack:
-        if _taken(place, stack, 0):
+        if _try_lock(place, stack, 0):
             yield ""
             return
-        progress.say(f"machine {place.name}: {_who(place)} is at work on it; its power is cut")
+        progress.say(f"machine {place.name}: {_holder_name(place)} is at work on it; its power is cut")
         rung = _cut_power(place)
-        for patience_s, number in ((LETS_GO_S, signal.SIGTERM), (UNWINDS_S, signal.SIGKILL)):
-            if _taken(place, stack, patience_s):
+        for patience_s, number in ((RELEASE_S, signal.SIGTERM), (TERM_S, signal.SIGKILL)):
+            if _try_lock(place, stack, patience_s):
                 break
             _end(place, number)
         else:
-            stack.enter_context(place.lock(UNWINDS_S, say=False))
+            stack.enter_context(place.lock(TERM_S, say=False))
         yield rung
 
 
-def _taken(place: Place, stack: ExitStack, timeout_s: float) -> bool:
+def _try_lock(place: Place, stack: ExitStack, timeout_s: float) -> bool:
     with suppress(BusyError):
         stack.enter_context(place.lock(timeout_s, say=False))
         return True
     return False
 
 
-def _who(place: Place) -> str:
+def _holder_name(place: Place) -> str:
     found = holder(place.lock_file)
     return str(found) if found is not None and found.holds(place.lock_file) else "another command"
 
