@@ -93,7 +93,9 @@ def test_what_is_no_plain_file_stays_and_is_told(local_guest: Connection, cwd: P
     names = {"to-file", "to-folder", "endless", "dangling", "up", "fifo", "socket"}
     assert set(done.left) == names
     told = list(done.messages())
-    assert f"and {len(names) - artifacts.NAMES_SHOWN} more: left in the guest: it is a link, or no plain file" in told
+    assert (
+        f"and {len(names) - artifacts.NAMES_SHOWN} more: left in the guest: it is a link, or not a regular file" in told
+    )
     assert len(told) == artifacts.NAMES_SHOWN + 1
 
 
@@ -154,7 +156,7 @@ def test_a_guest_that_hangs_costs_no_more_than_the_time_for_it(
         began = time.monotonic()
         done = get(local_guest, tmp_path / f"got-{tool}", "*", timeout_s=1.5)
         assert time.monotonic() - began < 10
-        assert "there was no time left (artifacts_timeout_s)" in "".join(done.messages())
+        assert "the time limit was reached (artifacts_timeout_s)" in "".join(done.messages())
         (tmp_path / f"bin/{tool}").unlink()
 
 
@@ -226,10 +228,10 @@ def test_only_what_was_listed_and_asked_for_is_written(lie: Callable[[bytes, byt
     assert inside(tmp_path / "got") == {"a": "fine", "b": "fine"}
     assert outside.read_text() == OUTSIDE
     assert not (tmp_path / "evil").exists()
-    assert done.left["../evil"] == done.left["x/../../evil"] == "its name leads elsewhere"
+    assert done.left["../evil"] == done.left["x/../../evil"] == "its name leads out of the folder"
     assert done.left["c"] == "the guest did not send it"
-    assert "this host cannot have a file of this name" in done.left["a/b"]
-    assert "this host cannot have a file of this name" in done.left["n" * 300]
+    assert "this host cannot store a file of this name" in done.left["a/b"]
+    assert "this host cannot store a file of this name" in done.left["n" * 300]
 
 
 def test_a_header_that_would_fill_the_memory_is_refused(
@@ -240,7 +242,7 @@ def test_a_header_that_would_fill_the_memory_is_refused(
     for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE):
         long = tar((member("x", kind), b"a" * 5000))
         done = lie(b"file\0./a\0", long[: 512 + 5120] + good)
-        assert done.left == {"a": "what the guest sent was cut, or is no tar"}
+        assert done.left == {"a": "the guest sent a truncated or invalid tar"}
         assert inside(tmp_path / "got") == {}
 
 

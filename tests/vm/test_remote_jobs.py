@@ -112,9 +112,9 @@ def test_jobs_are_listed_and_removed(link: Link) -> None:
     assert not {first, second} & {view.job for view in job.listing(link)}
     assert job.show(link, first) is None
     for action in (job.read, job.cancel):
-        with pytest.raises(StateError, match="knows no job"):
+        with pytest.raises(StateError, match="has no job"):
             action(link, first)
-    with pytest.raises(StateError, match="knows no job"):
+    with pytest.raises(StateError, match="has no job"):
         job.follow(link, first, timeout_s=LIMIT_S)
     for wrong in ("../x", "", "0" * 15, "0" * 17, "$(id)0000000000"):
         with pytest.raises(ConfigError, match="not the id of a job"):

@@ -129,7 +129,7 @@ command = "echo ok 3 files copied"
     places = [output.index(f"test:{name}: ") for name in names]
     assert places == sorted(places)
     assert "the suite was to write the JUnit file none.xml: there is nothing of this name in the guest" in output
-    assert "JUnit file report.xml: left in the guest: it is a link, or no plain file" in output
+    assert "JUnit file report.xml: left in the guest: it is a link, or not a regular file" in output
     assert "JUnit file out/link/outside.xml: there is nothing of this name in the guest" in output
     assert "1 failed" in output
     assert "(status 124)" in output

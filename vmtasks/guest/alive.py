@@ -1,8 +1,7 @@
-"""Is this machine alive, and if not, what is wrong? Layer by layer, true also for a forwarded loopback port.
+"""Is this machine alive, and if not, what is wrong? Probes one layer after the other, also through a forwarded port.
 
-A connection to the port proves nothing, and neither does a ping: QEMU answers for a guest whose CPU is stopped. A layer
-is looked at only if those below it passed: what fails first is why the rest cannot work, and what it means is the
-verdict.
+Neither a connection to the port nor a ping proves anything: QEMU answers for a guest whose CPU is stopped. A layer is
+probed only if all layers below it passed. The first layer that fails is the cause and gives the verdict.
 """
 
 import socket
@@ -25,21 +24,21 @@ Diagnosis = Literal["ready", "ssh", "no-ssh", "silent", "paused", "panicked", "g
 
 DESCRIPTIONS: dict[Diagnosis, str] = {
     "ready": "an authenticated `true` succeeded",
-    "ssh": "an SSH server answers, but nobody can log in",
+    "ssh": "an SSH server answers, but login fails",
     "no-ssh": "the guest's kernel answers, but no SSH server does",
-    "silent": "nothing answers in the guest: it boots, or hangs",
+    "silent": "nothing answers in the guest: it is booting, or hangs",
     "paused": "the guest's CPU is stopped",
     "panicked": "the guest's kernel has panicked",
-    "gone": "QEMU does not run, or listens no more",
+    "gone": "QEMU is not running, or no longer listens",
 }
 
 Probe = Callable[[], tuple[Diagnosis, str]]
-"""Looks at one layer: what it means that it failed, or nothing when it passed; and what it says."""
+"""Probes one layer. Returns the diagnosis, '' if the layer passed, and a sentence about it."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer: `passed` is None when it was not looked at, because one below it failed."""
+    """One layer. `passed` is None if the layer was not probed because one below it failed."""
 
     name: str
     passed: bool | None
@@ -49,23 +48,23 @@ class Layer:
 
 @dataclass(frozen=True)
 class Alive:
-    """What is known of a machine, and the layers that it is known from."""
+    """The state of a machine, and the layers that prove it."""
 
     verdict: Diagnosis
     layers: tuple[Layer, ...]
 
     @property
     def alive(self) -> bool:
-        """Whether the guest's operating system works, be it without SSH."""
+        """Whether the guest's operating system works, with or without SSH."""
         return self.verdict in ("ready", "ssh", "no-ssh")
 
     @property
     def reason(self) -> str:
-        """The layer that failed, with what it says; empty when all have passed."""
+        """The layer that failed, with its message, or ''."""
         return next((f"{layer.name}: {layer.says}" for layer in self.layers if layer.passed is False), "")
 
     def __str__(self) -> str:
-        """The verdict in a sentence, with the reason."""
+        """The verdict as a sentence, with the reason."""
         return ": ".join(filter(None, (DESCRIPTIONS[self.verdict], self.reason)))
 
 
@@ -77,21 +76,21 @@ def is_alive(
     control: Path | None = None,
     console: "Console | None" = None,
 ) -> Alive:
-    """Ask a machine, each layer for at most `timeout_s`.
+    """Probe a machine, each layer for at most `timeout_s`.
 
-    `process` says whether QEMU runs, `control` is its QMP socket; both are left out for a machine that is not ours, for
-    which paused, panicked and silent look alike.
+    `process` returns whether QEMU runs; `control` is its QMP socket. Omit both for a machine of another owner: paused,
+    panicked and silent are then all reported as silent.
     """
     probes: dict[str, Probe] = {}
     if process is not None:
-        probes["process"] = lambda: ("", "QEMU runs") if process() else ("gone", "QEMU does not run")
+        probes["process"] = lambda: ("", "QEMU runs") if process() else ("gone", "QEMU is not running")
     if control is not None:
         probes["QMP"] = lambda: probe_cpu(control)
     return diagnose(run_probes(probes | network_probes(target, timeout_s, console)))
 
 
 def diagnose(layers: Iterable[Layer]) -> Alive:
-    """The verdict of the layer that failed."""
+    """Take the verdict from the layer that failed."""
     seen = tuple(layers)
     return Alive(next((layer.verdict for layer in seen if layer.passed is False), "ready"), seen)
 
@@ -101,7 +100,7 @@ def run_probes(probes: Mapping[str, Probe]) -> Iterator[Layer]:
     failed = ""
     for name, probe in probes.items():
         if failed:
-            yield Layer(name, None, f"not looked at, because {failed} failed")
+            yield Layer(name, None, f"not probed, because {failed} failed")
             continue
         verdict, says = probe()
         yield Layer(name, not verdict, says, verdict)
@@ -112,18 +111,18 @@ def run_probes(probes: Mapping[str, Probe]) -> Iterator[Layer]:
 
 
 def probe_cpu(control: Path) -> tuple[Diagnosis, str]:
-    """What QEMU says of the guest's CPU."""
+    """Ask QEMU for the state of the guest's CPU."""
     state = qmp.status(control)
     if not state:
-        return "silent", "QEMU does not answer on its control socket: it hangs, or somebody else holds the socket"
+        return "silent", "QEMU does not answer on its control socket: it hangs, or another process holds the socket"
     if state == "running":
         return "", "QEMU says running"
     return ("panicked" if state == qmp.PANICKED else "paused"), f"{state}: {qmp.STUCK.get(state, 'see QEMU')}"
 
 
 def network_probes(target: Target, timeout_s: float, console: "Console | None" = None) -> dict[str, Probe]:
-    """The layers from the port to a command in the guest, each for at most `timeout_s`."""
-    from vmtasks.guest import client  # noqa: PLC0415 - paramiko takes 0.2 s, and most who import this never look
+    """The probes from the port to a command in the guest, each for at most `timeout_s`."""
+    from vmtasks.guest import client  # noqa: PLC0415 - paramiko takes 0.2 s, and most importers never probe
 
     opened: list[client.Connection] = []
 
@@ -131,15 +130,15 @@ def network_probes(target: Target, timeout_s: float, console: "Console | None" =
         where = f"{HOST}:{target.port}"
         try:
             with socket.create_connection((HOST, target.port), timeout_s):
-                return "", f"{where} is forwarded by QEMU, which says nothing of the guest"
+                return "", f"{where} is forwarded by QEMU; that proves nothing about the guest"
         except OSError as error:
-            return "gone", f"{where} takes no connection ({error})"
+            return "gone", f"{where} accepts no connection ({error})"
 
     def server() -> tuple[Diagnosis, str]:
         said = banner.read(target.port, timeout_s)
         if said.startswith("SSH-"):
             return "", said
-        how = said or "nothing behind the port speaks"
+        how = said or "nothing behind the port answers"
         return ("no-ssh" if said else "silent"), f"no SSH server answers in the guest ({how})"
 
     def login() -> tuple[Diagnosis, str]:
@@ -147,7 +146,7 @@ def network_probes(target: Target, timeout_s: float, console: "Console | None" =
             opened.append(client.connect(target, timeout_s=timeout_s, console=console))
         except SshError as error:
             return "ssh", error.message
-        return "", f"{target.user} is let in with {target.key}"
+        return "", f"{target.user} logs in with {target.key}"
 
     def command() -> tuple[Diagnosis, str]:
         began = time.monotonic()
@@ -156,7 +155,7 @@ def network_probes(target: Target, timeout_s: float, console: "Console | None" =
                 done = connection.execute("true", timeout_s=timeout_s)
         except SshError as error:
             return "ssh", error.message
-        says = f"`true` gave status {done.status} after {(time.monotonic() - began) * 1000:.0f} ms"
+        says = f"`true` exited with status {done.status} after {(time.monotonic() - began) * 1000:.0f} ms"
         return ("ssh" if done.status else ""), says
 
     return {"port": port, "banner": server, "authentication": login, "command": command}

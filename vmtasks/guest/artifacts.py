@@ -1,8 +1,8 @@
-"""Plain files of a guest -> a new folder here, within limits of size and time. The guest is not trusted.
+"""Regular files of a guest -> a new folder here, within limits of size and time. The guest is not trusted.
 
-The guest lists what the patterns match, and is then asked for a tar of the plain files among that. Neither is believed:
-only files that were listed and asked for are written, each once, below a folder that is new. Nothing else is made
-there: links, devices, sockets and FIFOs stay in the guest. What is left there is reported.
+The guest lists the matches of the patterns, then sends a tar of the regular files among them. Neither is trusted: only
+files that were listed and requested are written, each once, below a new folder. Links, devices, sockets and FIFOs stay
+in the guest. Everything left there is reported.
 """
 
 import errno
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
     from vmtasks.guest.client import Connection
 
 FILES = 20_000
-"""How many files and folders are taken at most."""
+"""The maximum number of files and folders."""
 LIST_BYTES = 8 << 20
 HEADERS_BYTES = 2048
-"""What tar adds to a file: headers, a long name, padding."""
+"""Overhead of tar for each file: headers, a long name, padding."""
 META_BYTES = 1 << 16
-"""A longer header is refused: tarfile reads it into memory, and no name needs it."""
+"""The maximum size of a header: tarfile reads headers into memory, and no name needs more."""
 NAMES_SHOWN = 5
-"""How many names that stayed for the same reason are listed."""
+"""How many names are listed for the same reason."""
 BLOCK = 1 << 18
 NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL
 
 NAME_ERRORS = (errno.EEXIST, errno.EILSEQ, errno.EINVAL, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOTDIR)
 """Errors of a file system that refuses a name. All others are failures of this host, such as a full disk."""
 
-# All names begin with ./ and no marker does. Not every find has -printf, and not every tar reads names that end in NUL.
+# All names begin with ./ and no marker does. Not every find has -printf; not every tar reads NUL-terminated names.
 LIST = r"""
 list() {
     printf 'pattern\0'
@@ -53,19 +53,19 @@ list() {
     printf 'other\0'; find "$@" ! -type f ! -type d -print0
 }
 """
-# GNU tar takes a backslash in a name for the begin of an escape, unless it is told not to; others have no such option.
+# GNU tar reads a backslash in a name as an escape, unless --no-unquote is given; other tars have no such option.
 SEND = "plain=; tar --help 2>&1 | grep -q no-unquote && plain=--no-unquote\nexec xargs -0 tar $plain -cf -"
 
 
 @dataclass
 class Fetched:
-    """The files that came; `left`: why others did not, by name or pattern, relative to the folder in the guest."""
+    """The files received. `left` maps each name or pattern left in the guest, relative to the folder, to the reason."""
 
     files: set[str] = field(default_factory=set)
     left: dict[str, str] = field(default_factory=dict)
 
     def messages(self) -> Iterator[str]:
-        """Yield lines that say what did not come, ready for a terminal."""
+        """Yield one line for each thing left in the guest, safe for a terminal."""
         reasons: dict[str, list[str]] = {}
         for name, why in self.left.items():
             reasons.setdefault(why, []).append(name)
@@ -91,8 +91,8 @@ def fetch(
 ) -> Fetched:
     """Copy the files `names`, and what `globs` match below `cwd` in the guest, to the new folder `dest`.
 
-    A folder comes with what is in it. `limit` is in bytes, for all files together. Files keep their time and whether
-    they are executable. OSError when `dest` cannot be written.
+    A folder is copied with its contents. `limit` is in bytes, for all files together. Files keep their mtime and
+    executable bit. OSError when `dest` cannot be written.
     """
     deadline, done = time.monotonic() + timeout_s, Fetched()
     dest.mkdir()
@@ -121,13 +121,13 @@ def shell_glob(pattern: str) -> str:
     return "".join(c if c in "*?[]-" else shlex.quote(c) for c in pattern)
 
 
-# -- what there is
+# -- listing
 
 
 def _list(
     connection: "Connection", cwd: str, words: Sequence[str], limit: int, deadline: float, done: Fetched
 ) -> bytes:
-    """The guest's answer to LIST, cut at LIST_BYTES."""
+    """The guest's answer to LIST, truncated at LIST_BYTES."""
     text = LIST.replace("@LIMIT@", str(limit)) + "\n".join(f"list {word}" for word in words)
     said = bytearray()
 
@@ -145,7 +145,7 @@ def _list(
 
 
 class _Listing:
-    """Reads the guest's answer to LIST, and notes what cannot come."""
+    """Parses the guest's answer to LIST, and records names that cannot be fetched."""
 
     def __init__(self, patterns: Sequence[str], limit: int, done: Fetched) -> None:
         self.files: dict[str, None] = {}
@@ -156,7 +156,7 @@ class _Listing:
         self._done = done
 
     def take(self, token: bytes) -> None:
-        """Take in a marker, or the name of a file."""
+        """Parse a marker, or the name of a file."""
         if token.startswith(b"./"):
             self._name(PurePosixPath(os.fsdecode(token[2:])))
         elif token == b"pattern":
@@ -169,18 +169,18 @@ class _Listing:
     def _name(self, path: PurePosixPath) -> None:
         name, left = str(path), self._done.left
         if path.is_absolute() or ".." in path.parts:
-            left[name] = "its name leads elsewhere"
+            left[name] = "its name leads out of the folder"
         elif self._kind == "large":
             left[name] = f"left in the guest: it is larger than {show_size(self._limit)}"
         elif self._kind == "other":
-            left[name] = "left in the guest: it is a link, or no plain file"
+            left[name] = "left in the guest: it is a link, or not a regular file"
         elif len(self.files) + len(self.folders) >= FILES:
             left[""] = f"more than {FILES} files and folders: the rest was left in the guest"
         elif path.parts:
             (self.folders if self._kind == "folder" else self.files)[name] = None
 
 
-# -- what comes
+# -- receiving
 
 
 def _receive(
@@ -202,38 +202,38 @@ def _receive(
 
 
 class _Member(tarfile.TarInfo):
-    """A header, of bounded length."""
+    """A header of bounded length."""
 
     def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
         if not (self.isfile() or self.isdir() or self.islnk()) and self.size > META_BYTES:
             raise tarfile.ReadError("a header is too long")
-        member: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]  # the way in that its source names
+        member: tarfile.TarInfo = super()._proc_member(tar)  # type: ignore[misc]  # tarfile documents this override
         return member
 
 
 def _unpack(archive: IO[bytes], dest: Path, wanted: Mapping[str, None], limit: int, done: Fetched) -> str:
-    """Write the files that were asked for; returns why some may be missing, or ''."""
+    """Write the requested files; returns why some may be missing, or ''."""
     archive.seek(0)
     left = limit
     try:
-        # Of many names xargs makes several archives, one after the other.
+        # For many names xargs runs tar several times: the archives are concatenated.
         with tarfile.open(
             fileobj=archive, mode="r:", tarinfo=_Member, ignore_zeros=True, encoding="utf-8", errors="surrogateescape"
         ) as members:
             while (member := members.next()) is not None:
-                members.members = []  # type: ignore[attr-defined]  # it would keep each of them
+                members.members = []  # type: ignore[attr-defined]  # else it keeps every member
                 name = str(PurePosixPath(member.name))
                 if name in wanted and name not in done.files:
                     left -= _write(members, member, dest, name, left, done)
                 if left < 0:
                     return _over_limit(limit)
     except (tarfile.TarError, OverflowError, RecursionError, ValueError):
-        return "what the guest sent was cut, or is no tar"
+        return "the guest sent a truncated or invalid tar"
     return ""
 
 
 def _write(members: tarfile.TarFile, member: tarfile.TarInfo, dest: Path, name: str, most: int, done: Fetched) -> int:
-    """Write one file, unless it is too long; returns its size. Of a hard link it is a copy."""
+    """Write one file, unless it is too large; returns its size. A hard link becomes a copy."""
     first, place = str(PurePosixPath(member.linkname)), dest / name
     if member.islnk() and first in done.files:
         size = (dest / first).stat().st_size
@@ -262,13 +262,13 @@ def _write(members: tarfile.TarFile, member: tarfile.TarInfo, dest: Path, name: 
 
 @contextmanager
 def _noting_bad_name(name: str, done: Fetched) -> Iterator[None]:
-    """Note a name that this host's file system refuses."""
+    """Record a name that this host's file system refuses."""
     try:
         yield
     except OSError as error:
         if error.errno not in NAME_ERRORS:
             raise
-        done.left[name] = f"this host cannot have a file of this name: {error.strerror}"
+        done.left[name] = f"this host cannot store a file of this name: {error.strerror}"
 
 
 def _over_limit(limit: int) -> str:
@@ -278,7 +278,7 @@ def _over_limit(limit: int) -> str:
 def _run(
     connection: "Connection", text: str, cwd: str, take: Callable[[bytes], None], deadline: float, stdin: bytes = b""
 ) -> str:
-    """Run a script in the guest and hand on its output; returns why it failed, or ''."""
+    """Run a script in the guest and pass its output to `take`; returns why it failed, or ''."""
     errors = process.Head()
     try:
         ended = connection.execute(
@@ -290,7 +290,7 @@ def _run(
             keep=False,
         )
     except CommandTimeoutError:
-        return "there was no time left (artifacts_timeout_s)"
+        return "the time limit was reached (artifacts_timeout_s)"
     except SshError as error:
         return f"the connection broke: {error.message}"
     said = [printable.line(line) for line in errors.text.splitlines() if line.strip()]

@@ -1,4 +1,4 @@
-"""The first word of the server behind a loopback port that QEMU forwards: what it says, and waiting until it comes."""
+"""The banner of the server behind a loopback port that QEMU forwards: read it, or wait for it."""
 
 import contextlib
 import errno
@@ -9,25 +9,25 @@ from collections.abc import Callable, Iterator
 from typing import Self
 
 HOST = "127.0.0.1"
-CLOSED = "closed before a word"
+CLOSED = "closed without a banner"
 NO_LISTENER = "nothing listens on the port: QEMU is not forwarding it"
 SILENT = "no answer came: the guest is still booting, or its network is down"
 REFUSED = "the guest refused the connection: its SSH server is not up yet or broken"
 
 FIRST_S, LEAST_S = 1.0, 0.4
 SHARE = 6
-"""There is a new connection after a sixth of what was waited, which is more than is lost at most."""
+"""Connect again after 1/SHARE of the time waited so far, which bounds the time lost to that fraction."""
 NETWORK_UP_S = 4.0
-"""As LEAST_S, once the guest's kernel has refused a call: its network is up, and no packet is lost any more."""
+"""Replaces LEAST_S once the guest's kernel has refused a connection: its network is up and loses no more packets."""
 MAX_OPEN = 8
 PAUSE_S = 0.1
 ALIVE_EVERY_S = 0.5
 
 
 def read(port: int, timeout_s: float) -> str:
-    """The first line of the server behind a loopback port, CLOSED, or nothing when it stays silent.
+    """Read the first line of the server behind a loopback port. Returns CLOSED, or '' if the server stays silent.
 
-    QEMU closes the connection when the guest's kernel refuses it: that is the kernel's word, so that it works.
+    QEMU closes the connection when the guest's kernel refuses it, so CLOSED proves that the kernel works.
     """
     with contextlib.suppress(TimeoutError):
         try:
@@ -40,20 +40,20 @@ def read(port: int, timeout_s: float) -> str:
 
 
 def network_unknown() -> None:
-    """Nobody knows whether the guest's network is up."""
+    """The default for `network`: whether the guest's network is up is not known."""
 
 
 def wait(
     port: int, *, timeout_s: float, alive: Callable[[], bool], network: Callable[[], bool | None] = network_unknown
 ) -> str:
-    """Wait until an SSH server speaks. Returns nothing when one has, else how the port was last.
+    """Wait for the banner of an SSH server. Returns '' once it has come, else the last state of the port.
 
-    QEMU accepts at once, whatever the guest does. The first packet of a connection to a guest whose network is not up
-    yet is lost, and sent again only after 6 s, 12 s and so on, also when we have hung up: a new connection is quicker,
-    but each one costs the guest a process of its server in the end. So they become fewer; and those before are listened
-    to, because a guest may be slow. `alive` is asked now and then: when it says no, that is the end.
+    QEMU accepts at once, whatever the guest does. The first packet to a guest whose network is down is lost and resent
+    only after 6 s, 12 s and so on, even after we have closed the connection. A new connection is quicker, but each one
+    costs the guest a server process in the end. So the intervals grow, and earlier connections stay open, because a
+    guest may be slow. `alive` is polled; the wait ends when it returns False.
 
-    `network` says whether the guest has brought up its network card: as long as it says no, there is no call.
+    `network` returns whether the guest's network card is up. No connection is made while it returns False.
     """
     began = asked = due = time.monotonic()
     first, least_s, stage = 0.0, LEAST_S, SILENT
@@ -80,7 +80,7 @@ def wait(
 
 
 class _Attempts:
-    """Connections on which nobody has spoken yet, the oldest first."""
+    """Connections without a banner so far, oldest first."""
 
     def __init__(self, port: int) -> None:
         self._port = port
@@ -96,7 +96,7 @@ class _Attempts:
         self._selector.close()
 
     def connect(self) -> bool:
-        """Begin one more, and give up the oldest where there are many; False when nothing listens on the port."""
+        """Open one more connection; drop the oldest beyond MAX_OPEN. False if nothing listens on the port."""
         sock = socket.socket()
         sock.settimeout(0)
         if sock.connect_ex((HOST, self._port)) not in (0, errno.EINPROGRESS):

@@ -1,9 +1,9 @@
-"""Has this guest booted anew? A boot's identity, by the best proof that the guest has to offer.
+"""Has this guest rebooted? The identity of a boot, by the best evidence that the guest offers.
 
-A ladder, from proof to hint: for machines of ours QEMU's own events, given by the caller as a word that each RESET,
-SHUTDOWN and start of QEMU changes, whatever the guest says; an id that the kernel made at boot, which also a kexec
-changes; a random stamp of ours in a place that a boot empties; the uptime, which only a boot sets back. A clock that is
-set moves none of them, and a pause none but the uptime, which then falls behind without starting anew.
+From proof to hint: QEMU's events, for our own machines, as a marker that each RESET, SHUTDOWN and start of QEMU
+changes; a boot id of the kernel, which a kexec changes too; our random stamp in a folder that a boot empties; the
+uptime, which only a boot resets. Setting the clock changes none of them. A pause changes only the uptime, which then
+lags but does not restart.
 """
 
 import re
@@ -19,7 +19,7 @@ COARSE_S = 60.0
 TOLERANCE_S = 3.0
 SLACK_S = 1.0
 DRIFT = 0.002
-"""How much faster than ours a guest's clock may run."""
+"""How much faster than the host's clock a guest's may run, as a fraction."""
 
 PROBE = r"""
 PATH=$PATH:/sbin:/usr/sbin:/bin:/usr/bin
@@ -46,12 +46,12 @@ for place in /dev/shm /run /var/run; do
 done
 exit 0
 """
-"""What a guest is asked, in POSIX sh. `$0` is a random word, which the first who asks after a boot leaves there."""
+"""The guest's part, in POSIX sh. `$0` is a random word; the first probe after a boot leaves it as the stamp."""
 
 
 @dataclass(frozen=True)
 class Boot:
-    """What is known of one boot, at one moment. `uptime_s` is None, or exact to `coarse_s`."""
+    """The identity of one boot, as seen at one moment. `uptime_s` is None, or accurate to `coarse_s`."""
 
     ids: frozenset[str] = frozenset()
     stamp: str = ""
@@ -63,12 +63,12 @@ class Boot:
 
 
 def script() -> str:
-    """What to run in the guest, by sh; its stdout goes to parse()."""
+    """The sh script to run in the guest; pass its stdout to parse()."""
     return f"set -- {secrets.token_hex(8)}\n" + PROBE.replace('"$0"', '"$1"')
 
 
 def parse(stdout: str, events: str = "") -> Boot:
-    """What script() has printed. Lines that some system does not print, or prints otherwise, only make it weaker."""
+    """Parse the output of script(). Missing or unknown lines only weaken the identity."""
     facts: dict[str, str] = {}
     for line in stdout.splitlines():
         name, _, value = line.partition(" ")
@@ -78,23 +78,23 @@ def parse(stdout: str, events: str = "") -> Boot:
     now = _seconds(facts.get("now", ""))
     uptime, coarse = _number(facts.get("uptime", "")), TOLERANCE_S
     if uptime is None and boottime is not None and now is not None:
-        uptime = float(now - boottime)  # both move together when the clock is set
+        uptime = float(now - boottime)  # setting the clock moves both
     if uptime is None:
         uptime, coarse = _parse_uptime(facts.get("up", "")), COARSE_S
     return Boot(frozenset(ids), facts.get("stamp", ""), uptime, coarse, boottime, events)
 
 
 def probe(run: Callable[[str], str], events: Callable[[], str] | None = None) -> Boot:
-    """Ask a guest: `run` carries out a script in it and returns its stdout. `events` gives a word for QEMU's events.
+    """Probe a guest: `run` runs a script in it and returns its stdout. `events` returns the marker of QEMU's events.
 
-    The word is taken first: an event that comes while the guest is asked shows in the next comparison.
+    The marker is read first: an event during the probe then shows in the next comparison.
     """
-    word = events() if events else ""
-    return parse(run(script()), word)
+    marker = events() if events else ""
+    return parse(run(script()), marker)
 
 
 def compare(before: Boot, after: Boot) -> BootChange:
-    """Whether the guest has booted between two looks; "unknown" when nothing that it offers can tell."""
+    """Whether the guest has rebooted between two probes; "unknown" if its evidence does not suffice."""
     if before.events and after.events and before.events != after.events:
         return "rebooted"
     kinds = [{one.partition(" ")[0]: one for one in boot.ids} for boot in (before, after)]
@@ -109,12 +109,12 @@ def compare(before: Boot, after: Boot) -> BootChange:
 
 
 def to_text(boot: Boot) -> str:
-    """What of an identity holds beyond this process, on one line; for from_text()."""
+    """The parts of an identity that outlive this process, on one line; for from_text()."""
     return " | ".join([*sorted(boot.ids), f"stamp {boot.stamp}"])
 
 
 def from_text(text: str) -> Boot:
-    """What to_text() has made."""
+    """Parse the output of to_text()."""
     parts = text.split(" | ")
     stamp = next((part.removeprefix("stamp ") for part in parts if part.startswith("stamp ")), "")
     return Boot(frozenset(part for part in parts if part and not part.startswith("stamp")), stamp)
@@ -127,7 +127,7 @@ def _by_uptime(before: Boot, after: Boot) -> BootChange:
     if after.uptime_s < before.uptime_s - max(before.coarse_s, after.coarse_s):
         return "rebooted"
     if after.uptime_s > elapsed * (1 + DRIFT) + SLACK_S:
-        return "same"  # it was up before the first look; systems that are coarse never say too much
+        return "same"  # it was up before the first probe; a coarse uptime is never too high
     # It was paused, or it booted and has been up for longer than before.
     if before.boottime_s is not None and after.boottime_s is not None:
         return "same" if abs(after.boottime_s - before.boottime_s) <= TOLERANCE_S else "unknown"
@@ -140,13 +140,13 @@ def _number(text: str) -> float | None:
 
 
 def _seconds(text: str) -> int | None:
-    """Seconds since 1970 in `{ sec = N, usec = M } date`, `N` or `N.M`; a date alone is told otherwise everywhere."""
+    """Seconds since 1970 in `{ sec = N, usec = M } date`, `N` or `N.M`; the format of a date alone varies."""
     found = re.search(r"\bsec\s*=\s*(\d+)|^(\d{9,})\b", text)
     return int(found[1] or found[2]) if found else None
 
 
 def _parse_uptime(text: str) -> float | None:
-    """The uptime in what uptime(1) prints: `up 3 days, 2:05,`, `up 5 min,`, `up 30 secs,`."""
+    """The uptime in the output of uptime(1): `up 3 days, 2:05,`, `up 5 min,`, `up 30 secs,`."""
     found = re.search(r"\bup\s+(?:(\d+) days?,?\s*)?(?:(\d+):(\d\d)|(\d+) hrs?|(\d+) min\w*|(\d+) secs?)?", text)
     if not found or not any(found.groups()):
         return None

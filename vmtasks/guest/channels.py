@@ -1,7 +1,7 @@
-"""The channels of one connection, each with the command line that was sent on it, and a shell that waits for the next.
+"""The channels of one connection, and a shell that is started ahead for the next command.
 
-To start a shell is most of what a short command costs in an emulated guest. So after a command has ended the next one's
-shell is started at once, in the login's environment and home as ever; it ends by itself when it is not needed soon.
+Starting a shell is most of the cost of a short command in an emulated guest. So the next command's shell is started as
+soon as a command has ended, in the login user's environment and home. It exits if it is not needed soon.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ BROKEN = (paramiko.SSHException, OSError, EOFError)
 """What paramiko raises when a connection breaks or a request is refused."""
 
 MAX_UNFINISHED = 6
-"""How many commands that we left may keep their channels: OpenSSH's server has 10 for a connection; see MaxSessions."""
+"""How many abandoned commands may keep their channels. OpenSSH's server allows 10 on a connection: MaxSessions."""
 
 OPEN_S = 10.0
 SHELL_MAX_AGE_S = 20.0
-"""How old a shell that waits may be: what has changed for new logins since then, such as groups, it does not know."""
+"""The maximum age of a waiting shell: it does not see later changes to the login, such as groups."""
 
 
 class NotStartedError(SshError):
-    """The server closed a channel before it took the command."""
+    """The server closed a channel before it accepted the command."""
 
 
 @dataclass(frozen=True)
 class WaitingShell:
-    """A shell that waits on a channel; its first line on stderr has this token."""
+    """A shell that waits on a channel. Its first line on stderr holds the token."""
 
     channel: Any
     token: str
@@ -49,7 +49,7 @@ class WaitingShell:
 
 
 class Channels:
-    """To be used from any thread."""
+    """The channels of a connection. Thread-safe."""
 
     def __init__(self, name: str, transport: Transport) -> None:
         """`name` is the machine's, for errors."""
@@ -61,7 +61,7 @@ class Channels:
         self._starter: threading.Thread | None = None
 
     def open(self, line: str, deadline: float) -> Any:
-        """A channel on which a command line was sent. If the server does not take it, it closes the channel."""
+        """Open a channel and send a command line. A server that does not accept the line closes the channel."""
         with self._lock:
             self._unfinished = [channel for channel in self._unfinished if not channel.closed]
             while len(self._unfinished) > MAX_UNFINISHED:
@@ -73,7 +73,7 @@ class Channels:
             self._transport.send_exec(channel, line)
         except BROKEN as error:
             if self.is_broken():
-                what = "was lost as a command was sent" if started else "is closed; the command was not sent"
+                what = "was lost while a command was sent" if started else "is closed; the command was not sent"
                 raise ConnectionLostError(f"the connection to {self._name} {what}", started=started) from None
             if time.monotonic() >= deadline:
                 raise CommandTimeoutError("the guest did not start the command in time", which="overall") from None
@@ -81,23 +81,23 @@ class Channels:
         return channel
 
     def release(self, channel: Any) -> None:
-        """Have no more to do with a channel, whether or not its command has ended."""
+        """Release a channel, whether or not its command has ended."""
         if channel.status_event.is_set():
             channel.close()
         else:
-            # dropbear takes the exit of a command whose channel was closed before for that of a later one.
+            # After an early close, dropbear reports the exit of this command as that of a later one.
             with self._lock:
                 self._unfinished.append(channel)
 
     def is_broken(self) -> bool:
-        """Whether the connection is broken; paramiko's thread may be about to say so."""
+        """Whether the connection is broken. Gives paramiko's thread a moment to notice."""
         self._transport.join(0.5)
         return not self._transport.is_active()
 
-    # -- the shell that waits
+    # -- the waiting shell
 
     def prestart_shell(self, via: Via) -> None:
-        """Begin to start a shell for the next command, unless there is one."""
+        """Start a shell for the next command in the background, unless there is one."""
         with self._lock:
             if self._waiting is None and self._starter is None:
                 self._starter = threading.Thread(
@@ -115,7 +115,7 @@ class Channels:
                 self._dismiss(other)
 
     def take_shell(self, deadline: float) -> WaitingShell | None:
-        """The shell that waits, if there is one; nobody else gets it."""
+        """Take the waiting shell, if there is one."""
         starter = self._starter
         if starter is not None:
             starter.join(max(0.0, deadline - time.monotonic()))
@@ -128,7 +128,7 @@ class Channels:
         return None
 
     def expire_shell(self) -> None:
-        """Dismiss a shell that has waited for too long."""
+        """Dismiss a shell that has waited too long."""
         with self._lock:
             old = self._waiting if self._waiting is not None and not self._waiting.is_usable() else None
             if old is not None:

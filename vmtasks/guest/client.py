@@ -1,10 +1,10 @@
-"""One authenticated SSH connection to a machine, and commands through it.
+"""One authenticated SSH connection to a machine, and commands over it.
 
     with client.connect(target, timeout_s=20) as connection:
         done = connection.execute(["make", "check"], cwd="src", timeout_s=600, on_line=show)
         done.stdout, done.stderr, done.status, done.signal
 
-A connection never opens itself again; link.py does that.
+A connection never reconnects; link.py does that.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from vmtasks.guest.ssh import Target, end_group_script
 from vmtasks.guest.transport import Transport
 
 Console = Callable[[], Sequence[str]]
-"""Gives the console's last lines, for errors."""
+"""Returns the console's last lines, for errors."""
 
 END_S = 20.0
 GONE_EVERY_S = 1.0
@@ -35,7 +35,7 @@ TRIES = 4
 
 
 class Connection:
-    """Logged in. Several commands may run at once, each on a channel of its own, from any thread."""
+    """A logged-in connection. Thread-safe: several commands may run at once, each on its own channel."""
 
     def __init__(
         self, target: Target, transport: Transport, keepalive_s: float, gone: Callable[[], bool] | None
@@ -64,11 +64,11 @@ class Connection:
         return str(self._transport.remote_version)
 
     def is_connected(self) -> bool:
-        """Whether the connection stands. Of a guest that fell silent this is known once keepalives are overdue."""
+        """Whether the connection is alive. A silent guest is noticed once keepalives are overdue."""
         return bool(self._transport.is_active())
 
     def close(self) -> None:
-        """End the connection. What runs through it goes on in the guest; its end is not seen here."""
+        """Close the connection. Commands keep running in the guest; their end is not seen here."""
         self._closing.set()
         self._transport.close()
 
@@ -87,16 +87,16 @@ class Connection:
         keep: bool = True,
         detached: bytes = b"",
     ) -> CommandResult:
-        """Run a script (str) or a program with arguments (list) to its end; both streams are bytes, apart and exact.
+        """Run a script (str) or a program with arguments (list) to its end; both streams are bytes, separate and exact.
 
         `on_line(line, stream)` is called for each line as it comes, `on_data(data, stream)` for each block; with
         `keep=False` the result holds no output. `cwd` is relative to the login user's home. `user` is reached through
-        doas, sudo or su. A status other than 0 is a result, not an error. With `detached` a command that says this last
-        and closes its streams goes on without us.
+        doas, sudo or su. A status other than 0 is a result, not an error. A command that prints `detached` last and
+        closes its streams counts as ended and keeps running.
 
-        CommandTimeoutError after `timeout_s`, or after `idle_s` without output: all that the command has started was
-        ended in the guest. ConnectionLostError when the connection broke: `started` says whether the command can have
-        run. ConfigError for a command that no system can take.
+        CommandTimeoutError after `timeout_s`, or after `idle_s` without output: the command's process group was
+        ended in the guest. ConnectionLostError when the connection broke: `started` tells whether the command may have
+        run. ConfigError for an invalid command.
         """
         text = commands.script(command, cwd=cwd, env=env, user=user)
         for left in reversed(range(TRIES)):
@@ -105,7 +105,7 @@ class Connection:
                     text, timeout_s, idle_s, user, stdin, on_line=on_line, on_data=on_data, keep=keep, detached=detached
                 )
             except NotStartedError:
-                # dropbear closes a channel that is opened just as another's command ends. Nothing has run.
+                # dropbear closes a channel that is opened while the command of another ends. Nothing has run.
                 if not left or not isinstance(stdin, bytes):
                     raise
                 time.sleep(0.1)
@@ -122,10 +122,10 @@ class Connection:
         detached: bytes,
         **more: Any,
     ) -> CommandResult:
-        """One try of execute()."""
+        """Make one attempt of execute()."""
         deadline = time.monotonic() + timeout_s
-        # What goes on without us gets a shell of its own, by whose command line it can be told from others later, see
-        # job.py; and so does what reads a stream, which could not be read again for a second try.
+        # A detached command needs a shell of its own, whose command line identifies it later; see job.py. So does a
+        # command that reads a stream, which cannot be read again for a second attempt.
         fresh = detached != b"" or not isinstance(stdin, bytes)
         channel, wire = self._start(text, deadline, stdin=stdin != b"", fresh=fresh)
         try:
@@ -146,7 +146,7 @@ class Connection:
         raise _timeout_error(reason, timeout_s if reason == "overall" else idle_s or 0.0, pump, ended=ended)
 
     def _start(self, text: str, deadline: float, *, stdin: bool, fresh: bool) -> tuple[Any, Wire]:
-        """A channel on which a command was begun, by the shell that waits for one or by a new one."""
+        """Start a command, in the waiting shell or a new one; returns its channel."""
         waiting = None if fresh else self._channels.take_shell(deadline)
         if waiting is not None:
             return waiting.channel, Wire(
@@ -160,9 +160,9 @@ class Connection:
             return CommandResult(pump.stdout, pump.stderr, 0)
         name = getattr(channel, "exit_signal", "")
         over = channel.exit_status >= 0 or name != ""
-        # An exit may also be that of a login shell that lets nobody run anything.
+        # An exit status may also come from a login shell that refuses commands.
         if over and not pump.header.seen and (waited or name):
-            raise NotStartedError("the shell that was to run the command in the guest was killed before it had begun")
+            raise NotStartedError("the shell for the command was killed in the guest before it started")
         if channel.exit_status >= 0:
             return CommandResult(pump.stdout, pump.stderr, channel.exit_status)
         if name:
@@ -173,17 +173,17 @@ class Connection:
                 f"the connection to {self.target.name} was lost; how the command ended is not known",
                 stdout=pump.stdout,
                 stderr=pump.stderr,
-                hint="a command that must survive this is run as a job",
+                hint="run a command that must survive this as a job",
             )
-        # No answer to the request, which comes before anything of the command; no word of the shell that was to wait.
+        # The server did not answer the request, or the waiting shell printed no header.
         if not channel.event_ready or (waited and not pump.header.seen):
             raise NotStartedError("the guest's SSH server refused to run the command")
         raise SshError("the guest's SSH server gave no status for the command")
 
     def _end_group(self, pump: Pump, user: str) -> bool:
-        """End in the guest what a command has started; whether that is certain."""
+        """End a command's process group in the guest; returns whether that is certain."""
         limit = time.monotonic() + END_S
-        # A guest that answers no more may also keep us from sending: then all of the connection is given up.
+        # A guest that no longer answers may also block sending: then close the whole connection.
         guard = threading.Timer(END_S, self._transport.close)
         guard.daemon = True
         guard.start()
@@ -202,13 +202,13 @@ class Connection:
             guard.cancel()
 
     def _close_when_gone(self, gone: Callable[[], bool]) -> None:
-        """Give the connection up as soon as its other end is known to be gone."""
+        """Close the connection as soon as `gone` reports that its other end is gone."""
         while not self._closing.wait(GONE_EVERY_S) and self.is_connected():
             if gone():
                 self._transport.close()
 
     def _keep_alive(self, every_s: float) -> None:
-        """Ask for a sign of life now and then; give the connection up after a time without one."""
+        """Send keepalives; close the connection when MISSED intervals pass without an answer."""
         while not self._closing.wait(every_s) and self.is_connected():
             self._channels.expire_shell()
             guard = threading.Timer(every_s * MISSED, self._transport.close)
@@ -221,7 +221,7 @@ class Connection:
 
 def _timeout_error(reason: StopReason, limit_s: float, pump: Pump, *, ended: bool) -> CommandTimeoutError:
     how = f"within {limit_s:g} s" if reason == "overall" else f"and said nothing for {limit_s:g} s"
-    then = "it was ended" if ended else "it may still run: the guest did not let it be ended"
+    then = "it was ended" if ended else "it may still run: it could not be ended in the guest"
     return CommandTimeoutError(
         f"the command did not end {how}; {then}",
         which="overall" if reason == "overall" else "idle",
@@ -238,12 +238,12 @@ def connect(
     keepalive_s: float = KEEPALIVE_S,
     gone: Callable[[], bool] | None = None,
 ) -> Connection:
-    """Log in to a machine within `timeout_s`, one try. Its host key must be one of those that `target` pins.
+    """Log in to a machine within `timeout_s`, once. Its host key must be one of those that `target` pins.
 
-    The key is `target.key` (ed25519, ECDSA or RSA); one that is encrypted is used through the agent. A guest that falls
-    silent later is noticed after 5 times `keepalive_s`; one that `gone` knows to be another than before, each second
-    asked, at once. Each failure has an error of its own, an SshError that shows what `console` gives:
-    ConnectRefusedError, BannerError, HostKeyError, AuthFailedError, ConnectTimeoutError.
+    The key is `target.key` (ed25519, ECDSA or RSA); an encrypted key is used through the agent. A guest that falls
+    silent later is noticed after 5 times `keepalive_s`. `gone` is polled each second; the connection is closed when it
+    returns True. Each failure has its own SshError, with the lines of `console`: ConnectRefusedError, BannerError,
+    HostKeyError, AuthFailedError, ConnectTimeoutError.
     """
     try:
         transport = login.open_transport(target, time.monotonic() + timeout_s)

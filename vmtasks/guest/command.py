@@ -1,7 +1,7 @@
-"""PURE: what is sent to a guest to run one command in a process group of its own, and how its output is read back.
+"""PURE: the command line that runs one command in a guest in its own process group, and the parsers of its output.
 
-The guest's shell first says on stderr which group it leads, on a line with a token that only this command knows. The
-caller takes that line out, and can end the group at a deadline.
+The guest's shell first prints a header on stderr: its process group, with a token that only this command knows. The
+caller strips that line, and can kill the group at a deadline.
 """
 
 import re
@@ -14,8 +14,8 @@ from vmtasks.errors import ConfigError
 from vmtasks.guest import ssh
 
 GROUP_FIRST = "kill -0 -$$ 2>/dev/null || ! command -v setsid >/dev/null 2>&1 || "
-"""OpenSSH's server makes a group for each command, dropbear does not. Not every system has setsid; where a shell does
-not lead its group, setsid needs no fork, so that the status stays that of the command."""
+"""OpenSSH's server makes a group for each command, dropbear does not. Not every system has setsid. Where a shell does
+not lead its group, setsid does not fork, so the status stays that of the command."""
 
 NO_INPUT = "exec </dev/null; "
 READ = "IFS= read -r vmtasks_line || exit 0; "
@@ -23,14 +23,14 @@ RUN = (
     'case $vmtasks_line in =*) eval "unset vmtasks_line;${vmtasks_line#=}" ;; '
     '*) eval "unset vmtasks_line;$(printf %b "$vmtasks_line")" ;; esac'
 )
-"""What READ has read. A shell reads no byte beyond the line, so that the rest is the command's. printf costs a fork."""
+"""Runs the line that READ has read. A shell reads no byte beyond it: the rest is the command's. printf costs a fork."""
 
 Command = str | Sequence[str]
-"""A script for sh, or a program with its arguments, which are then taken as they are."""
+"""A script for sh, or a program with its arguments, passed verbatim."""
 
 Stream = Literal["stdout", "stderr"]
 Via = Literal["", "sh", "setsid"]
-"""How a command comes to lead a group: not known yet, it does so anyway, or through setsid."""
+"""How a command becomes a group leader: not known yet, by itself, or through setsid."""
 
 OnLine = Callable[[str, Stream], None]
 OnData = Callable[[bytes, Stream], None]
@@ -48,9 +48,9 @@ class CommandResult:
 
 @dataclass(frozen=True)
 class Wire:
-    """A command as it is sent: the command line, what goes through stdin before anything else, and the token.
+    """A command as it is sent: the command line, the bytes to write to stdin first, and the token.
 
-    `header_lines`: how often the line with the token comes. Before the last of them nothing of the command has run.
+    `header_lines`: how many header lines to expect. Nothing of the command runs before the last of them.
     """
 
     line: str
@@ -60,12 +60,12 @@ class Wire:
 
 
 def script(command: Command, *, cwd: str = "", env: Mapping[str, str] | None = None, user: str = "") -> str:
-    """The script that runs `command`. ConfigError for what no system can take: NUL, names with `=`, an empty argv."""
+    """The script that runs `command`. ConfigError for NUL, an invalid variable name or an empty argv."""
     if isinstance(command, str):
         text = command
     else:
         if not command:
-            raise ConfigError("a command has at least one word")
+            raise ConfigError("a command needs at least one word")
         # `exec` reads a leading dash as an option of its own.
         text = ("" if command[0].startswith("-") else "exec ") + shlex.join(command)
     names = [name for name in env or {} if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name)]
@@ -79,7 +79,7 @@ def script(command: Command, *, cwd: str = "", env: Mapping[str, str] | None = N
 
 
 def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
-    """`text` as a command line that any login shell hands to sh unchanged, with the line that names the group.
+    """`text` as a command line that any login shell passes to sh unchanged, with the header line.
 
     Without `stdin` the command reads from /dev/null.
     """
@@ -98,9 +98,9 @@ def wire(text: str, token: str, via: Via, *, stdin: bool = False) -> Wire:
 
 
 def waiting_shell_line(token: str, via: Via) -> str:
-    """The command line of a shell that names its group and then waits on stdin; see waiting_shell_input().
+    """The command line of a shell that prints its header and then waits on stdin; see waiting_shell_input().
 
-    It names its group again once it has the text: one that ends before has run nothing.
+    It prints the header again once it has the text: a shell that ends before has run nothing.
     """
     header = f"echo ::vmtasks:{token}:$$:{via} >&2; "
     text = header + READ + header + RUN
@@ -108,17 +108,17 @@ def waiting_shell_line(token: str, via: Via) -> str:
 
 
 def waiting_shell_input(text: str, *, stdin: bool) -> bytes:
-    """The line that has a waiting shell run `text`. Without `stdin` the command reads from /dev/null."""
+    """The line that makes a waiting shell run `text`. Without `stdin` the command reads from /dev/null."""
     body = text if stdin else NO_INPUT + text
     # Some shells' read changes bytes beyond ASCII.
     return (f"={body}" if body.isascii() and body.isprintable() else ssh.printf_escape(body)).encode() + b"\n"
 
 
 class Header:
-    """Takes the line that names the group out of stderr, and what a login shell has said before it."""
+    """Strips the header lines from stderr, and any output of the login shell before them."""
 
     def __init__(self, token: str, times: int = 1) -> None:
-        """The token of the command; `group` and `via` are known once the line has come, `seen` after `times` lines."""
+        """`token` is the command's. `group` and `via` are set by the first header line, `seen` after `times` lines."""
         self._line = re.compile(rb"::vmtasks:" + token.encode() + rb":(\d+):(\w*)\n")
         self._held = b""
         self._left = times
@@ -127,11 +127,11 @@ class Header:
 
     @property
     def seen(self) -> bool:
-        """Whether the command may have begun."""
+        """Whether the command may have started."""
         return not self._left
 
     def feed(self, data: bytes) -> bytes:
-        """What of stderr so far is not held back."""
+        """Return the bytes of stderr that are the command's; b'' until the header is complete."""
         if self.seen:
             return data
         self._held += data
@@ -146,21 +146,21 @@ class Header:
         return rest
 
     def rest(self) -> bytes:
-        """What is still held at the end: the command never came to run."""
+        """Return the bytes held back for a header that never came: the command did not run."""
         return b"" if self.seen else self._held
 
 
 class Lines:
-    """Bytes in, whole lines out, and the unfinished last one at the end. A character is never split."""
+    """Splits bytes into whole lines, with the unfinished last one at the end. Never splits a character."""
 
     def __init__(self, stream: Stream, on_line: OnLine) -> None:
-        """Each line goes to `on_line` without its line feed, decoded as UTF-8 with replacements."""
+        """`on_line` gets each line without its line feed, decoded as UTF-8 with replacements."""
         self._stream: Stream = stream
         self._on_line = on_line
         self._held: list[bytes] = []
 
     def feed(self, data: bytes) -> None:
-        """Call for each line that is complete now."""
+        """Pass on each line that is now complete."""
         first, *more = data.split(b"\n")
         self._held.append(first)
         for part in more:
@@ -168,7 +168,7 @@ class Lines:
             self._held = [part]
 
     def end(self) -> None:
-        """Call for the last line if it has no line feed."""
+        """Pass on the last line if it has no line feed."""
         rest = b"".join(self._held)
         if rest:
             self._on_line(rest.decode(errors="replace"), self._stream)

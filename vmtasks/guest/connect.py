@@ -1,7 +1,6 @@
-"""Commands of our own in a guest: each goes through one Connection. People, rsync and scp go through OpenSSH.
+"""Our own commands in a guest: each goes through one Connection. People, rsync and scp go through OpenSSH.
 
-The front door of `client`, which loads paramiko when it is first used: 0.2 s that `doit list` or `vmtasks ps` need not
-pay.
+The lazy front door of `client`: importing paramiko takes 0.2 s, which `doit list` and `vmtasks ps` do not pay.
 """
 
 import time
@@ -22,7 +21,7 @@ READY_S = 8.0
 
 
 def connect(target: Target, *, timeout_s: float, **more: Any) -> "Connection":
-    """Log in, one try; see client.connect()."""
+    """Log in, once; see client.connect()."""
     from vmtasks.guest import client  # noqa: PLC0415 - paramiko takes 0.2 s
 
     return client.connect(target, timeout_s=timeout_s, **more)
@@ -36,7 +35,7 @@ def run(target: Target, command: "Command", *, timeout_s: float, **more: Any) ->
 
 
 def is_ready(target: Target, *, timeout_s: float = READY_S) -> bool:
-    """Whether the guest lets us in and runs a command now."""
+    """Whether the guest accepts a login and runs a command now."""
     try:
         return run(target, "true", timeout_s=timeout_s).status == 0
     except SshError:
@@ -50,10 +49,10 @@ def wait(
     alive: Callable[[], bool],
     network: Callable[[], bool | None] = banner.network_unknown,
 ) -> "Connection":
-    """Wait until the guest lets us in and runs a command; gives the connection. `network`: see banner.wait().
+    """Wait until the guest accepts a login and runs a command; returns the connection. `network`: see banner.wait().
 
-    SshError when `alive` says that the machine is gone, at once when it shows another host key, or after `timeout_s`,
-    with the stage that was reached.
+    SshError when `alive` returns False, at once when the guest shows another host key, or after `timeout_s`, with the
+    stage reached.
     """
     until = time.monotonic() + timeout_s
     while True:
@@ -62,7 +61,7 @@ def wait(
         if not stage:
             try:
                 return _connect_and_test(target)
-            except HostKeyError as error:  # no waiting mends it
+            except HostKeyError as error:  # waiting does not help
                 raise error.replace(hint="doit restore, if nothing in it is needed") from error
             except SshError as error:
                 stage = error.message
@@ -74,12 +73,12 @@ def wait(
 
 
 def _connect_and_test(target: Target) -> "Connection":
-    """A connection through which a command has run."""
+    """Connect, and run one command to prove the connection."""
     with ExitStack() as stack:
         connection = stack.enter_context(connect(target, timeout_s=TRY_S))
         done = connection.execute("true", timeout_s=TRY_S)
         if done.status != 0:
             said = done.stderr.decode(errors="replace").strip()
-            raise SshError(f"the guest lets us in, and runs nothing: {said or f'status {done.status}'}")
+            raise SshError(f"the guest accepts the login, but runs no command: {said or f'status {done.status}'}")
         stack.pop_all()
     return connection

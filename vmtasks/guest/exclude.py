@@ -1,4 +1,4 @@
-"""What rsync's patterns exclude, as far as they are simple: a digest needs no rsync to know what a sync would send."""
+"""rsync's exclude patterns, as far as they are simple, as regular expressions: a digest then needs no rsync."""
 
 import os
 import re
@@ -8,14 +8,14 @@ import msgspec
 
 
 class Excluder(msgspec.Struct, frozen=True):
-    """What simple rsync patterns say of a whole path, as bytes (folders end in `/`)."""
+    """Matches whole paths, as bytes (folders end in `/`), against simple rsync patterns."""
 
     runs: tuple[tuple[bool, re.Pattern[bytes]], ...] = ()
     whole: bool = True
-    """Whether all patterns are understood; else what no run matches may be kept by one that is not."""
+    """Whether all patterns are simple. If not, a path without a match may be kept by a later pattern."""
 
     def excludes(self, path: bytes) -> bool | None:
-        """True: excluded. False: kept, or perhaps so. None: no pattern speaks of it."""
+        """True: excluded. False: included, or possibly so. None: no pattern matches."""
         for excluded, expression in self.runs:
             if expression.fullmatch(path):
                 return excluded
@@ -23,10 +23,10 @@ class Excluder(msgspec.Struct, frozen=True):
 
 
 def excluder(patterns: Sequence[str]) -> Excluder:
-    """Of the patterns that rsync is given, those that are simple, in their order: the first that matches decides.
+    """Compile the simple patterns of rsync's list in their order: the first match decides.
 
-    What is not simple is left out, after such a `+` also what follows, which it may keep, and what is before a `!`,
-    which clears the list. A digest that sees too much only runs a suite once more.
+    Skips patterns that are not simple, all patterns after such a `+`, which may include their matches, and all before
+    a `!`, which clears the list. A digest over too many files only runs a suite once more.
     """
     runs: list[tuple[bool, list[bytes]]] = []
     whole = True
@@ -45,12 +45,12 @@ def excluder(patterns: Sequence[str]) -> Excluder:
 
 
 def effective(patterns: Sequence[str]) -> Sequence[str]:
-    """The patterns that count for rsync: those after the last `!`, which clears its list."""
+    """The patterns in effect for rsync: those after the last `!`, which clears its list."""
     return patterns[max((n for n, pattern in enumerate(patterns, 1) if pattern == "!"), default=0) :]
 
 
 def _simple(pattern: bytes) -> bytes | None:
-    """The pattern as an expression for whole paths; None when it is not simple."""
+    """The pattern as a regular expression for whole paths; None if it is not simple."""
     body = pattern.removeprefix(b"/").removesuffix(b"/")
     if not body or body.startswith((b"/", b"- ", b"!")) or re.search(rb"\*\*|[\[\\]|//|/\Z", body):
         return None
@@ -61,5 +61,5 @@ def _simple(pattern: bytes) -> bytes | None:
 
 
 def literal(path: bytes) -> bytes:
-    """The rsync pattern for just this path of the tree. A backslash is one only where there is a wildcard."""
+    """The rsync pattern that matches only this path. rsync reads a backslash as an escape only beside a wildcard."""
     return b"/" + (re.sub(rb"([\\*?\[])", rb"\\\1", path) if re.search(rb"[*?\[]", path) else path)

@@ -1,7 +1,7 @@
-"""One file into a guest or out of it, whole or not at all, with any name.
+"""Copy one file, of any name, atomically into a guest or out of it.
 
-The bytes go through the OpenSSH connection that all tools share: it is several times as fast as one from Python. The
-receiving side writes beside the place, makes it durable, and renames.
+The bytes go through the shared OpenSSH connection, which is several times as fast as one from Python. The receiving
+side writes a temporary file beside the destination, syncs it, and renames it.
 """
 
 import posixpath
@@ -17,7 +17,7 @@ from vmtasks.host import files, process
 
 TIMEOUT_S = 3600.0
 
-# Not every cat has a way to make a file durable, but dd has where it knows conv=fsync, and sync always does.
+# Not every dd knows conv=fsync; sync works everywhere.
 PUT = """
 mkdir -p @FOLDER@ || exit 1
 umask 077
@@ -35,11 +35,11 @@ exec cat @PLACE@
 
 
 def put(target: Target, source: Path, dest: str, *, mode: int | None = None, timeout_s: float = TIMEOUT_S) -> None:
-    """Copy a local file to `dest` in the guest, absolute or relative to the login user's home; `/` at its end: into it.
+    """Copy a local file to `dest` in the guest, absolute or relative to the login user's home.
 
-    Missing folders are made.
-    `mode` is by default that of `source`. OSError when `source` cannot be read, CommandError when `dest` cannot be
-    written, ConnectionLostError when the connection broke; then `dest` is as it was, or complete.
+    A `dest` that ends in `/` is a folder. Creates missing folders. `mode` defaults to that of `source`.
+    OSError when `source` cannot be read, CommandError when `dest` cannot be written, ConnectionLostError when the
+    connection broke. `dest` is then unchanged or complete.
     """
     place = posixpath.join(dest, source.name) if dest.endswith("/") else dest
     folder = posixpath.dirname(place)
@@ -50,14 +50,14 @@ def put(target: Target, source: Path, dest: str, *, mode: int | None = None, tim
         text = re.sub("@([A-Z]+)@", lambda found: words[found[1]], PUT)
         said = bytearray()
         ended = process.stream(target.argv(ssh.remote_line(text)), said.extend, timeout_s=timeout_s, stdin=data)
-    _check(ended, said.decode(errors="replace"), f"{source} could not be put to {target.name}:{place}", timeout_s)
+    _check(ended, said.decode(errors="replace"), f"{source} could not be copied to {target.name}:{place}", timeout_s)
 
 
 def get(target: Target, source: str, dest: Path, *, timeout_s: float = TIMEOUT_S) -> Path:
-    """Copy a file of the guest to `dest`, a file or a folder that exists; returns the path of the copy.
+    """Copy a file of the guest to `dest`, a file or an existing folder; returns the path of the copy.
 
-    It is executable if it was. CommandError when `source` cannot be read, ConnectionLostError when the connection
-    broke, OSError when `dest` cannot be written; then what was there is as it was.
+    Keeps the executable bit. CommandError when `source` cannot be read, ConnectionLostError when the connection broke,
+    OSError when `dest` cannot be written. An existing file is then unchanged.
     """
     place = dest / posixpath.basename(source) if dest.is_dir() else dest
     text = GET.replace("@PLACE@", _word(source))
@@ -74,7 +74,7 @@ def get(target: Target, source: str, dest: Path, *, timeout_s: float = TIMEOUT_S
 
 
 def _word(path: str) -> str:
-    """A path as a shell word that no program takes for an option."""
+    """A path as a shell word that no program reads as an option."""
     return shlex.quote(path if path.startswith("/") else f"./{path}")
 
 

@@ -1,4 +1,4 @@
-"""What `.gitignore` files name, as git reads them: gitignore(5). Paths are bytes, relative to the tree's root."""
+"""`.gitignore` files, parsed and matched as git does: gitignore(5). Paths are bytes, relative to the tree's root."""
 
 import re
 from collections.abc import Collection
@@ -10,7 +10,7 @@ FILE = b".gitignore"
 STAR = rb"[^/\0]*"
 ESCAPED = re.compile(rb"\\(\W)", re.ASCII)
 LITERAL = re.compile(rb"(?:\\\W|[^\\()\[\]{}?*+|^$.])+", re.ASCII)
-"""An expression that one text matches."""
+"""A regular expression that matches a single text."""
 CLASSES = {
     b"alnum": b"0-9A-Za-z",
     b"alpha": b"A-Za-z",
@@ -28,9 +28,9 @@ CLASSES = {
 
 
 class IgnoreRule(msgspec.Struct, frozen=True, dict=True):
-    """One line. `path`: it is held against the path below the file's folder, and not against the last name.
+    """One line. `path`: it is matched against the path below the file's folder, not against the last name.
 
-    `depth`: how many folders are in a path that it matches; None when that is not certain.
+    `depth`: the number of folders in a path that it matches; None if not fixed.
     """
 
     pattern: bytes
@@ -41,14 +41,14 @@ class IgnoreRule(msgspec.Struct, frozen=True, dict=True):
 
     @cached_property
     def expression(self) -> re.Pattern[bytes]:
-        """The pattern, compiled when a name is first held against it."""
+        """The pattern, compiled on first use."""
         return re.compile(self.pattern, re.DOTALL)
 
 
 class IgnoreRules(msgspec.Struct, frozen=True):
-    """The rules of one file, which stands in the folder `base` (empty, or ending in `/`), below those of `above`.
+    """The rules of the `.gitignore` in the folder `base` (empty, or ending in `/`), on top of those of `above`.
 
-    The other fields follow from them.
+    The other fields are derived from them.
     """
 
     base: bytes
@@ -59,12 +59,12 @@ class IgnoreRules(msgspec.Struct, frozen=True):
     by_name: re.Pattern[bytes] | None = None
     by_path: re.Pattern[bytes] | None = None
     depths: frozenset[int | None] = frozenset()
-    """Those of what is held against paths: in most folders that is nothing."""
+    """The depths of the rules that match paths; in most folders there are none."""
     certain: tuple[frozenset[bytes], tuple[bytes, ...]] = (frozenset(), ())
-    """Last names, and their ends, that are ignored whatever has them, and whatever else matches."""
+    """Last names, and suffixes of them, that are ignored whatever else matches."""
 
     def __post_init__(self) -> None:
-        """Most paths match no rule at all, which few looks tell: at last names and their ends, then by expressions."""
+        """Derive fast checks, because most paths match no rule: last names, their suffixes, then expressions."""
         names, ends, rest = set(), [], []
         sure_names, sure_ends = set(), []
         for rule in self.rules:
@@ -93,7 +93,7 @@ class IgnoreRules(msgspec.Struct, frozen=True):
             msgspec.structs.force_setattr(self, what, value)
 
     def candidates(self, folder_path: bytes, names: Collection[bytes]) -> set[bytes]:
-        """Those of the `names` in a folder that a rule matches, though another may keep them."""
+        """The `names` in a folder that a rule matches; another rule may re-include them."""
         found: set[bytes] = set()
         level: IgnoreRules | None = self
         while level is not None:
@@ -111,7 +111,7 @@ class IgnoreRules(msgspec.Struct, frozen=True):
         return found
 
     def ignores(self, folder_path: bytes, name: bytes, *, folder: bool) -> bool:
-        """Whether `name` in the folder `folder_path` (it ends in `/`) is ignored, when no folder above it is."""
+        """Whether `name` in the folder `folder_path` (ends in `/`) is ignored, given that no folder above it is."""
         level: IgnoreRules | None = self
         while level is not None:
             names, ends = level.certain
@@ -130,7 +130,7 @@ def _any_of(patterns: list[bytes]) -> re.Pattern[bytes] | None:
 
 
 def parse(text: bytes, base: bytes = b"", above: IgnoreRules | None = None) -> IgnoreRules | None:
-    """The rules of a file's text; `above` when it holds none."""
+    """Parse the text of a file; returns `above` if it holds no rules."""
     lines = text.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     rules = tuple(rule for line in lines if (rule := _parse_line(line.removesuffix(b"\r"))) is not None)
     return IgnoreRules(base, rules, above) if rules else above
@@ -156,7 +156,7 @@ def _parse_line(line: bytes) -> IgnoreRule | None:
 
 
 def _expression(glob: bytes) -> bytes | None:
-    """The glob as a regular expression; None when it matches nothing. `**` is special only as a whole part."""
+    """The glob as a regular expression; None if it matches nothing. `**` is special only as a whole component."""
     words: list[bytes] = []
     at = 0
     while at < len(glob):
@@ -181,9 +181,9 @@ def _expression(glob: bytes) -> bytes | None:
 
 
 def _joined(words: list[bytes]) -> bytes:
-    """The words as one expression. What is between two stars is taken where it comes first, and not tried again later.
+    """Join the words into one expression. Text between two stars matches at its first position, without backtracking.
 
-    That is always right, as fnmatch of the standard library knows too, and keeps many stars from taking for ever.
+    This is always correct, as in fnmatch of the standard library, and avoids exponential time for many stars.
     """
     parts: list[list[bytes]] = [[]]
     for word in words:
@@ -204,7 +204,7 @@ def _stars(glob: bytes, start: int, end: int) -> tuple[bytes, int]:
 
 
 def _bracket(glob: bytes, at: int) -> tuple[bytes, int] | None:
-    """A bracket expression and where it ends; None when it does not end."""
+    """A bracket expression and the offset of its end; None if it is not closed."""
     at += 1
     negated = glob[at : at + 1] in (b"!", b"^")
     at += negated
@@ -235,7 +235,7 @@ def _bracket(glob: bytes, at: int) -> tuple[bytes, int] | None:
 
 
 def _bracket_char(glob: bytes, at: int) -> tuple[int, int]:
-    """A character, perhaps escaped, and where the next one is."""
+    """A character, possibly escaped, and the offset of the next one."""
     if glob[at : at + 1] == b"\\" and at + 1 < len(glob):
         at += 1
     return glob[at], at + 1

@@ -1,16 +1,16 @@
 """Commands that outlive the connection, this process and the SSH server: started detached, followed by byte offset.
 
-    job = start(link, "make world", cwd="src")              now it runs, whatever happens here
+    job = start(link, "make world", cwd="src")              it now runs, whatever happens here
     end = follow(link, job, timeout_s=3600, on_data=show)   each byte once, across lost connections
-    for view in listing(link): ...                          also from another process, later
+    for view in listing(link): ...                          from another process too, later
     cancel(link, job)
 
-    end = run(link, "make check", timeout_s=600, on_data=show)      start and follow; ended in the guest when late
+    end = run(link, "make check", timeout_s=600, on_data=show)      start and follow; ended in the guest at the deadline
 
 A job is a folder of mode 0700 in the guest: `command`, `title`, `user`, `boot`, `started`, `pid` of its runner, `group`
-and `leader` of the command, `log` (and `err`, where stderr is kept apart), and at the end `status`: `exit 7 <time>` or
-`signal 9 <time>`. Its name is the job's id, chosen here before anything is sent: a start whose outcome is not known is
-looked for under that name, and nothing is started twice.
+and `leader` of the command, `log` (and `err`, if stderr is separate), and at the end `status`: `exit 7 <time>` or
+`signal 9 <time>`. Its name is the job's id, chosen here before anything is sent: after a start with an unknown outcome
+the job is looked up by that name, so nothing is started twice.
 """
 
 import re
@@ -34,14 +34,14 @@ START_S = 60.0
 TITLE_BYTES = 120
 TRIES = 5
 GONE = 4
-"""The status of a script that found no folder of that name."""
+"""The exit status of a script that found no such job."""
 
 
 @dataclass(frozen=True)
 class JobEnd:
     """The end of a job. `status` is 128 + N after signal N; `signal` is its name, or empty after an exit.
 
-    An sh prints nothing about SIGINT and SIGPIPE: these two are given as exit statuses, 130 and 141.
+    An sh prints nothing about SIGINT and SIGPIPE: these two are reported as exit statuses, 130 and 141.
     """
 
     view: JobView
@@ -50,17 +50,17 @@ class JobEnd:
 
     @property
     def status(self) -> int:
-        """How the command ended, as the shell states it."""
+        """The command's exit status, as a shell reports it."""
         return 255 if self.view.status is None else self.view.status
 
     @property
     def signal(self) -> str:
-        """The signal that ended it, such as KILL, or nothing."""
+        """The signal that ended it, such as KILL, or ''."""
         return self.view.signal
 
 
 def new_id() -> str:
-    """The name of a job that is not started yet: 64 random bits."""
+    """The id for a new job: 64 random bits."""
     return secrets.token_hex(8)
 
 
@@ -75,11 +75,10 @@ def start(
     user: str = "",
     split: bool = False,
 ) -> str:
-    """Start a command and return its job's id; `job` is one from new_id(), for callers that must record it first.
+    """Start a command and return its job's id; `job` is from new_id(), for callers that must record it first.
 
-    The command's arguments are those of Connection.execute. With `split` stderr has a file of its own.
-    When the connection breaks meanwhile the job is looked for: it is started once, or RebootedError or
-    ConnectionLostError say why that is not known.
+    The arguments are those of Connection.execute. `split` gives stderr its own file. If the connection breaks, the job
+    is looked up: it is started once, or RebootedError or ConnectionLostError is raised.
     """
     job = _check_id(job or new_id())
     text = commands.script(command, cwd=cwd, env=env, user=user).encode(errors="surrogateescape") + b"\n"
@@ -104,7 +103,7 @@ def start(
         if jobscript.EXISTS.encode() in done.stdout:
             return _wait_started(link, job)
         raise SshError(f"a job could not be started in {link.target.name}: {done.stderr.decode(errors='replace')}")
-    raise SshError(f"a job could not be started in {link.target.name}: each connection for it was lost")
+    raise SshError(f"a job could not be started in {link.target.name}: every connection was lost")
 
 
 def follow(
@@ -119,23 +118,23 @@ def follow(
     on_line: OnLine | None = None,
     keep: bool = True,
 ) -> JobEnd:
-    """Pass on a job's output from byte `offset` on, until it is over.
+    """Pass on a job's output from byte `offset` on, until the job ends.
 
-    Each byte comes once, in order, whatever happens to the connection, from the first one on. CommandTimeoutError after
-    `timeout_s`, or after `idle_s` without output; the job goes on. RebootedError when the guest has rebooted, SshError
-    when the job's runner was killed or its status cannot be read: each after all that is in the log was handed on.
-    StateError when there is no such job.
+    Each byte comes once, in order, whatever happens to the connection. CommandTimeoutError after `timeout_s`, or after
+    `idle_s` without output; the job keeps running. RebootedError when the guest has rebooted, SshError when the job's
+    runner was killed or its status cannot be read: each after the whole log was passed on. StateError when there is no
+    such job.
     """
     tap = _Tap(_check_id(job), {"stdout": offset, "stderr": err_offset}, on_data, on_line, keep=keep)
     deadline = time.monotonic() + timeout_s
-    link.open(wait_s=min(timeout_s, link.window_s))  # the first connection has the patience of all that follow
+    link.open(wait_s=min(timeout_s, link.window_s))  # retry the first connection as long as later ones
     before = link.current_boot()
     while True:
         try:
             _follow_once(link, tap, deadline, idle_s)
             view = _read_rest(link, tap)
         except CommandTimeoutError as late:
-            how = "is not over in time" if late.which == "overall" else "has fallen silent"
+            how = "did not end in time" if late.which == "overall" else "fell silent"
             raise late.replace(message=f"job {job} {how}") from late
         except ConnectionLostError as lost:
             try:
@@ -153,14 +152,14 @@ def follow(
 
 
 def _require_status(machine: str, job: str, view: JobView) -> None:
-    """Raise RebootedError or SshError for a job that is over without a status."""
+    """Raise RebootedError or SshError for a job that ended without a status."""
     if view.state == "rebooted":
-        raise RebootedError(f"{machine} has rebooted while job {job} ran; its log up to then is there")
+        raise RebootedError(f"{machine} has rebooted while job {job} ran; its log until then is kept")
     if view.state == "lost":
-        raise SshError(f"job {job}: its runner in the guest was killed; how the command ended is not known")
+        raise SshError(f"job {job}: its runner in the guest was killed; the command's status is unknown")
     if view.state == "damaged":
         raise SshError(
-            f"job {job}: its status in {machine} cannot be read; how the command ended is not known",
+            f"job {job}: its status in {machine} cannot be read; how the command ended is unknown",
             hint=f"is the guest's disk full? vmtasks exec {machine} df",
         )
 
@@ -177,9 +176,9 @@ def run(
     started: Callable[[str], object] = str,
     **more: object,
 ) -> JobEnd:
-    """Start a job and follow it to its end; `more` as for start(). `started` gets the id before it is sent.
+    """Start a job and follow it to its end; `more` as for start(). `started` gets the id before anything is sent.
 
-    A job that passes a deadline, or that an interrupt here leaves behind, is ended in the guest; CommandTimeoutError.
+    On CommandTimeoutError, or an interrupt here, the job is ended in the guest.
     """
     job = new_id()
     started(job)
@@ -197,13 +196,13 @@ def listing(link: Link) -> list[JobView]:
 
 
 def show(link: Link, job: str) -> JobView | None:
-    """One job, or None when there is none of that name."""
+    """One job; None if it does not exist."""
     views = _read_views(link, f"{jobscript.JOBS}/{_check_id(job)}")
     return views[0] if views else None
 
 
 def read(link: Link, job: str) -> tuple[bytes, bytes]:
-    """A job's output until now: its log, and its stderr if that is kept apart."""
+    """A job's output so far: its log, and its stderr if that is separate."""
     done = link.execute(jobscript.fill(jobscript.READ, ID=_check_id(job), OUT=1, ERR=1), timeout_s=READ_S)
     if done.status == GONE:
         raise _no_job(link, job)
@@ -213,7 +212,7 @@ def read(link: Link, job: str) -> tuple[bytes, bytes]:
 def cancel(link: Link, job: str, *, grace_s: float = GRACE_S) -> JobView:
     """End a job: SIGTERM to its process group, SIGKILL after `grace_s`; returns it with its status.
 
-    One that is over is left as it is. SshError when what runs there under its number cannot be proved to be the job.
+    Does nothing if the job has ended. SshError if the process group cannot be proved to be the job's.
     """
     view = show(link, job)
     if view is None:
@@ -231,13 +230,13 @@ def cancel(link: Link, job: str, *, grace_s: float = GRACE_S) -> JobView:
 
 
 def remove(link: Link, job: str) -> None:
-    """Remove the folder of a job that is over. StateError when it runs."""
+    """Remove the folder of a job that has ended. StateError while it runs."""
     if link.execute(jobscript.fill(jobscript.REMOVE, ID=_check_id(job)), timeout_s=ASK_S).status == 3:
         raise StateError(f"job {job} runs", hint="cancel it first")
 
 
 class _Tap:
-    """Takes a job's bytes: counts them, passes them on, and keeps them if asked."""
+    """Counts a job's bytes, passes them on, and keeps them if asked."""
 
     def __init__(
         self, job: str, offsets: dict[Stream, int], on_data: OnData | None, on_line: OnLine | None, *, keep: bool
@@ -258,7 +257,7 @@ class _Tap:
             self._lines[stream].feed(data)
 
     def script(self, text: str) -> str:
-        """A script that goes on at these offsets; tail counts bytes from 1."""
+        """A script that continues at these offsets; tail counts bytes from 1."""
         out, err = self.offsets["stdout"] + 1, self.offsets["stderr"] + 1
         return jobscript.fill(text, ID=self.job, OUT=out, ERR=err, WHICH=f"{jobscript.JOBS}/{self.job}")
 
@@ -295,7 +294,7 @@ def _read_rest(link: Link, tap: _Tap) -> JobView:
     done = link.open().execute(tap.script(jobscript.REST), timeout_s=READ_S, on_data=hand_on, keep=False)
     if done.status == GONE:
         raise _no_job(link, tap.job)
-    facts, _, errors = stderr.partition(f"\n{jobscript.MARK}\n".encode())  # not in a line: a title may say it too
+    facts, _, errors = stderr.partition(f"\n{jobscript.MARK}\n".encode())  # a whole line: titles may contain it
     if errors:
         tap(errors, "stderr")
     views = jobview.parse(facts.decode(errors="replace"), link.boot)
@@ -305,22 +304,22 @@ def _read_rest(link: Link, tap: _Tap) -> JobView:
 
 
 def _wait_started(link: Link, job: str) -> str:
-    """Wait until a job that was begun over a connection that broke has its runner, or say that it has none."""
+    """Wait until a job whose start lost its connection has its runner. SshError if it gets none."""
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         view = show(link, job)
         if view is not None and view.state != "starting":
             return job
         time.sleep(1)
-    raise SshError(f"job {job} was begun but has not started: the connection broke while its command was sent")
+    raise SshError(f"job {job} was created but did not start: the connection broke while its command was sent")
 
 
 def _cancel_abandoned(link: Link, job: str, error: BaseException) -> None:
-    """End a job that is no longer awaited. A failure to do so must not hide the reason."""
+    """End a job that is no longer followed. A failure to do so must not hide `error`."""
     try:
         with signals.cuttable():
             view = cancel(link, job)
-    except (SshError, StateError) as trouble:  # it may not even have been started
+    except (SshError, StateError) as trouble:  # it may not even have started
         error.add_note(f"job {job} may still run: {trouble.message}")
     else:
         if isinstance(error, CommandTimeoutError):
@@ -328,7 +327,7 @@ def _cancel_abandoned(link: Link, job: str, error: BaseException) -> None:
 
 
 def _read_views(link: Link, which: str) -> list[JobView]:
-    """Read the state of jobs, again after a broken connection: reading changes nothing."""
+    """Read the state of jobs. Retries after a lost connection, because reading changes nothing."""
     for left in reversed(range(TRIES)):
         try:
             done = link.execute(jobscript.fill(jobscript.SHOW, WHICH=which), timeout_s=ASK_S)
@@ -343,7 +342,7 @@ def _read_views(link: Link, which: str) -> list[JobView]:
 
 
 def _no_job(link: Link, job: str) -> StateError:
-    return StateError(f"{link.target.name} knows no job {job}", hint="vmtasks jobs")
+    return StateError(f"{link.target.name} has no job {job}", hint="vmtasks jobs")
 
 
 def _check_id(job: str) -> str:

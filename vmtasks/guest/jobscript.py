@@ -1,8 +1,8 @@
 """PURE: the POSIX sh scripts that start, follow, show and end a job in a guest. See job.py for what a job is.
 
-The runner holds the fifo `alive` open as long as it lives: who reads from it waits without polling, and learns of the
-runner's end whatever ended it. A process is taken for the job's only if its command line holds the job's id, which
-cannot be guessed; nothing else is ever signalled.
+The runner holds the fifo `alive` open while it lives: a reader of the fifo waits without polling for the runner's end,
+whatever its cause. A process belongs to the job only if its command line holds the job's id, which cannot be guessed.
+No other process is ever signalled.
 """
 
 import shlex
@@ -10,7 +10,7 @@ import shlex
 from vmtasks.guest import ssh
 
 JOBS = ".vmtasks/jobs"
-"""Below the login user's home, where each command begins: on disk, so that logs outlive a reboot."""
+"""Below the login user's home, where each command starts: on disk, so that logs survive a reboot."""
 
 STARTED = b"::vmtasks:started\n"
 EXISTS = "::vmtasks:exists"
@@ -36,8 +36,8 @@ facts() {
 value() { facts "$1" | { read -r _ value; echo "$value"; }; }
 plain() { [ -f "$1" ] && [ ! -L "$1" ]; }
 """
-"""What the scripts share. What stands in a job's folder may be damaged, or another's: only the first line of a small
-plain file is read, and of the log the size. facts() prints of each file that is there its name and this, if any."""
+"""Shared functions. Files in a job's folder may be damaged or forged: only the first line of a small regular file is
+read, and the size of the log. facts() prints for each existing file its name and that value, if any."""
 
 ENTER = """
 [ ! -L @JOBS@/@ID@ ] && cd @JOBS@/@ID@ 2>/dev/null || exit 4
@@ -77,10 +77,10 @@ rm -rf status.new; [ -f status ] || rm -rf status
 echo "$how $(date +%s)" >status.new && mv -f status.new status
 rm -rf why
 """
-"""The shell that is asked to start a job becomes its runner: no `&`, with which a shell starts a command that ignores
-SIGINT. The command is in the foreground of the runner, in a group of its own where there is setsid, else in the
-runner's own. A shell tells death by a signal from a status above 128 only by what it says about it on its stderr, which
-is therefore not the command's. A status that stands there already is not the runner's: it goes."""
+"""The shell that starts a job becomes its runner. It does not use `&`, because a command started so ignores SIGINT.
+The command runs in the foreground of the runner, in a process group of its own where setsid exists, else in the
+runner's. A shell reports death by a signal, unlike an exit status above 128, on its stderr, so the command gets another
+stderr. A `status` that already exists is not the runner's and is removed."""
 
 FOLLOW = f"""
 {ENTER}
@@ -94,8 +94,8 @@ while runner; do sleep 1; done
 [ -z "$tails" ] || kill $tails 2>/dev/null
 exit 0
 """
-"""Both ways of opening a fifo at once do not block; after that only the runner holds it for writing. Where it is not
-the runner's, or cannot be made, its process is looked for."""
+"""Opening a fifo for reading and writing does not block; afterwards only the runner holds it for writing. If the fifo
+is not the runner's, or cannot be made, the runner's process is polled."""
 
 READ = f"""
 {ENTER}
@@ -115,10 +115,10 @@ for folder in @WHICH@; do
     cd ../../..
 done
 """
-"""Whether its runner lives is asked before its status, which a runner that ends writes as the last thing it does."""
+"""Checks the runner before the status, because a runner writes the status last."""
 
 REST = f"{{ {SHOW} }} >&2; echo @MARK@ >&2\n{READ}"
-"""How a job stands, asked first, and what it has written from some byte on: in one go."""
+"""A job's state, read first, and its output from some byte on, in one round trip."""
 
 CANCEL = f"""
 {ENTER}
@@ -141,8 +141,8 @@ if [ ! -e status ] && ! mine "$pid" @ID@; then
 fi
 exit 0
 """
-"""KILL follows TERM at once when the command has ended: what it started may ignore TERM. A group's number is not used
-again as long as it has members; one that is neither the runner's nor the leader's is not the job's."""
+"""KILL follows TERM at once when the command has ended: its children may ignore TERM. The kernel does not reuse the
+number of a group that has members. A group that is neither the runner's nor the leader's is not the job's."""
 
 REMOVE = """
 cd @JOBS@ 2>/dev/null || exit 0
@@ -154,14 +154,14 @@ rm -rf @ID@
 
 
 def fill(text: str, **values: str | int) -> str:
-    """A script with its places filled in; what it needs of PARTS before it."""
+    """Fill in a script's @NAMES@, and prepend PARTS if it uses them."""
     for name, value in {"JOBS": JOBS, "EXISTS": EXISTS, "MARK": MARK, **values}.items():
         text = text.replace(f"@{name}@", str(value))
     return PARTS + text if any(f"{part} " in text for part in ("mine", "value", "plain")) else text
 
 
 def start(job: str, text: bytes, *, title: str, user: str, boot: str, split: bool) -> str:
-    """The script that starts a job whose command comes on its stdin."""
+    """The script that starts a job. Its stdin is the command."""
     return fill(
         START,
         ID=job,
@@ -175,7 +175,7 @@ def start(job: str, text: bytes, *, title: str, user: str, boot: str, split: boo
 
 
 def cancel(job: str, group: int, user: str, grace_s: float) -> str:
-    """The script that ends a job's process group, also where it runs as another user."""
+    """The script that ends a job's process group, even if it runs as another user."""
     lines = [
         f'[ "$1" != {name} ] || ( {ssh.become(user, f"kill -{name} -{group}")} ) 2>/dev/null'
         for name in ("TERM", "KILL")

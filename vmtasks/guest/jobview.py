@@ -1,4 +1,4 @@
-"""PURE: a job's files, which are not trusted -> its state. See job.py for what a job is."""
+"""PURE: parse a job's files, which are not trusted, into its state. See job.py for the files of a job."""
 
 import re
 import signal
@@ -10,7 +10,7 @@ from vmtasks.guest import boot
 from vmtasks.guest.boot import Boot
 
 State = Literal["starting", "running", "ended", "lost", "rebooted", "damaged"]
-"""`lost`: its runner was killed, and how the command ended is not known; `rebooted`: a boot of the guest ended it;
+"""`lost`: its runner was killed, and the command's status is unknown; `rebooted`: a reboot of the guest ended it;
 `damaged`: its status is unreadable."""
 
 STATUS = re.compile(r"(exit|signal) (\d{1,3}) (\d{1,11})", re.ASCII)
@@ -18,7 +18,7 @@ STATUS = re.compile(r"(exit|signal) (\d{1,3}) (\d{1,11})", re.ASCII)
 
 @dataclass(frozen=True)
 class JobView:
-    """A job as it is now. Times are seconds since 1970 by the guest's clock, 0 where not known; `size` is its log's."""
+    """A job's state now. Times are seconds since 1970 by the guest's clock, 0 if unknown; `size`: of the log."""
 
     job: str
     title: str
@@ -69,7 +69,7 @@ def _view(facts: Mapping[str, str], boot_now: Callable[[], Boot]) -> JobView:
 
 
 def _state(facts: Mapping[str, str], boot_now: Callable[[], Boot]) -> State:
-    """A status is believed only of a job whose runner has ended."""
+    """Derive the state. The status counts only once the runner has ended."""
     if "alive" in facts:
         return "running" if facts.get("group") else "starting"
     if "status" in facts:

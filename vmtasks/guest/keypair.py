@@ -1,4 +1,4 @@
-"""Key pairs for SSH: made, and read back from the private half."""
+"""SSH key pairs: generate them, and derive the public key from the private one."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,9 @@ READ_S = 30.0
 
 
 def make_pair(private: Path, comment: str, kind: Sequence[str] = ("ed25519",)) -> PublicKey:
-    """Make a key pair: `private` with mode 0600, the public half beside it. What is there is overwritten.
+    """Generate a key pair: `private` with mode 0600, and the public key beside it. Overwrites existing files.
 
-    `kind` is what `ssh-keygen -t` takes, with further options.
+    `kind` is the argument of `ssh-keygen -t`, with further options.
     """
     with files.temporary(private, folder=True) as place:
         beside = place / private.name
@@ -25,16 +25,16 @@ def make_pair(private: Path, comment: str, kind: Sequence[str] = ("ed25519",)) -
 
 
 def public_half(private: Path) -> Path:
-    """Where ssh-keygen puts it."""
+    """The path where ssh-keygen puts the public key."""
     return private.with_name(f"{private.name}.pub")
 
 
 def public_text(private: Path) -> str:
-    """The public half of a key, taken from the private one: two files may be out of step after a kill."""
+    """The public key, derived from the private one: the two files may differ after a kill."""
     return process.run(["ssh-keygen", "-y", "-f", private], timeout_s=READ_S).stdout
 
 
 def read_public(private: Path) -> PublicKey:
-    """That half, parsed."""
+    """public_text(), parsed."""
     (key,) = arguments.public_keys(public_text(private), str(private))
     return key
