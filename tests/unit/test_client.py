@@ -172,10 +172,10 @@ def test_the_quickest_key_exchange_is_the_first_choice_and_not_the_only_one(serv
     ("raw", "error", "says"),
     [
         (hold, BannerError, "nothing behind it spoke"),
-        (socket.socket.close, BannerError, "closed before a server spoke"),
+        (socket.socket.close, BannerError, "closed before a server answered"),
         (say(b"HTTP/1.0 400 Bad Request\r\n\r\n", then_close=True), BannerError, "broke off the key exchange"),
         (say(b"SSH-2.0-x\r\n", then_close=True), BannerError, "broke off the key exchange"),
-        (say(b"SSH-2.0-x\r\n", then_close=False), ConnectTimeoutError, "the key exchange was not over in time"),
+        (say(b"SSH-2.0-x\r\n", then_close=False), ConnectTimeoutError, "the key exchange did not finish in time"),
     ],
     ids=["silent", "closed", "not ssh", "gives up", "hangs"],
 )
@@ -215,13 +215,13 @@ def test_logins_that_fail(serve: Serve, key: Path, keys: dict[str, paramiko.PKey
     port = serve(keys["rsa"])
     with pytest.raises(AuthFailedError, match="does not let nobody in"):
         client.connect(target(port, key, *pinned, user="nobody"), timeout_s=LIMIT_S)
-    with pytest.raises(AuthFailedError, match="is not there"):
+    with pytest.raises(AuthFailedError, match="does not exist"):
         client.connect(target(port, key.parent / "none", *pinned), timeout_s=LIMIT_S)
     (key.parent / "junk").write_text("not a key")
     with pytest.raises(AuthFailedError, match="cannot be used"):
         client.connect(target(port, key.parent / "junk", *pinned), timeout_s=LIMIT_S)
     slow = serve(keys["rsa"], delay_s=10)
-    with pytest.raises(ConnectTimeoutError, match="the login as dev was not over in time"):
+    with pytest.raises(ConnectTimeoutError, match="the login as dev did not finish in time"):
         client.connect(target(slow, key, *pinned), timeout_s=2)
 
 

@@ -198,6 +198,6 @@ def test_a_job_is_followed_however_its_first_connections_end(link: Link, home: P
             assert [view.job for view in job.listing(late)] == [which]
     with serving(home, refuse=100) as target, Link(target, window_s=2) as late:
         began = time.monotonic()
-        with pytest.raises(SshError, match="closed before a server spoke"):
+        with pytest.raises(SshError, match="closed before a server answered"):
             job.follow(late, which, timeout_s=LIMIT_S)
         assert time.monotonic() - began < LIMIT_S

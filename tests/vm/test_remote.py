@@ -89,7 +89,7 @@ def test_c1_failures_have_errors_of_their_own(guest: Guest, tmp_path: Path) -> N
     cases = [
         (other(target, key=tmp_path / "other"), AuthFailedError, "does not let dev in"),
         (other(target, user="nobody-such"), AuthFailedError, "does not let nobody-such in"),
-        (other(target, key=tmp_path / "none"), AuthFailedError, "is not there"),
+        (other(target, key=tmp_path / "none"), AuthFailedError, "does not exist"),
         (other(target, host_keys=(stranger,)), HostKeyError, "which is not pinned"),
         (other(target, host_keys=()), HostKeyError, "no host key is recorded"),
         (other(target, port=1), ConnectRefusedError, "refused the connection"),

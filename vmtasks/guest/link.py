@@ -1,12 +1,13 @@
-"""A way to a machine that outlives its connections: opened when needed, opened again when lost, reboots noticed.
+"""A persistent link to a machine: connects on demand, reconnects after a loss, and notices reboots.
 
     with Link(target, console=tail, alive=runs, events=boots) as link:
-        link.execute("make", cwd="src", timeout_s=600)      as Connection.execute, but it says what a loss meant
+        link.execute("make", cwd="src", timeout_s=600)      as Connection.execute, but explains a lost connection
 
     @resilient
     def update(link: Link) -> str: ...                       the same guard around several commands
 
-A command whose outcome is not known is never run again. What must outlive a connection is a job; see job.py.
+A command with an unknown outcome is never run again. Use a job for a command that must outlive its connection; see
+job.py.
 """
 
 import functools
@@ -40,11 +41,11 @@ WINDOW_S = 180.0
 """How long a guest may take to come back; a reboot under emulation takes 30 to 120 s."""
 
 TRANSIENT = (ConnectRefusedError, BannerError, ConnectTimeoutError)
-"""Failures to connect that a guest on its way up shows."""
+"""Errors of connecting to a guest that is still booting."""
 
 
 class Link:
-    """One machine, as its user sees it. Any number of threads may use it: they share the connection."""
+    """A link to one machine. Thread-safe: all threads share one connection."""
 
     def __init__(
         self,
@@ -57,11 +58,11 @@ class Link:
         alive: Callable[[], bool] = lambda: True,
         events: Callable[[], str] | None = None,
     ) -> None:
-        """Nothing is opened yet.
+        """Open nothing yet.
 
-        `window_s`: how long to try again after a loss. `console` gives last lines for errors. `alive` says whether the
-        machine can still answer, or raises SshError with the reason: no need to wait for one that is gone. `events`
-        gives a word that each of QEMU's RESET and SHUTDOWN events changes: what runs over a connection then ends.
+        `window_s`: how long to retry after a loss. `console` returns the last lines for errors. `alive` returns
+        whether the machine can still answer, or raises SshError with the reason, which ends the retries. `events`
+        returns a marker that QEMU's RESET and SHUTDOWN events change: commands over the connection then fail at once.
         """
         self.target = target
         self.window_s = window_s
@@ -85,24 +86,24 @@ class Link:
         self.close()
 
     def close(self) -> None:
-        """End the connection, if there is one. The link can be used again."""
+        """Close the connection, if there is one. The link can be used again."""
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
             self._connection = self._boot = None
 
     def open(self, *, wait_s: float | None = None) -> Connection:
-        """The connection that stands, or a new one; tried again for `wait_s` while the guest is on its way up.
+        """Return the current connection, or a new one; retries for `wait_s` while the guest is booting.
 
-        By default the first connection is tried once, and one that was lost for as long as the window. The errors are
-        those of client.connect(). Other threads wait for the one that connects.
+        By default the first connection is tried once, and a lost one is retried for the window. Raises the errors of
+        client.connect(). Other threads wait while one connects.
         """
         with self._lock:
             connection = self._local.connection = self._open_locked(wait_s)
             return connection
 
     def _drop_used(self) -> None:
-        """Close the connection that this thread has used last, unless another thread has replaced it already."""
+        """Close the connection that this thread used last, unless another thread has replaced it."""
         with self._lock:
             if self._connection is getattr(self._local, "connection", None):
                 self.close()
@@ -134,13 +135,13 @@ class Link:
                 return self._connection
 
     def _reboot_detector(self) -> Callable[[], bool] | None:
-        """Whether the boot of this moment has ended, to be asked later; None where that cannot be known."""
+        """A function that returns whether the current boot has ended; None without QEMU's events."""
         events = self._events
         now = events() if events is not None else ""
         return (lambda: events() != now) if events is not None and now else None
 
     def boot(self) -> Boot:
-        """The identity of the boot that the connection reaches; asked once for each connection."""
+        """The identity of the guest's boot; probed once for each connection."""
         with self._lock:
             return self._probe_boot(self.open())
 
@@ -154,8 +155,8 @@ class Link:
     def execute(self, command: Command, *, timeout_s: float, **more: Any) -> CommandResult:
         """As Connection.execute, with the same arguments.
 
-        When the connection breaks meanwhile, it is opened again: RebootedError if the guest has booted since, else
-        ConnectionLostError. The command is run a second time only if it was certainly not started.
+        Reconnects if the connection breaks: RebootedError if the guest has rebooted, else ConnectionLostError. The
+        command is run a second time only if it certainly did not start.
         """
         before = self.current_boot()
         try:
@@ -166,7 +167,7 @@ class Link:
             return self.open().execute(command, timeout_s=timeout_s, **more)
 
     def raise_explained(self, before: Boot, lost: ConnectionLostError) -> None:
-        """Connect again after a loss and raise what it meant: RebootedError, or `lost` with what is known now."""
+        """Reconnect after a loss and raise its cause: RebootedError, or `lost` with the boot's state added."""
         if lost.explained:
             raise lost
         verdict = self.recover(before, lost)
@@ -174,9 +175,9 @@ class Link:
         raise lost.replace(message=lost.message + known, explained=True) from lost
 
     def recover(self, before: Boot, lost: ConnectionLostError) -> BootChange:
-        """Connect again after a loss: "same" boot, or "unknown". RebootedError if the guest has booted since `before`.
+        """Reconnect after a loss; returns "same" or "unknown". RebootedError if the guest has rebooted since `before`.
 
-        `lost`, when the guest does not come back within the window.
+        Raises `lost` if the guest does not come back within the window.
         """
         self._drop_used()
         try:
@@ -189,15 +190,15 @@ class Link:
             message = f"{lost.message}; the guest did not come back{when}: {error.message}"
             raise lost.replace(message=message, console=error.console, explained=True) from error
         if verdict == "rebooted":
-            ssh.close(self.target)  # OpenSSH would not learn for a minute that its connections are dead
+            ssh.close(self.target)  # OpenSSH needs a minute to notice that its connections are dead
             raise RebootedError(
-                f"{self.target.name} has rebooted: what ran there was ended by that",
+                f"{self.target.name} has rebooted, which ended its commands",
                 console=self._console() if self._console else (),
             ) from lost
         return verdict
 
     def current_boot(self) -> Boot:
-        """The boot identity; a connection that broke while it was idle, or breaks meanwhile, is replaced."""
+        """boot(), with a new connection if the current one is broken."""
         for left in reversed(range(TRIES)):
             try:
                 return self.boot()
@@ -209,10 +210,10 @@ class Link:
 
 
 def resilient(function: Callable[Concatenate[Link, P], T]) -> Callable[Concatenate[Link, P], T]:
-    """Guard a function that uses a Link: the boot's identity is taken before, and compared after and upon a loss.
+    """Guard a function that uses a Link: probe the boot before, and compare it afterwards and after a loss.
 
-    The function is never called twice. RebootedError when the guest has booted meanwhile, also if all that the function
-    did seemed to go well; ConnectionLostError when the connection broke and the outcome is therefore not known.
+    The function is never called twice. RebootedError when the guest has rebooted meanwhile, even if the function
+    seemed to succeed; ConnectionLostError when the connection broke, so that the outcome is unknown.
     """
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""PURE: which TCP ports something in a guest listens on, told by its kernel. Nobody is called for that."""
+"""PURE: the TCP ports that a guest listens on, from its kernel's tables. Makes no connection."""
 
 import ipaddress
 import re
@@ -9,7 +9,7 @@ PATH=$PATH:/sbin:/usr/sbin:/bin:/usr/bin
 if [ -r /proc/net/tcp ]; then cat /proc/net/tcp /proc/net/tcp6 2>/dev/null; exit 0; fi
 exec netstat -an
 """
-"""What parse() reads. DragonFly and the other BSDs have no /proc/net."""
+"""Prints the input of parse(). DragonFly and the other BSDs have no /proc/net."""
 
 _PROC = re.compile(r"\s*\d+: ([0-9A-F]{8}|[0-9A-F]{32}):([0-9A-F]{4}) [0-9A-F]+:[0-9A-F]{4} 0A ")
 _NETSTAT = re.compile(r"tcp\S*\s+\d+\s+\d+\s+(\S+)[.:](\d+)\s+\S+\s+LISTEN\b")
@@ -17,7 +17,7 @@ _NETSTAT = re.compile(r"tcp\S*\s+\d+\s+\d+\s+(\S+)[.:](\d+)\s+\S+\s+LISTEN\b")
 
 @dataclass(frozen=True, order=True)
 class Listener:
-    """A port, and the address of the guest that it belongs to; `*` is any."""
+    """A port, and the guest's address that it is bound to; `*` is any."""
 
     port: int
     host: str
@@ -27,12 +27,12 @@ class Listener:
         return str(self.port) if self.host == "*" else f"{self.port} of {self.host}"
 
     def serves(self, host: str, port: int) -> bool:
-        """Whether a connection to this address and port of the guest comes to it."""
+        """Whether it accepts connections to this address and port of the guest."""
         return self.port == port and self.host in ("*", _plain(host))
 
 
 def parse(text: str) -> list[Listener]:
-    """What SCRIPT has printed: the kernel's tables of Linux, or netstat's of any system."""
+    """Parse the output of SCRIPT: the kernel's tables on Linux, or netstat's on any system."""
     found = set()
     for line in text.split("\n"):
         if of_proc := _PROC.match(line):
@@ -43,13 +43,13 @@ def parse(text: str) -> list[Listener]:
 
 
 def _unpacked(coded: str) -> str:
-    """An address as the kernel of a machine that counts from the little end shows it, in words of four bytes."""
+    """Decode an address as a little-endian kernel prints it, in words of four bytes."""
     words = [bytes.fromhex(coded[at : at + 8])[::-1] for at in range(0, len(coded), 8)]
     return str(ipaddress.ip_address(b"".join(words)))
 
 
 def _plain(host: str) -> str:
-    """An address by the name that Listener has for it."""
+    """Normalize an address for Listener."""
     if host in ("*", "localhost"):
         return "*" if host == "*" else "127.0.0.1"
     try:

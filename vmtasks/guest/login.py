@@ -1,4 +1,4 @@
-"""How a connection comes to be: TCP, the server's first word, keys and the host's proof, login. paramiko's part of it.
+"""Log in with paramiko: TCP, banner, key exchange with host key check, authentication.
 
 Each step has an error of its own, because each has another cause and another remedy.
 """
@@ -22,9 +22,9 @@ RSA = ("rsa-sha2-512", "rsa-sha2-256")
 
 
 def open_transport(target: Target, deadline: float) -> Transport:
-    """Log in to a machine until the monotonic time `deadline`, one try.
+    """Log in to a machine, once, before the monotonic time `deadline`.
 
-    ConnectRefusedError, BannerError, HostKeyError, AuthFailedError or ConnectTimeoutError; nothing is left open then.
+    ConnectRefusedError, BannerError, HostKeyError, AuthFailedError or ConnectTimeoutError; nothing stays open then.
     """
     transport = None
     sock = _tcp(target, deadline)
@@ -51,12 +51,12 @@ def _tcp(target: Target, deadline: float) -> socket.socket:
         raise ConnectRefusedError(
             f"{target.name}: {where} refused the connection ({error.strerror})", hint="is the machine running?"
         ) from None
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each small request waits for the one before
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else each small request waits for the previous one
     return sock
 
 
 def _banner(target: Target, sock: socket.socket, deadline: float) -> None:
-    """Wait for the first byte of the server. QEMU accepts the connection even while the guest's CPU is stopped."""
+    """Wait for the server's first byte. QEMU accepts the connection even while the guest's CPU is stopped."""
     sock.settimeout(max(0.1, deadline - time.monotonic()))
     try:
         first = sock.recv(1, socket.MSG_PEEK)
@@ -69,16 +69,16 @@ def _banner(target: Target, sock: socket.socket, deadline: float) -> None:
         first = b""
     if not first:
         raise BannerError(
-            f"{target.name}: the connection was closed before a server spoke",
+            f"{target.name}: the connection was closed before a server answered",
             hint="the guest's SSH server is not up yet, or was stopped",
         )
 
 
 def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -> None:
-    """Agree on keys, and hold the server's against those that are pinned, before anything of ours is sent."""
+    """Exchange keys, and check the host key against the pinned ones, before anything of ours is sent."""
     pinned = {tuple(line.split()[:2]) for line in target.host_keys}
     if not pinned:
-        raise HostKeyError(f"{target.name}: no host key is recorded for it", hint="its record was made without one")
+        raise HostKeyError(f"{target.name}: no host key is recorded for it", hint="its record was written without one")
     first = [name for kind, _ in sorted(pinned) for name in (RSA if kind == "ssh-rsa" else (kind,))]
     options = transport.get_security_options()
     options.key_types = _prioritized(first, options.key_types)
@@ -88,7 +88,7 @@ def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -
     transport.banner_timeout = transport.handshake_timeout = left + 1
     transport.start_client(event=event)
     if not event.wait(left):
-        raise ConnectTimeoutError(f"{target.name}: the key exchange was not over in time")
+        raise ConnectTimeoutError(f"{target.name}: the key exchange did not finish in time")
     if not transport.is_active():
         why = transport.get_exception() or "it closed the connection"
         raise BannerError(f"{target.name}: the server broke off the key exchange: {describe(why)}")
@@ -96,12 +96,12 @@ def _negotiate(target: Target, transport: paramiko.Transport, deadline: float) -
     if (key.get_name(), key.get_base64()) not in pinned:
         raise HostKeyError(
             f"{target.name}: the server shows the host key {key.get_name()} {key.fingerprint}, which is not pinned",
-            hint="another machine listens on this port, or the guest's keys were made anew",
+            hint="another machine listens on this port, or the guest's host keys were regenerated",
         )
 
 
 def _prioritized(first: Iterable[str], known: Sequence[str]) -> list[str]:
-    """What paramiko knows, and of that `first` before the rest."""
+    """The names that paramiko supports, with those of `first` in front."""
     front = [name for name in first if name in known]
     return [*front, *(name for name in known if name not in front)]
 
@@ -111,7 +111,7 @@ def _log_in(target: Target, transport: paramiko.Transport, deadline: float) -> N
         event = threading.Event()
         transport.auth_publickey(target.user, key, event=event)
         if not event.wait(max(0.1, deadline - time.monotonic())):
-            raise ConnectTimeoutError(f"{target.name}: the login as {target.user} was not over in time")
+            raise ConnectTimeoutError(f"{target.name}: the login as {target.user} did not finish in time")
         if transport.is_authenticated():
             return
         if not transport.is_active():
@@ -123,17 +123,17 @@ def _log_in(target: Target, transport: paramiko.Transport, deadline: float) -> N
 
 
 def _keys(target: Target) -> list[paramiko.PKey]:
-    """The keys of the target, of which the first must be there. AuthFailedError for one that cannot be used."""
+    """The keys of the target; the first must exist. AuthFailedError for an unusable key."""
     extra = [key for key in target.extra_keys if key.is_file()]
     return [key for path in (target.key, *extra) for key in _load_key(path)]
 
 
 def _load_key(path: Path) -> list[paramiko.PKey]:
-    """The key in a file, or if that is encrypted from the agent."""
+    """Load a key from a file, or from the agent if the file is encrypted."""
     try:
         return [paramiko.PKey.from_path(path)]
     except FileNotFoundError:
-        raise AuthFailedError(f"the private key {path} is not there") from None
+        raise AuthFailedError(f"the private key {path} does not exist") from None
     except (TypeError, paramiko.PasswordRequiredException):
         pass  # encrypted
     except (OSError, ValueError, paramiko.SSHException, paramiko.pkey.UnknownKeyType) as error:
@@ -148,5 +148,5 @@ def _load_key(path: Path) -> list[paramiko.PKey]:
 
 
 def describe(error: object) -> str:
-    """What an exception says, or at least its name."""
+    """The message of an exception, or else its name."""
     return str(error) or type(error).__name__

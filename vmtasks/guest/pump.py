@@ -1,4 +1,4 @@
-"""Reads both streams of a running command as they come, with deadlines, and without polling."""
+"""Reads both streams of a running command as they come, with deadlines and without polling."""
 
 import contextlib
 import select
@@ -13,7 +13,7 @@ StopReason = Literal["ended", "overall", "idle"]
 
 
 class Pump:
-    """The output of one channel. What a caller does not want kept is only handed on."""
+    """Reads the output of one channel, passes it on, and keeps it unless `keep` is False."""
 
     def __init__(
         self,
@@ -25,7 +25,7 @@ class Pump:
         on_data: OnData | None = None,
         keep: bool = True,
     ) -> None:
-        """`channel` is paramiko's; `token` that of the command, whose first lines on stderr are taken out."""
+        """`channel` is paramiko's; `token` is the command's, whose header lines are stripped from stderr."""
         self.header = Header(token, header_lines)
         self._channel = channel
         self._keep = keep
@@ -36,25 +36,25 @@ class Pump:
 
     @property
     def stdout(self) -> bytes:
-        """What has come so far and was kept."""
+        """The output kept so far."""
         return b"".join(self._kept["stdout"])
 
     @property
     def stderr(self) -> bytes:
-        """What has come so far and was kept."""
+        """The error output kept so far."""
         return b"".join(self._kept["stderr"])
 
     def until_end(self, deadline: float, idle_s: float | None = None, *, detached: bytes = b"") -> StopReason:
-        """Hand on output until the command has ended, or until the monotonic time `deadline`, or `idle_s` of silence.
+        """Pass on output until the command ends, the monotonic time `deadline`, or `idle_s` of silence.
 
-        Ended means that both streams are closed and that there is a status, or that the channel is gone. A command
-        whose last words are `detached` has ended for us when it closes its streams.
+        "ended" means that both streams are closed and the status has come, or that the channel is gone. A command
+        that prints `detached` last counts as ended once it closes its streams.
         """
         ready = select.poll()
         ready.register(self._channel.fileno(), select.POLLIN)
         self._last_output = time.monotonic()
         while True:
-            last = self._channel.eof_received or self._channel.closed  # before what it wrote is read
+            last = self._channel.eof_received or self._channel.closed  # checked before reading its last output
             self._drain()
             if last:
                 break
@@ -71,7 +71,7 @@ class Pump:
         return "ended"
 
     def finish(self) -> None:
-        """Hand on what is held back: the last line without a line feed, and stderr of a command that never ran."""
+        """Pass on the bytes held back: a last line without a line feed, and stderr of a command that never ran."""
         self._deliver(self.header.rest(), "stderr")
         for lines in self._lines.values():
             lines.end()
@@ -107,10 +107,10 @@ class Pump:
 
 
 def feed(channel: Any, preamble: bytes, stdin: bytes | BinaryIO) -> threading.Thread | None:
-    """Send a command its input, while its output is read elsewhere: neither side waits for the other for ever."""
+    """Write a command's input in a thread, so that reading its output cannot deadlock."""
 
     def send() -> None:
-        # A command may end without reading all of it; the channel says so by an OSError.
+        # A command may end before it has read everything; the channel then raises OSError.
         with contextlib.suppress(OSError, EOFError):
             channel.sendall(preamble)
             if isinstance(stdin, bytes):

@@ -1,6 +1,6 @@
-"""OpenSSH to a machine, for people, rsync and scp: its configuration, its shared connection, commands of sessions.
+"""OpenSSH to a machine, for people, rsync and scp: its configuration, shared connection, and session commands.
 
-Host keys are pinned from the image's record and checked strictly. Commands of our own go through connect.py.
+Host keys are pinned from the image's record and checked strictly. Our own commands go through connect.py.
 """
 
 import functools
@@ -18,15 +18,15 @@ from vmtasks.host import files, process, progress
 from vmtasks.host.locks import lock
 
 FAILED = 255
-"""The status of ssh itself when it could not connect or lost the connection; see ssh(1)."""
+"""The exit status of ssh when it could not connect or lost the connection; see ssh(1)."""
 
 CONNECT_S = 10
 SHARE_S = 60
 KEX = "curve25519-sha256,curve25519-sha256@libssh.org"
 LINE_BYTES = 8000
-"""A longer command line is sent otherwise: dropbear takes 9000 bytes; see MAX_CMD_LEN in its sysoptions.h."""
+"""The maximum command line; longer ones are sent as files. dropbear accepts 9000 bytes: MAX_CMD_LEN, sysoptions.h."""
 SCRIPTS = ".vmtasks/scripts"
-"""Below the login user's home: scripts that are about to be run."""
+"""Below the login user's home: scripts about to be run."""
 
 END_MARKED = r"""
 if [ -r /proc/self/stat ]; then
@@ -56,7 +56,7 @@ exit 0
 
 @dataclass(frozen=True)
 class Target:
-    """A machine as ssh sees it. In `folder`, short and private: config, known hosts and the shared connection."""
+    """A machine as ssh sees it. `folder`, short and private, holds config, known hosts and the shared connection."""
 
     name: str
     port: int
@@ -65,7 +65,7 @@ class Target:
     host_keys: tuple[str, ...]
     folder: Path
     extra_keys: tuple[Path, ...] = ()
-    """Further private keys to try, while the machine's key is being changed."""
+    """Further private keys to try while the machine's key is being changed."""
 
     @property
     def config(self) -> Path:
@@ -74,7 +74,7 @@ class Target:
 
     @property
     def control(self) -> Path:
-        """The socket of the connection that all sessions of this user share."""
+        """The control socket that all sessions of this user share."""
         return self.folder / f"ssh-{self.user}"
 
     def argv(self, *words: str, options: Sequence[str] = ()) -> list[str]:
@@ -82,7 +82,7 @@ class Target:
         return ["ssh", "-F", str(self.config), *options, self.name, *words]
 
     def scp(self, source: str, dest: str) -> list[str]:
-        """Scp's words to copy a file or a folder with modes and times; one of the two begins with `name:`."""
+        """The argv of scp that copies a file or folder with modes and times; one side begins with `name:`."""
         return ["scp", "-F", str(self.config), "-q", "-r", "-p", "--", source, dest]
 
 
@@ -109,7 +109,7 @@ def write_config(target: Target) -> None:
         "    ServerAliveInterval 15",
         "    ServerAliveCountMax 4",
         "    ControlMaster auto",
-        f'    ControlPath {_quoted(target.folder / "ssh")[:-1]}-%r"',  # another user is another connection
+        f'    ControlPath {_quoted(target.folder / "ssh")[:-1]}-%r"',  # one connection per user
         "    ControlPersist 60",
         "    LogLevel ERROR",
     ]
@@ -118,7 +118,7 @@ def write_config(target: Target) -> None:
 
 @functools.cache
 def kex_lines() -> tuple[str, ...]:
-    """The line that puts curve25519 first, where this host's ssh can: an emulated guest takes longer for all others."""
+    """The line that prefers curve25519, if this host's ssh has it: an emulated guest is slower with all others."""
     words = ["ssh", "-G", "-F", "/dev/null", "-o", f"KexAlgorithms=^{KEX}", banner.HOST]
     return (f"    KexAlgorithms ^{KEX}",) if process.run(words, timeout_s=CONNECT_S, check=False).status == 0 else ()
 
@@ -130,7 +130,7 @@ def scan_host_keys(
     alive: Callable[[], bool],
     network: Callable[[], bool | None] = banner.network_unknown,
 ) -> list[str]:
-    """The host keys that the server behind a loopback port shows, as `type key`. SshError when none comes in time."""
+    """The host keys of the server behind a loopback port, as `type key`. SshError when none comes in time."""
     began = time.monotonic()
     while True:
         left_s = timeout_s - (time.monotonic() - began)
@@ -149,25 +149,25 @@ def scan_host_keys(
 
 
 def last_line(stderr: str) -> str:
-    """What ssh printed last, as it is."""
+    """The last line that ssh printed, unchanged."""
     return stderr.strip().splitlines()[-1] if stderr.strip() else "ssh gave no reason"
 
 
 def run_attached(target: Target, argv: Sequence[str], *, stdin: bool = True, timeout_s: float | None = None) -> int:
-    """Run ssh or scp on our own streams over the shared connection; returns its status. See process.run_attached()."""
+    """Run ssh or scp on our streams over the shared connection; returns its status. See process.run_attached()."""
     shared = _ensure_shared(target)
     if shared.status == 0:
         return process.run_attached(argv, stdin=stdin, timeout_s=timeout_s)
-    late = f"ssh: {target.name} did not let us in within {SHARE_S} s\n" if shared.timed_out else ""
+    late = f"ssh: {target.name} did not accept the login within {SHARE_S} s\n" if shared.timed_out else ""
     progress.to_stderr(shared.stderr + late)
     return FAILED
 
 
 def _ensure_shared(target: Target) -> process.Result:
-    """Have the connection that all sessions of this user share; returns how ssh ended, 0 where there is one now.
+    """Open the shared connection of this user unless it is open; returns ssh's result, status 0 if it is open now.
 
-    One process at a time makes it: of several that begin at once ssh lets each log in alone, and says so on stderr, and
-    a server lets few wait for that (dropbear five of one address, its MAX_UNAUTH_PER_IP).
+    One process at a time opens it. Of several that start at once, ssh makes each log in alone, with a message on
+    stderr, and a server limits pending logins (dropbear to five from one address: MAX_UNAUTH_PER_IP).
     """
     check = target.argv(options=["-O", "check"])
     done = process.run(check, timeout_s=CONNECT_S, check=False)
@@ -179,29 +179,29 @@ def _ensure_shared(target: Target) -> process.Result:
 
 
 def close(target: Target) -> None:
-    """End the shared connections of all users, also those whose other end is gone: who waits for one learns it now."""
+    """Close the shared connections of all users, dead ones too, so that waiting sessions fail now."""
     for shared in sorted(target.folder.glob("ssh-*")):
         path = f"ControlPath={_quoted(shared)}"
         process.run(target.argv(options=["-o", path, "-O", "exit"]), timeout_s=10, check=False)
 
 
 def stop_sharing(target: Target) -> None:
-    """Have new sessions log in anew. Those that are open go on over the connection that was shared until now."""
+    """Make new sessions log in again. Open sessions keep the current shared connection."""
     if target.control.exists():
         process.run(target.argv(options=["-O", "stop"]), timeout_s=10, check=False)
         target.control.unlink(missing_ok=True)
 
 
 def script(command: str, *, cwd: str, env: Mapping[str, str], user: str = "") -> str:
-    """A POSIX sh script that runs `command` in `cwd`, or where it is, with `env`, as `user` if not who logged in.
+    """A POSIX sh script that runs `command` in `cwd`, by default the current folder, with `env`, as `user`.
 
-    Another user is reached through doas, sudo or, from root, su, whichever the guest has.
+    `user` defaults to the login user. Another user is reached through doas, sudo or, from root, su.
     """
     return become(user, _prepared(command, cwd, env, home='"$0"'))
 
 
 def _prepared(command: str, cwd: str, env: Mapping[str, str], home: str) -> str:
-    """`command` in its folder, with its environment; `home` is how it names the login user's home."""
+    """`command` with `cwd` and `env`; `home` is a shell word for the login user's home."""
     exports = "".join(f"export {name}={shlex.quote(value)}; " for name, value in env.items())
     place = shlex.quote(cwd) if cwd.startswith("/") else f"{home}/{shlex.quote(cwd)}"
     return f"{exports}{f'cd {place} && ' if cwd else ''}{{ {command}\n}}"
@@ -225,16 +225,16 @@ def session_argv(
     options: Sequence[str] = (),
     tty: bool = False,
 ) -> list[str]:
-    """The command line of ssh that runs `command` as script() does; end_marked_script() ends what it has started.
+    """The argv of ssh that runs `command` as script() does; end_marked_script() ends its processes.
 
-    A command that is too long for a command line goes to the guest before, as a file that it removes as it begins.
-    SshError when that fails.
+    A command too long for a command line is sent ahead, as a file that removes itself when it starts. SshError when
+    that fails.
     """
     marked = f": {mark}\n{command}\nexit $?"
     text = script(marked, cwd=cwd, env=env or {}, user=user)
     line = session_line(text)
     if len(line) > LINE_BYTES:
-        # As oneself nothing need stand in an argument, which Linux limits to 128 KiB.
+        # Without another user the text is no argument, which Linux limits to 128 KiB.
         path = f"{SCRIPTS}/{mark}"
         _send(target, path, text if user else _prepared(marked, cwd, env or {}, home='"$HOME"'), options)
         line = session_line(f"exec /bin/sh {path}")
@@ -242,7 +242,7 @@ def session_argv(
 
 
 def _send(target: Target, path: str, text: str, options: Sequence[str]) -> None:
-    """Put a script into the guest that removes itself as it begins. SshError when that fails."""
+    """Send a script to the guest that removes itself when it starts. SshError when that fails."""
     put = f'umask 077; mkdir -p {SCRIPTS} && printf %b "$(cat)" >{path}'
     line, stdin = remote_line(put), printf_escape(f"rm -f {path}\n{text}\n")
     sent = process.run(target.argv(line, options=options), timeout_s=SHARE_S, check=False, stdin=stdin)
@@ -254,7 +254,7 @@ def _send(target: Target, path: str, text: str, options: Sequence[str]) -> None:
 
 
 def session_line(text: str) -> str:
-    """A command line for any login shell that runs `text` in a process group of its own, which end_marked_script ends.
+    """A command line for any login shell that runs `text` in its own process group, for end_marked_script().
 
     OpenSSH's server makes a group for each command, dropbear does not. Not every system has setsid.
     """
@@ -268,8 +268,8 @@ def session_line(text: str) -> str:
 def end_marked_script(mark: str, user: str = "") -> str:
     """A script that ends the process groups whose leader has `mark` in its command line: SIGTERM, up to 2 s, SIGKILL.
 
-    One that does not lead its group is only signalled itself: a server may have it in its own group. `mark` is one that
-    nothing else can have in its command line.
+    A process that does not lead its group is signalled alone: it may be in the server's group. `mark` must be unique,
+    so that no other command line contains it.
     """
     if not re.fullmatch(r"vmtasks-[0-9a-f]{16}", mark):
         raise AssertionError(mark)
@@ -277,10 +277,10 @@ def end_marked_script(mark: str, user: str = "") -> str:
 
 
 def remote_line(text: str, program: str = "/bin/sh") -> str:
-    """A command line that any login shell, csh included, hands to sh unchanged.
+    """A command line that any login shell, csh included, passes to sh unchanged.
 
-    In csh neither a line break nor `!` can stand in quotes, and some know no characters beyond ASCII. All that is not
-    plain is therefore written as printf's %b reads it.
+    csh allows neither a line break nor `!` in quotes, and some shells handle only ASCII. Such characters are escaped
+    for printf's %b.
     """
     coded = printf_escape(text)
     if coded == text:
@@ -289,12 +289,12 @@ def remote_line(text: str, program: str = "/bin/sh") -> str:
 
 
 def printf_escape(text: str) -> str:
-    """`text` on one line of plain ASCII without quotes and `!`, as printf's %b reads it."""
+    """`text` as one line of ASCII without quotes and `!`, escaped for printf's %b."""
     return "".join(chr(b) if 32 <= b < 127 and b not in b"!'\\" else f"\\0{b:03o}" for b in os.fsencode(text))
 
 
 def become(user: str, inner: str) -> str:
-    """A script that replaces itself by `inner`, run as `user`, or without one as who logged in; `$0` is the home."""
+    """A script that execs `inner` as `user`, by default the login user; `$0` is the home."""
     word = shlex.quote(inner)
     home = '"$HOME"'
     if not user:
@@ -312,6 +312,6 @@ def become(user: str, inner: str) -> str:
 
 
 def _quoted(path: Path) -> str:
-    """A path in ssh_config: in double quotes, `%` doubled because ssh expands it."""
+    """A path for ssh_config: in double quotes, with `%` doubled because ssh expands it."""
     text = os.fspath(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
     return f'"{text}"'

@@ -1,4 +1,4 @@
-"""A source tree -> a guest, with rsync, itemised and counted. Owns rsync."""
+"""Copy trees to and from a guest with rsync, itemized and counted. Owns rsync's argv."""
 
 import contextlib
 import os
@@ -24,26 +24,26 @@ TIMEOUT_S = 3600.0
 ERROR_BYTES = 1 << 20
 """How much of rsync's stderr is kept."""
 PARTIAL = 23
-"""rsync's status when it could not copy some files, but all others."""
+"""rsync's exit status for a partial transfer: some files failed, all others were copied."""
 VANISHED = 24
-"""Its status when files went while it ran."""
+"""Its exit status when files vanished while it ran."""
 RSYNC_CONNECTION = (10, 12, 30, 35, FAILED)
-"""rsync's own statuses for a connection that failed; see rsync(1), EXIT VALUES."""
+"""rsync's exit statuses for a failed connection; see rsync(1), EXIT VALUES."""
 
 ROOM = 'd=$dest; while [ ! -d "$d" ]; do d=$(dirname "$d"); done; df -Pk "$d"'
-"""Space where a folder is or would be, as POSIX has it: in the fourth column of the last line, in KiB."""
+"""Prints free space at a folder, existing or not: fourth column of the last line, in KiB (POSIX)."""
 FULL = "No space left on device"
 DENIED = re.compile("Permission denied|Operation not permitted")
 SENDER = re.compile(r"\[sender\]|send_files failed")
-"""Marks a line of the side that reads."""
+"""Matches an error line of the reading side."""
 
 
 @dataclass(frozen=True)
 class Filter:
-    """What is not copied, and the size of the rest.
+    """The paths that are not copied, and the size of the rest.
 
-    `hidden` and `left` are paths of the tree as bytes, folders with `/` at the end; no pattern overrides `hidden`.
-    `exclude` as rsync takes it. `size`: bytes that may be copied in all.
+    `hidden` and `left` are paths of the tree as bytes, folders end in `/`; no pattern overrides `hidden`. `exclude`
+    holds rsync patterns. `size`: the total in bytes that may be copied.
     """
 
     hidden: Sequence[bytes] = ()
@@ -52,13 +52,13 @@ class Filter:
     size: int = 0
 
     def argv(self) -> list[str]:
-        """Options for rsync. `left` goes through its standard input, because it may be long."""
+        """Options for rsync. `left` goes through stdin, because it may be long."""
         hidden = [f"--exclude={os.fsdecode(literal(path))}" for path in self.hidden]
         exclude = [f"--exclude={pattern}" for pattern in effective(self.exclude)]
         return [*hidden, *exclude, "--from0", "--exclude-from=-"]
 
     def stdin(self, more: Iterable[bytes] = ()) -> bytes:
-        """Its standard input; `more`: further paths to leave."""
+        """The stdin of rsync. `more`: further paths to exclude."""
         return b"".join(literal(path) + b"\0" for path in (*self.left, *more))
 
 
@@ -67,7 +67,7 @@ NO_FILTER = Filter()
 
 @dataclass(frozen=True)
 class Synced:
-    """What rsync changed in the guest; `left`: how many paths of the source stay here because git ignores them."""
+    """The changes that rsync made. `left`: the number of source paths not sent because git ignores them."""
 
     sent: tuple[str, ...]
     deleted: tuple[str, ...]
@@ -75,25 +75,25 @@ class Synced:
 
     def __str__(self) -> str:
         """`3 sent, 1 deleted`, or `nothing to send`."""
-        ignored = f" ({self.left} left here that git ignores)" if self.left else ""
+        ignored = f" ({self.left} not sent: ignored by git)" if self.left else ""
         if not self.sent and not self.deleted:
             return f"nothing to send{ignored}"
         return f"{len(self.sent)} sent, {len(self.deleted)} deleted{ignored}"
 
 
 class SentReporter:
-    """Reports how many files were sent, every ten seconds. Its argument is rsync's output, a line for each file."""
+    """Reports every ten seconds how many files were sent. Its argument is rsync's output, one line for each file."""
 
     EVERY_S = 10.0
 
     def __init__(self, say: Say, total: int = 0) -> None:
-        """`total` 0: the number is not known."""
+        """`total` 0: unknown."""
         self.say = say
         self.total = total
         self.last = time.monotonic()
 
     def __call__(self, out: bytes | bytearray) -> None:
-        """Report, if it is time."""
+        """Report if it is time."""
         if time.monotonic() - self.last >= self.EVERY_S:
             self.last = time.monotonic()
             count = out.count(b"\n")
@@ -115,12 +115,12 @@ def sync(
     say: Say = lambda _: None,
     thorough: bool = False,
 ) -> Synced:
-    """Make `dest` in the guest equal to `source`, but for what `filters` leave out.
+    """Make `dest` in the guest equal to `source`, except for the paths that `filters` exclude.
 
-    `keep` tells which paths that only the guest has are not deleted. `say` gets the progress of a long one.
-    `thorough` is for a guest that lost its power: contents are compared, and what was built there is removed.
-    Files keep mode and time and belong to the login user; hard links become files of their own. SshError when the guest
-    is not reached, CommandError when not all could be copied; both say why on one line.
+    `keep` returns whether a path that exists only in the guest is kept. `say` gets the progress of a long transfer.
+    `thorough` is for a guest that lost power: it compares contents and removes build products. Files keep mode and
+    mtime and belong to the login user; hard links become separate files. SshError when the guest is not reached,
+    CommandError when some files could not be copied; both give the reason on one line.
     """
     argv = [
         *_rsync(target, f"mkdir -p {shlex.quote(dest)} && rsync"),
@@ -149,10 +149,11 @@ def sync(
 def copy(
     target: Target, source: str, dest: str, filters: Filter = NO_FILTER, *, back: bool = False, as_root: bool = False
 ) -> Synced:
-    """Copy what is newer in `source`, deleting nothing: to the guest, or `back` from it.
+    """Copy newer files of `source` to the guest, or `back` from it. Deletes nothing.
 
-    `as_root` writes in the guest as root. What comes back is not trusted: no devices, no links that lead out of the
-    folder. SshError when the guest is not reached, CommandError when not all could be copied; both say why on one line.
+    `as_root` writes in the guest as root. Files that come back are not trusted: no devices, no links out of the folder.
+    SshError when the guest is not reached, CommandError when some files could not be copied; both give the reason on
+    one line.
     """
     root = "$(command -v doas || command -v sudo) -n " if as_root and target.user != "root" else ""
     argv = [*_rsync(target, f"{root}rsync"), "--update", *(["--safe-links"] if back else []), *filters.argv(), "--"]
@@ -163,7 +164,7 @@ def copy(
 
 
 def require_room(target: Target, source: Path, dest: str, names: Iterable[str]) -> int:
-    """The size of these files of `source`; NoRoomError when the guest has less free space at `dest`."""
+    """The size in bytes of these files of `source`. NoRoomError when the guest has less free space at `dest`."""
     need = 0
     for name in names:
         with contextlib.suppress(OSError):
@@ -173,10 +174,10 @@ def require_room(target: Target, source: Path, dest: str, names: Iterable[str]) 
     try:
         asked = connect.run(target, ROOM, cwd=".", env={"dest": dest}, timeout_s=ROOM_S)
     except SshError:
-        return need  # rsync will say why
+        return need  # rsync will report why
     columns = asked.stdout.decode(errors="replace").strip().rpartition("\n")[2].split()
     if asked.status != 0 or len(columns) < 4 or not columns[3].isdigit():
-        return need  # rsync will say it
+        return need  # rsync will report it
     free = int(columns[3]) << 10
     if need > free:
         raise NoRoomError(
@@ -187,12 +188,12 @@ def require_room(target: Target, source: Path, dest: str, names: Iterable[str]) 
 
 
 def allocated_bytes(info: os.stat_result) -> int:
-    """Bytes that a file takes; holes take none."""
+    """The bytes that a file occupies, without holes."""
     return min(info.st_size, info.st_blocks * 512)
 
 
 def outermost(paths: Iterable[bytes]) -> list[bytes]:
-    """The paths that are below none of the others; folders end in `/`."""
+    """The paths that are not below another one; folders end in `/`."""
     found: list[bytes] = []
     for path in sorted(paths):
         if not (found and found[-1].endswith(b"/") and path.startswith(found[-1])):
@@ -201,7 +202,7 @@ def outermost(paths: Iterable[bytes]) -> list[bytes]:
 
 
 def write_denied(error: CommandError) -> bool:
-    """Whether the writing side was denied, and the reading side reports no error."""
+    """Whether the writing side was denied access, and the reading side reports no error."""
     said = [line for line in error.stderr.splitlines() if DENIED.search(line)]
     return bool(said) and not read_failed(error)
 
@@ -212,7 +213,7 @@ def read_failed(error: CommandError) -> bool:
 
 
 def parse_itemized(out: str) -> Synced:
-    """What `--out-format='%i %n'` says: files and links that were sent (folders left out), and what was deleted."""
+    """Parse `--out-format='%i %n'`: files and links that were sent (no folders), and paths that were deleted."""
     sent, deleted = [], []
     for line in out.split("\n"):
         flags, _, name = line.partition(" ")
@@ -224,7 +225,7 @@ def parse_itemized(out: str) -> Synced:
 
 
 def _name(text: str) -> str:
-    r"""A name as rsync writes it: bytes that are not printable as `\#ooo`."""
+    r"""Decode a name as rsync prints it, with unprintable bytes as `\#ooo`."""
     return os.fsdecode(re.sub(rb"\\#([0-7]{3})", lambda found: bytes([int(found[1], 8) & 255]), os.fsencode(text)))
 
 
@@ -232,7 +233,7 @@ def _rsync(target: Target, there: str) -> list[str]:
     """The common argv of all copies; `there` starts rsync in the guest."""
     return [
         "rsync",
-        "-rlpts",  # s: names go past the remote shell; how they are quoted for it differs between versions
+        "-rlpts",  # s: names bypass the remote shell, whose quoting differs between versions
         "--sparse",
         "--outbuf=L",
         "--out-format=%i %n",
@@ -248,7 +249,7 @@ def _dry_run(argv: Sequence[str]) -> list[str]:
 
 
 def _run(target: Target, argv: Sequence[str], stdin: bytes, reporter: SentReporter | None = None) -> str:
-    """Run rsync, once more when files vanished while it ran; returns its output."""
+    """Run rsync, a second time if files vanished while it ran; returns its output."""
     ended, said, stderr = _run_once(argv, stdin, reporter)
     if ended.status == VANISHED:
         ended, again, stderr = _run_once(argv, stdin, reporter)
@@ -256,11 +257,13 @@ def _run(target: Target, argv: Sequence[str], stdin: bytes, reporter: SentReport
     if ended.status == 0:
         return said
     lines = [line for line in stderr.splitlines() if line.strip()]
-    why = _strip_prefix(lines[0]) if lines else f"rsync ended with status {ended.status}"  # later ones follow from it
+    why = (
+        _strip_prefix(lines[0]) if lines else f"rsync ended with status {ended.status}"
+    )  # later errors follow from the first
     if ended.timed_out:
         why = f"rsync did not end within {TIMEOUT_S:g} s"
     if ended.status in RSYNC_CONNECTION:
-        raise SshError(f"rsync lost or never had the connection to {target.name}: {why}")
+        raise SshError(f"rsync could not connect, or lost the connection, to {target.name}: {why}")
     raise CommandError(why, status=ended.status, stderr=stderr, timed_out=ended.timed_out)
 
 
@@ -281,5 +284,5 @@ def _run_once(argv: Sequence[str], stdin: bytes, reporter: SentReporter | None) 
 
 
 def _strip_prefix(line: str) -> str:
-    """A line of rsync's without its prefix."""
+    """A line of rsync's without its `rsync:` prefix."""
     return re.sub(r"\Arsync: (\[\w+\] )?", "", line.strip())

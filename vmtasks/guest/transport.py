@@ -1,4 +1,4 @@
-"""Own the private names of paramiko, for what it has no public door for. Each has a test in test_client.py."""
+"""The only user of paramiko's private names. Each has a test in test_client.py."""
 
 import logging
 import socket
@@ -10,11 +10,11 @@ from paramiko.transport import ChannelMap
 
 LOG = "vmtasks.paramiko"
 WINDOW_BYTES = 4 << 20
-logging.getLogger(LOG).setLevel(logging.CRITICAL + 1)  # what it logs, with tracebacks, is raised here as an error
+logging.getLogger(LOG).setLevel(logging.CRITICAL + 1)  # it logs with tracebacks the errors that are raised here
 
 
 def _handle_request_message(channel: Any, message: Any) -> None:
-    """Hear also by which signal a command ended, which paramiko ignores: RFC 4254, 6.10."""
+    """Record the signal that ended a command, which paramiko ignores: RFC 4254, 6.10."""
     if message.get_text() == "exit-signal":
         message.get_boolean()
         channel.exit_signal = message.get_text()
@@ -25,14 +25,14 @@ def _handle_request_message(channel: Any, message: Any) -> None:
 
 
 class _Channels(ChannelMap):  # type: ignore[misc]  # paramiko has no types
-    """As paramiko's, without those that open_channel() has listed but not yet made whole: close() fails on them."""
+    """paramiko's map, without channels that open_channel() has not finished: close() fails on them."""
 
     def values(self) -> list[Any]:
         return [channel for channel in super().values() if channel.transport is not None]
 
 
 class Transport(paramiko.Transport):  # type: ignore[misc]  # as above
-    """One SSH connection. A channel on which a command has ended by a signal has its name as `exit_signal`."""
+    """One SSH connection. A channel whose command was ended by a signal has its name as `exit_signal`."""
 
     _channel_handler_table: ClassVar[dict[int, Any]] = {
         **paramiko.Transport._channel_handler_table,  # noqa: SLF001
@@ -40,20 +40,20 @@ class Transport(paramiko.Transport):  # type: ignore[misc]  # as above
     }
 
     def __init__(self, sock: socket.socket) -> None:
-        """Take a socket that is connected; nothing is sent yet."""
+        """Wrap a connected socket; nothing is sent yet."""
         super().__init__(sock, default_window_size=WINDOW_BYTES)
         self._channels = _Channels()
         self.set_log_channel(LOG)
 
     def send_exec(self, channel: Any, line: str) -> None:
-        """Send a command line on an open channel, and wait for no answer: a server that refuses it closes the channel.
+        """Send a command line on an open channel without waiting: a server that refuses it closes the channel.
 
-        Channel.exec_command() waits for the answer, which costs a round trip, and has no deadline.
+        Channel.exec_command() waits for the reply, which costs a round trip and has no deadline.
         """
         message = paramiko.Message()
         message.add_byte(bytes([MSG_CHANNEL_REQUEST]))
         message.add_int(channel.remote_chanid)
         message.add_string("exec")
-        message.add_boolean(True)  # noqa: FBT003 - an answer is wanted
+        message.add_boolean(True)  # noqa: FBT003 - want reply
         message.add_string(line)
         self._send_user_message(message)
