@@ -187,7 +187,7 @@ def test_force_ends_a_start_that_hangs(home: Home, words: list[str]):
     assert time.monotonic() - began < SOON_S
     assert done.returncode == 0, done.stderr
     assert f"machine a: process {starter.pid} (" in done.stderr
-    assert " is at work on it; its power is cut" in done.stderr
+    assert " holds its lock; its power is cut" in done.stderr
     _, said = starter.communicate(timeout=SOON_S)
     assert starter.returncode == 1, "it has noticed by itself"
     assert "error: machine a" in said

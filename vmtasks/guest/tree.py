@@ -1,4 +1,4 @@
-"""Which files a sync would send, and one digest that tells whether any of them has changed."""
+"""The files that a sync would send, and a digest that changes when any of them does."""
 
 import errno
 import hashlib
@@ -23,52 +23,52 @@ from vmtasks.guest.gitignore import FILE, IgnoreRules, parse
 from vmtasks.host import files, process
 
 SETTLED_NS = 2_000_000_000
-"""A file that has not changed for so long is known by its times."""
+"""A file unchanged for this long is identified by its timestamps."""
 GIT_S = 120.0
 WHOLE, FILES = 0, 1
 """The lines of the cache."""
 END_OF_NAMES = b"\0\0"
 KIND, FOLDER = 0o170000, stat.S_IFDIR
-"""What of a mode says whether it is a folder, a file or something else; and what it says of a folder."""
+"""The file type bits of a mode, and their value for a folder: S_IFMT and S_IFDIR."""
 
 
 class Hidden(Protocol):
-    """What never goes into a guest; see vmtasks.images.private."""
+    """The private places that never go into a guest; see vmtasks.images.private."""
 
     @property
     def places(self) -> Collection[tuple[int, int]]:
-        """Device and inode of what is known."""
+        """Device and inode of each known private place."""
 
     def looks_private(self, folder: bytes, names: Collection[bytes]) -> bool:
-        """Whether a folder with these `names` in it looks like such a place."""
+        """Whether a folder with these `names` in it looks like a private place."""
 
     def private_names(self, folder: bytes, names: Collection[bytes]) -> Collection[bytes]:
-        """Which names in a folder are those of such places, whether or not they are there."""
+        """The names of private places in a folder, whether or not they exist."""
 
 
 class Repository:
-    """A git work tree: what it tracks although a `.gitignore` names it."""
+    """A git work tree: the paths that git tracks although a `.gitignore` matches them."""
 
     def __init__(self, base: bytes, folder: bytes) -> None:
-        """`folder` is the walk's root, or the repository's own in it, whose name there is `base` (it ends in `/`)."""
+        """`folder` is the walk's root, or a repository inside it at the relative path `base` (ends in `/`)."""
         self.base = base
         self.folder = folder
         self._querying: threading.Thread | None = None
         self._tracked: frozenset[bytes] | None = None
 
     def start_query(self) -> None:
-        """Begin to ask git, which works while the tree is looked at."""
+        """Start git in the background while the tree is walked."""
         if self._querying is None:
             self._querying = threading.Thread(target=self._query, name="git ls-files", daemon=True)
             self._querying.start()
 
     def tracks(self, path: bytes) -> bool:
-        """Whether it does so with a path, or a folder (ending in `/`) that leads to one. True where git cannot say."""
+        """Whether git tracks a path, or anything in a folder (ends in `/`). True if git fails."""
         return self.tracked is None or path in self.tracked
 
     @cached_property
     def tracked(self) -> frozenset[bytes] | None:
-        """Those paths and folders; None where git cannot say."""
+        """These paths, and the folders above them; None if git fails."""
         self.start_query()
         if self._querying is not None:
             self._querying.join()
@@ -92,26 +92,26 @@ class Repository:
 
 
 _Folder = tuple[bytes, bytes, IgnoreRules | None, Repository | None, bool]
-"""Name in the tree (ends in `/`), path, what holds around it, and whether `.gitignore` names it."""
+"""Name in the tree (ends in `/`), path, rules and repository in effect, and whether `.gitignore` matches it."""
 _Entry = tuple[bytes, os.stat_result]
 """Name in the tree and lstat."""
 _Ignored = tuple[bytes, _Entry, IgnoreRules | None, Repository]
-"""Name (a folder ends in `/`), the entry, and what holds around it."""
+"""Name (a folder ends in `/`), the entry, and the rules and repository in effect: ignored unless git tracks it."""
 
 
 class Walk:
-    """One look at a tree. Iterating gives what would be sent: name and lstat of each, folders before their own.
+    """A walk over a tree. Iterating yields the entries to send: name and lstat of each, folders before their contents.
 
-    What git tracks although `.gitignore` names it comes last: git is asked while all else is looked at. Then `hidden`
-    has what never goes into a guest, `ignored` what `.gitignore` names and git does not track (relative paths, folders
-    end in `/`), and ignores() tells what else it would name. What vanishes meanwhile is as if it had not been there.
-    StateError for what cannot be read.
+    Tracked files that `.gitignore` matches come last: git runs while all else is walked. Afterwards `hidden` holds the
+    private paths that never go into a guest, `ignored` the paths that `.gitignore` matches and git does not track
+    (relative, folders end in `/`), and ignores() answers for other paths. Entries that vanish meanwhile are skipped.
+    StateError for an unreadable entry.
     """
 
     def __init__(
         self, source: Path, exclude: Sequence[str] = (), *, gitignore: bool = False, hidden: Hidden | None = None
     ) -> None:
-        """`exclude` as rsync takes it."""
+        """`exclude` holds rsync patterns."""
         self.root = os.path.realpath(os.fsencode(source))
         self.excluder = excluder(exclude)
         self.gitignore = gitignore
@@ -123,12 +123,12 @@ class Walk:
         self.repositories: list[Repository] = []
 
     def __iter__(self) -> Iterator[_Entry]:
-        """Walk the tree. Sorted, so that two looks at one tree give the same."""
+        """Walk the tree, sorted, so that two walks of one tree give the same."""
         for entries in self.by_folder():
             yield from entries
 
     def by_folder(self) -> Iterator[list[_Entry]]:
-        """Walk the tree and give what lies in one folder at a time, which costs a third less."""
+        """Walk the tree and yield the entries of one folder at a time, which costs a third less."""
         self.hidden, self.ignored, self.rules, self.repositories, self.lead = [], [], {}, [], b""
         rules, repository = self._enclosing_rules() if self.gitignore else (None, None)
         folders: list[_Folder] = [(b"", self.root, rules, repository, False)]
@@ -146,7 +146,7 @@ class Walk:
                     folders.append((path, self.root + b"/" + name, rules, repository, True))
 
     def _scan_folder(self, folder: _Folder, below: list[_Folder], undecided: list[_Ignored]) -> list[_Entry]:
-        """What is in one folder; adds to its folders, and to what `.gitignore` names: git says later what it tracks."""
+        """List one folder. Adds its folders to `below`, and `.gitignore` matches to `undecided` until git answers."""
         base, place, rules, repository, inside = folder
         names = _list(place)
         if base and self.private is not None and self.private.looks_private(place, names):
@@ -160,7 +160,7 @@ class Walk:
         candidates = rules.candidates(in_repository, names) if rules is not None else ()
         infos = _stat(place, names)
         plain = not self.excluder.runs and self.excluder.whole and not inside
-        # Most are plain files, and there may be many: what is none is looked at more closely.
+        # Most entries are regular files, and there may be many: only the others are checked one by one.
         odd = {*candidates, *hidden} if plain else set(infos)
         odd.update([name for name, info in infos.items() if info.st_mode & KIND == FOLDER or info.st_nlink > 1])
         found = [(base + name, info) for name, info in infos.items() if name not in odd]
@@ -189,7 +189,7 @@ class Walk:
         return self.private is not None and (info.st_dev, info.st_ino) in self.private.places
 
     def _tracked(self, undecided: "list[_Ignored]") -> "Iterator[_Ignored]":
-        """Of what `.gitignore` names, what git tracks all the same."""
+        """Yield the matches of `.gitignore` that git tracks; record the others as ignored."""
         for item in undecided:
             path, _, _, repository = item
             if repository.tracks(path):
@@ -198,7 +198,7 @@ class Walk:
                 self.ignored.append(path)
 
     def ignores(self, path: bytes) -> bool:
-        """Whether `.gitignore` names what the guest has at `path` (a folder ends in `/`), and git does not track it."""
+        """Whether `.gitignore` matches a path in the guest (a folder ends in `/`), and git does not track it."""
         rules, base = None, b""
         parts = path.removesuffix(b"/").split(b"/")
         for number, part in enumerate(parts, 1):
@@ -217,7 +217,7 @@ class Walk:
         rules: IgnoreRules | None,
         repository: "Repository | None",
     ) -> tuple[IgnoreRules | None, "Repository | None"]:
-        """What holds in a folder: a repository inside another knows nothing of the outer one's rules."""
+        """The rules and repository in effect in a folder. A nested repository does not inherit the outer rules."""
         if b".git" in names and base:
             rules, repository = None, Repository(base, folder)
             self.repositories.append(repository)
@@ -229,7 +229,7 @@ class Walk:
         return rules, repository
 
     def _enclosing_rules(self) -> tuple[IgnoreRules | None, "Repository | None"]:
-        """What holds in the whole tree because of the repository around it. None of it where that ignores the tree."""
+        """The rules and repository that enclose the tree; None if the repository ignores the tree."""
         top = root = self.root
         while not os.path.lexists(top + b"/.git"):
             if top == b"/":
@@ -248,10 +248,10 @@ class Walk:
 
 
 def tree_digest(walk: Walk, cache: Path | None = None, *, keep: bool = True) -> str:
-    """SHA-256 over names, kinds, modes, link targets and contents of the tree that sync() would send.
+    """SHA-256 over names, types, modes, link targets and contents of the tree that sync() would send.
 
-    `cache` remembers contents by size, times and inode, so that only changed files are read. What was changed just now
-    is not remembered: a second change in the same tick of the clock would not show. Without `keep` nothing is written.
+    `cache` keeps content digests by size, timestamps and inode, so that only changed files are read. Files changed just
+    now are not cached: a second change in the same clock tick would go unnoticed. Without `keep` nothing is written.
     """
     looks = list(_pack_folders(walk))
     stamp = hashlib.sha256(b"".join(looks)).hexdigest()
@@ -273,20 +273,20 @@ def tree_digest(walk: Walk, cache: Path | None = None, *, keep: bool = True) -> 
         elif stat.S_ISLNK(mode):
             content = _target(path)
         settled = settled and (ctime_ns < settled_ns or stat.S_ISDIR(mode))
-        # No target holds one either.
+        # No link target contains a NUL either.
         digest.update(b"%b\0%o %b\0" % (name, mode, content.encode(errors="surrogateescape")))
     if cache is not None and keep and (settled or seen != known):
         whole = {"stamp": stamp, "digest": digest.hexdigest()} if settled else {}
-        with suppress(OSError):  # without it all files are read once more
+        with suppress(OSError):  # without a cache all files are read again
             files.write(cache, f"{json.dumps(whole)}\n{json.dumps(seen)}\n")
     return digest.hexdigest()
 
 
 def _pack_folders(walk: Walk) -> Iterator[bytes]:
-    """What is seen in one folder at a time, packed: 50,000 files as objects would cost more time than looking at them.
+    """Yield the entries of one folder at a time, packed: 50,000 files as objects would cost more time than the walk.
 
-    First the names: none holds a NUL. Then of each its mode, size in bytes, times of change and inode; of folders only
-    the mode counts.
+    First the names, none of which contains a NUL, then mode, size in bytes, mtime, ctime and inode of each; of folders
+    only the mode.
     """
     for entries in walk.by_folder():
         if entries:
@@ -300,9 +300,9 @@ def _pack_folders(walk: Walk) -> Iterator[bytes]:
 
 
 def _unpack_folder(look: bytes) -> Iterator[tuple[bytes, tuple[int, int, int, int, int]]]:
-    """Unpack a look: each name with its facts."""
+    """Unpack a folder: each name with its stat values."""
     names, _, facts = look.partition(END_OF_NAMES)
-    return zip(names.split(b"\0"), marshal.loads(facts), strict=True)  # noqa: S302 - our own, of this process
+    return zip(names.split(b"\0"), marshal.loads(facts), strict=True)  # noqa: S302 - our own data, from this process
 
 
 def _list(folder: bytes) -> list[bytes]:
@@ -315,7 +315,7 @@ def _list(folder: bytes) -> list[bytes]:
 
 
 def _stat(folder: bytes, names: Sequence[bytes]) -> dict[bytes, os.stat_result]:
-    """Give lstat of each name that is still in the folder; by its descriptor, which is quicker than by whole paths."""
+    """Call lstat for each name still in the folder, through its descriptor, which is faster than whole paths."""
     if not names:
         return {}
     try:
@@ -335,7 +335,7 @@ def _stat(folder: bytes, names: Sequence[bytes]) -> dict[bytes, os.stat_result]:
 
 
 def _sha256(path: bytes) -> str:
-    """Of the file's content; what has just gone has none."""
+    """The SHA-256 of the file's content; '' if the file has vanished."""
     try:
         return files.sha256(path)
     except (FileNotFoundError, IsADirectoryError):
@@ -348,13 +348,13 @@ def _target(path: bytes) -> str:
     try:
         return os.fsdecode(os.readlink(path))  # noqa: PTH115 - bytes
     except OSError as error:
-        if error.errno in (errno.ENOENT, errno.EINVAL):  # it has gone, or is no link any more
+        if error.errno in (errno.ENOENT, errno.EINVAL):  # it has vanished, or is no longer a link
             return ""
         raise _unreadable(error) from error
 
 
 def _text(path: bytes) -> bytes:
-    """What a `.gitignore` says; git does not follow a link there either."""
+    """The text of a `.gitignore`; like git, does not follow a symbolic link."""
     try:
         with files.opened(path, follow=False) as file:
             return file.read()
@@ -368,13 +368,11 @@ def _text(path: bytes) -> bytes:
 
 def _unreadable(error: OSError) -> StateError:
     where = os.fsdecode(error.filename or b"the tree")
-    return StateError(
-        f"{where}: cannot be read: {error.strerror}", hint="let yourself read it, or name it in sync.exclude"
-    )
+    return StateError(f"{where}: cannot be read: {error.strerror}", hint="make it readable, or name it in sync.exclude")
 
 
 def _read_cache(cache: Path | None, line: int) -> dict[str, object]:
-    """A line of the cache: a stamp with the tree's digest, or what is known of each file. Empty for what is damaged."""
+    """A line of the cache: a stamp with the tree's digest, or an entry for each file. {} if damaged."""
     try:
         with files.opened(cache) if cache is not None else io.BytesIO() as lines:
             data = json.loads(next(islice(lines, line, None), "{}"))

@@ -1,4 +1,4 @@
-"""Machines by name, of a project or of nobody's: start, use, stop, list, remove; some live only as long as a block."""
+"""Machines by name, with or without a project: start, use, stop, list, remove; temporary ones live for one block."""
 
 from vmtasks.machines.machine import Machine
 from vmtasks.machines.project import Project

@@ -1,4 +1,4 @@
-"""Where a machine keeps what is its own: folder, record, lock, sockets and key; and whether its process is still it."""
+"""A machine's folder: its record, lock, sockets and keys; and whether its process still runs."""
 
 import contextlib
 from pathlib import Path
@@ -18,10 +18,10 @@ STOPS_AGAIN_S = 1.0
 
 
 class Place:
-    """The folder `.vm/run/<name>` of one machine, the short folder of its sockets, and the record that ties them."""
+    """The folder `.vm/run/<name>` of one machine, the short folder of its sockets, and its record."""
 
     def __init__(self, config: Config, name: str = "") -> None:
-        """`name` is by default the configured one. Nothing is touched yet."""
+        """`name` defaults to the configured one. Touches nothing yet."""
         self.config = config
         self.state = State(config)
         self.name = name or config.name
@@ -31,47 +31,47 @@ class Place:
 
     @property
     def disk(self) -> Path:
-        """The overlay that holds what the machine has written."""
+        """The overlay with the machine's writes."""
         return self.folder / "disk.qcow2"
 
     @property
     def console_log(self) -> Path:
-        """Everything that the serial console has said."""
+        """The log of the serial console."""
         return self.folder / f"{self.name}.log"
 
     @property
     def qemu_log(self) -> Path:
-        """What QEMU has said itself."""
+        """QEMU's own output."""
         return self.folder / "qemu.log"
 
     @property
     def crashed(self) -> Path:
-        """Is there while files in the guest may have lost what was written to them last."""
+        """Exists while files in the guest may have lost their last writes."""
         return self.folder / "crashed"
 
     @property
     def key_cd(self) -> Path:
-        """The CD that lets our key in, in the drive of a machine that was installed by hand."""
+        """The CD that installs our key, for a machine that was installed by hand."""
         return self.folder / "key.iso"
 
     @property
     def own_key(self) -> Path:
-        """The private key of a machine that has its own; the public half is beside it with `.pub`."""
+        """The machine's own private key, if it has one; the public key is beside it with `.pub`."""
         return self.folder / "id_ed25519"
 
     @property
     def pidfile(self) -> Path:
-        """Where QEMU writes its process id. Only this machine's QEMU has this path in its command line."""
+        """QEMU's pid file. Only this machine's QEMU has this path in its command line."""
         return (self.folder / f"{self.name}.pid").absolute()
 
     @property
     def sockets(self) -> Path:
-        """The short folder of the machine's sockets, which need not be there; see open_sockets()."""
+        """The short folder of the machine's sockets, which may not exist; see open_sockets()."""
         return vm.socket_place(self.folder)
 
     @property
     def qmp(self) -> Path:
-        """QEMU's control socket."""
+        """QEMU's QMP socket."""
         return self.sockets / "qmp"
 
     @property
@@ -85,51 +85,51 @@ class Place:
         return self.sockets / "serial"
 
     def make_folder(self) -> None:
-        """Have the machine's folder: for us alone, because its disk holds all that is secret in the guest."""
+        """Create the machine's folder with mode 0700, because its disk holds the guest's secrets."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
 
     def open_sockets(self) -> None:
-        """Have the folder of the sockets, which is then in use. MachineError when it would not be private."""
+        """Create the folder of the sockets and mark it as used. MachineError if it would not be private."""
         vm.socket_folder(self.folder)
 
-    # -- the record, and what it says
+    # -- the record
 
     def record(self) -> MachineRecord | None:
-        """The machine's record; None when there is no machine. StateError when there is one that cannot be read."""
+        """The machine's record; None if there is no machine. StateError for an unreadable record."""
         record = self.state.machine(self.name)
         if record is None and (why := self.fault()):
             raise StateError(
                 f"the record of machine {self.name} cannot be read: {why}",
-                hint=f"vmtasks stop {self.name} ends what runs of it; vmtasks rm {self.name} removes it with its disk",
+                hint=f"vmtasks stop {self.name} stops its QEMU; vmtasks rm {self.name} removes it with its disk",
                 log=self.folder / "machine.toml",
             )
         return record
 
     def fault(self) -> str:
-        """Why the record of a machine that is there cannot be read; empty when it can, or when there is no machine."""
+        """Why the record of an existing machine cannot be read, or ''."""
         return self.state.machine_fault(self.name)
 
     def write(self, record: MachineRecord) -> MachineRecord:
-        """Publish the record; returns it."""
+        """Write the record; returns it."""
         write_record(self.folder / "machine.toml", record)
         return record
 
     def pid(self, record: MachineRecord) -> vm.Pid | None:
-        """The machine's process, if it still is that process."""
+        """The machine's process; None if it no longer runs or its pid was reused."""
         pid = vm.Pid(record.pid, record.pid_started)
         return pid if record.pid and pid.alive(str(self.pidfile)) else None
 
     def process(self) -> vm.Pid | None:
-        """The machine's process, whatever its record says, or if it says nothing.
+        """The machine's process, by its record or else by QEMU's command line.
 
-        MachineError for one that is not ours to end.
+        MachineError for a process that is not ours.
         """
         record = self.state.machine(self.name)
         return (self.pid(record) if record is not None else None) or vm.find(self.pidfile)
 
     def is_running(self) -> bool:
-        """Whether QEMU runs: as the record says, and without one that can be read by QEMU's command line."""
+        """Whether QEMU runs: by the record, or without a readable one by QEMU's command line."""
         record = self.state.machine(self.name)
         if record is not None:
             return self.pid(record) is not None
@@ -139,45 +139,45 @@ class Place:
             return True
 
     def pidfile_pid(self) -> int:
-        """The process id that QEMU's pid file names; 0 where there is none. It proves nothing."""
+        """The pid in QEMU's pid file, 0 if there is none. It proves nothing."""
         try:
             return int(files.read(self.pidfile))
         except (OSError, ValueError):
             return 0
 
     def stuck_state(self) -> str:
-        """The key of qmp.STUCK that says why the machine's CPU stands still; '' when it runs, or QEMU does not answer.
+        """The key of qmp.STUCK for why the guest's CPU is stopped; '' if it runs, or QEMU does not answer.
 
-        QEMU is asked only where its events say so, or where the last one could not be written.
+        Asks QEMU only if its events report a stop, or the last event could not be written.
         """
         events = Events(self.events)
         state = qmp.status(self.qmp) if events.cpu_stopped() or events.truncated() else ""
         return state if state in qmp.STUCK else ""
 
     def remedy(self, state: str) -> str:
-        """What to do about a machine that is stuck."""
+        """The hint for a machine in a stuck state."""
         if state == qmp.FULL:
             return f"free some space in {self.folder}: the next command lets it go on"
         return f"vmtasks {'resume' if state == 'paused' else 'stop --force'} {self.name}"
 
     def resume_if_full(self) -> None:
-        """Let the machine go on if QEMU has stopped it as its disk could not be written; its guest notices nothing.
+        """Resume a machine that QEMU paused because its disk could not be written; the guest notices nothing.
 
-        MachineError when it cannot be written yet.
+        MachineError if the disk still cannot be written.
         """
         if self.stuck_state() != qmp.FULL:
             return
-        vm.control(self.qmp, "cont")()  # QEMU writes again what it could not
+        vm.control(self.qmp, "cont")()  # QEMU retries the failed writes
         if vm.wait_until(lambda: qmp.status(self.qmp) == qmp.FULL, STOPS_AGAIN_S, every_s=0.2):
             free = files.free_bytes(self.folder) >> 10
             raise MachineError(
-                f"machine {self.name} stands still: its disk cannot be written; {self.folder} has {free} KiB free",
+                f"machine {self.name} is paused: its disk cannot be written; {self.folder} has {free} KiB free",
                 hint=self.remedy(qmp.FULL),
             )
-        progress.say(f"machine {self.name}: its disk can be written again, and it goes on")
+        progress.say(f"machine {self.name}: its disk can be written again; it continues")
 
     def bootstrap_key(self, record: MachineRecord) -> Path:
-        """The private key that the machine's image lets in: the store's, or the one that was saved with a snapshot."""
+        """The private key that the image accepts: the store's, or the one saved with a snapshot."""
         saved = self.state.snapshot_key(record.image)
         return saved if saved.is_file() else self.state.key
 
@@ -190,28 +190,28 @@ class Place:
         )
 
     def command(self, verb: str) -> str:
-        """What a user types to `start` or `stop` this machine."""
+        """The command that a user types to `start` or `stop` this machine."""
         record = self.state.machine(self.name)
         return f"vmtasks {verb} {self.name}" if record is not None and record.own else f"doit {verb}"
 
     # -- one command at a time
 
     def lock(self, timeout_s: float = LOCK_S, *, say: bool = True) -> contextlib.AbstractContextManager[int]:
-        """Be the only command at work on the machine. The lock is beside its folder, which destroy() removes.
+        """Take the machine's exclusive lock. The lock file is beside the folder, which destroy() removes.
 
-        BusyError after `timeout_s` seconds; `say` who is waited for.
+        BusyError after `timeout_s` seconds. `say` reports the holder while waiting.
         """
         what = f"machine {self.name}"
         return lock(
             self.lock_file,
             what,
             timeout_s=timeout_s,
-            waiting=(lambda holder: progress.say(f"{what}: {holder} is at work on it; waiting")) if say else None,
+            waiting=(lambda holder: progress.say(f"{what}: {holder} holds its lock; waiting")) if say else None,
         )
 
     @property
     def lock_file(self) -> Path:
-        """Where the lock is."""
+        """The lock file."""
         return self.folder.with_name(f".{self.name}.lock")
 
     def ssh_line(self) -> str:

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 class Jobs:
-    """The jobs of one machine. A job is named by its id, or by the characters that it begins with."""
+    """The jobs of one machine. A job is identified by its id or a unique prefix of it."""
 
     def __init__(self, link: "Callable[[], Link]") -> None:
-        """`link` gives the connection at each call."""
+        """`link` returns the link at each call."""
         self._link = link
 
     def start(
@@ -28,33 +28,33 @@ class Jobs:
         return job.start(self._link(), command, title=title, cwd=cwd, env=env, user=user)
 
     def list(self) -> "list[JobView]":
-        """All of them, also those that are over."""
+        """All jobs, finished ones too."""
         from vmtasks.guest import job  # noqa: PLC0415
 
         return job.listing(self._link())
 
     def follow(self, which: str, *, timeout_s: float, **more: Any) -> "JobEnd":
-        """Wait for its end: `.status`, `.stdout`. See vmtasks.guest.job.follow(), which takes `more`."""
+        """Wait for a job's end: `.status`, `.stdout`. `more` as for vmtasks.guest.job.follow()."""
         from vmtasks.guest import job  # noqa: PLC0415
 
         link = self._link()
-        link.open(wait_s=min(timeout_s, link.window_s))  # as patient as with a loss later
+        link.open(wait_s=min(timeout_s, link.window_s))  # retry as long as after a later loss
         return job.follow(link, self.find(which), timeout_s=timeout_s, **more)
 
     def cancel(self, which: str) -> "JobView":
-        """End it with all that it has started: SIGTERM, then SIGKILL."""
+        """End a job's process group: SIGTERM, then SIGKILL."""
         from vmtasks.guest import job  # noqa: PLC0415
 
         return job.cancel(self._link(), self.find(which))
 
     def remove(self, which: str) -> None:
-        """Forget one that is over, with its output."""
+        """Remove a finished job and its output."""
         from vmtasks.guest import job  # noqa: PLC0415
 
         job.remove(self._link(), self.find(which))
 
     def find(self, which: str) -> str:
-        """The id that begins with `which`. StateError when none does, or more than one."""
+        """The id that begins with `which`. StateError if none does, or more than one."""
         found = [view.job for view in self.list() if view.job.startswith(which)]
         if len(found) != 1:
             of = self._link().target.name

@@ -1,4 +1,4 @@
-"""What a machine is doing now, found out without a login where that can be known otherwise."""
+"""A machine's state now, determined without a login where possible."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -9,16 +9,16 @@ from vmtasks.machines.folder import Place
 from vmtasks.qemu import qmp
 
 ANSWER_S = 10.0
-"""A server in an emulated guest may take seconds for its first word while others use the CPU."""
+"""A server in an emulated guest may take seconds to send its banner on a busy host."""
 
 Status = Literal["absent", "booting", "damaged", "running", "unreachable", "paused", "panicked", "stale", "stopped"]
-"""`damaged`: its record cannot be read, so that only `stop` and `rm` work. `unreachable`: SSH has answered since the
-start and does not now. `paused`: its CPU stands, whoever stopped it."""
+"""`damaged`: its record cannot be read, so only `stop` and `rm` work. `unreachable`: SSH has answered since the start,
+but does not now. `paused`: its CPU is stopped, for whatever reason."""
 
 
 @dataclass(frozen=True)
 class MachineState:
-    """A machine as `status` shows it. `pid` and `ssh_port` are 0 and `ssh` is empty unless it runs."""
+    """A machine as `status` shows it. `pid` and `ssh_port` are 0 and `ssh` is '' unless it runs."""
 
     name: str
     status: Status
@@ -26,13 +26,13 @@ class MachineState:
     pid: int = 0
     ssh_port: int = 0
     ssh: str = ""
-    """The line that logs in."""
+    """The command line that logs in."""
     fault: str = ""
-    """Why its record cannot be read."""
+    """Why its record cannot be read, or ''."""
 
 
 def read_state(place: Place) -> MachineState:
-    """What the machine is doing now. Takes no lock and waits a few seconds at most."""
+    """Determine the machine's state. Takes no lock and waits a few seconds at most."""
     record = place.state.machine(place.name)
     if record is None:
         fault = place.fault()
@@ -43,10 +43,10 @@ def read_state(place: Place) -> MachineState:
 
 
 def _running(place: Place, record: MachineRecord) -> Status:
-    """What a machine is doing whose QEMU runs. Its CPU is asked first: SSH would only keep silent.
+    """The status of a machine whose QEMU runs. Checks the CPU first: with a stopped CPU, SSH would only be silent.
 
-    One that has let us in since it was started is up when its SSH server speaks, which costs no login. Silence proves
-    nothing: a server that is busy with others may refuse one more.
+    After a successful login since its start, a machine is up if its SSH server sends a banner: no login needed.
+    Silence proves nothing, because a busy server may refuse one more connection.
     """
     if state := place.stuck_state():
         return "panicked" if state == qmp.PANICKED else "paused"

@@ -1,4 +1,4 @@
-"""Break in: hold a machine's lock within seconds, also while another command waits for its guest."""
+"""Take over a machine's lock within seconds, even while another command waits for its guest."""
 
 import signal
 from collections.abc import Iterator
@@ -11,25 +11,25 @@ from vmtasks.machines.folder import Place
 from vmtasks.qemu import argv, vm
 
 RELEASE_S = 3.0
-"""How long who is at work may take to notice that the machine has ended."""
+"""How long the lock's holder may take to notice that the machine has ended."""
 TERM_S = 5.0
-"""How long a command may take to end in good order."""
+"""How long a command may take to exit after SIGTERM."""
 
 
 @contextmanager
 def lock(place: Place) -> Iterator[str]:
-    """Be the only command at work on the machine; whoever is it now must end, and that is said.
+    """Take the machine's exclusive lock; reports and ends a command that holds it.
 
-    First the machine's power is cut, so that who waits for its guest gives up by itself. A command that still holds
-    the lock is ended: it is known by its number, start and command line, and has the lock file open. Gives the rung
-    that ended the machine, or nothing when none was needed. BusyError for a holder that cannot be proven, or does not
-    end; MachineError for a QEMU that is not ours to end.
+    First cuts the machine's power, so that a command that waits for its guest gives up. Then signals a command that
+    still holds the lock, identified by pid, start time and command line, and by its open lock file. Yields the rung
+    that stopped the machine, '' if none was needed. BusyError for a holder that cannot be identified, or does not
+    exit; MachineError for a QEMU that is not ours.
     """
     with ExitStack() as stack:
         if _try_lock(place, stack, 0):
             yield ""
             return
-        progress.say(f"machine {place.name}: {_holder_name(place)} is at work on it; its power is cut")
+        progress.say(f"machine {place.name}: {_holder_name(place)} holds its lock; its power is cut")
         rung = _cut_power(place)
         for patience_s, number in ((RELEASE_S, signal.SIGTERM), (TERM_S, signal.SIGKILL)):
             if _try_lock(place, stack, patience_s):
@@ -58,7 +58,7 @@ def _cut_power(place: Place) -> str:
 
 
 def _end(place: Place, number: signal.Signals) -> None:
-    """Signal who holds the lock, if that is provable. One that is stopped goes on, to end in good order."""
+    """Signal the lock's holder, if it can be identified. SIGCONT lets a stopped process handle the signal."""
     found = holder(place.lock_file)
     if found is None:
         return
