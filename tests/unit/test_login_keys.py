@@ -59,16 +59,16 @@ def folder(key: Path) -> None:
 
 
 HURT: list[tuple[Callable[[Path], object], str, str]] = [
-    (lambda key: key.chmod(0o644), "may be read by others (its mode is 644)", "chmod 600 "),
-    (lambda key: key.write_text("garbage\n"), "is not one", "put it back"),
-    (lambda key: key.write_bytes(os.urandom(4000)), "is not one", "put it back"),
-    (lambda key: key.write_text(key.read_text()[:150]), "is not one", "put it back"),
-    (lambda key: key.write_text(""), "is not one", "put it back"),
-    (lambda key: key.unlink(), "is not there", "put it back"),
+    (lambda key: key.chmod(0o644), "can be read by other users (its mode is 644)", "chmod 600 "),
+    (lambda key: key.write_text("garbage\n"), "is invalid", "put it back"),
+    (lambda key: key.write_bytes(os.urandom(4000)), "is invalid", "put it back"),
+    (lambda key: key.write_text(key.read_text()[:150]), "is invalid", "put it back"),
+    (lambda key: key.write_text(""), "is invalid", "put it back"),
+    (lambda key: key.unlink(), "does not exist", "put it back"),
     (folder, "is no file", "put it back"),
     (link_to_zero, "is no file", "put it back"),
     (encrypt, "is encrypted, and no agent holds it", "ssh-add "),
-    (other, "is not the one of ", "put it back"),
+    (other, "does not match ", "put it back"),
 ]
 
 
@@ -90,7 +90,7 @@ def test_a_key_of_a_machine_that_lets_nobody_in(machine: Machine) -> None:
     machine.place.state.key.unlink()  # which is of no use to this one
     with pytest.raises(StateError) as caught:
         start.boot(machine.place, record(machine, own=True, key="own"))
-    assert f"the private key {machine.place.own_key} is not one" in caught.value.message
+    assert f"the private key {machine.place.own_key} is invalid" in caught.value.message
 
 
 def test_an_encrypted_key_that_an_agent_holds(

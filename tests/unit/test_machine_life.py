@@ -128,7 +128,7 @@ def test_a_number_in_a_pid_file_is_no_proof(home: Home):
         (folder / "a.pid").write_text(f"{other.pid}\n")
         done = home("rm", "--force", "a")
         assert done.returncode == 0
-        assert f"process {other.pid}, which its pid file names, is not provably its QEMU" in done.stderr
+        assert f"process {other.pid} in its pid file cannot be proved to be its QEMU" in done.stderr
         assert other.poll() is None
         other.kill()
 
@@ -153,7 +153,7 @@ def test_a_socket_that_somebody_serves_and_will_not_leave_is_said(home: Home):
         server.listen()
         done = home("rm", "--force", "a")
     assert done.returncode == 1
-    assert f"somebody serves {machine.place.qmp} and does not end; nothing was removed" in done.stderr
+    assert f"another process serves {machine.place.qmp} and does not exit; nothing was removed" in done.stderr
     assert machine.folder.exists()
     machine.place.qmp.unlink()
 
@@ -242,7 +242,7 @@ def test_force_waits_for_nobody_who_copies_binds(home: Home, bound: MachineRecor
     assert time.monotonic() - began < SOON_S
     assert not machine.folder.exists()
     assert "is copying; waiting" in (said := "".join(capsys.readouterr()))
-    assert f"warning: machine a: --bind {home.root}/b:/b: what is newer in the guest could not be copied back" in said
+    assert f"warning: machine a: --bind {home.root}/b:/b: newer files in the guest could not be copied back" in said
 
 
 @needs_qemu
@@ -343,7 +343,9 @@ def test_what_another_user_left_is_a_warning_and_keeps_nobody_from_work(home: Ho
     assert (gone, names) == ([], ["a"])
     if mode == 0o755:
         (warning,) = said
-        assert warning.startswith("warning: machine a is over and could not be removed: machine a cannot be locked: ")
+        assert warning.startswith(
+            "warning: machine a has expired and could not be removed: machine a cannot be locked: "
+        )
         assert "of user root: Permission denied" in warning
         assert "as root (sudo)" in warning
         assert status == "stopped"
@@ -351,7 +353,7 @@ def test_what_another_user_left_is_a_warning_and_keeps_nobody_from_work(home: Ho
         assert (said, status) == ([], "damaged")
     said = []
     assert heard_by(said, home.project.reap) == ["a"]
-    assert said == ["machine a: removed, because the command that it belonged to is gone"]
+    assert said == ["machine a: removed, because the command that owned it is gone"]
     assert list(home.run_folder.iterdir()) == []
 
 
@@ -369,7 +371,7 @@ def test_one_machine_that_cannot_be_removed_does_not_keep_the_others(home: Home)
     with mounted_tmpfs(stuck.folder / "sessions", "64k"):
         assert heard_by(said, home.project.reap) == ["b"]
         assert not after.folder.exists()
-        assert any(line.startswith("warning: machine a is over and could not be removed: ") for line in said), said
+        assert any(line.startswith("warning: machine a has expired and could not be removed: ") for line in said), said
         done = home("ps")
         assert done.returncode == 0
         assert "warning: machine a is over" in done.stderr

@@ -248,7 +248,7 @@ def test_what_came_into_a_shared_folder_later_is_said(
     state_folder(tmp_path / "plain/state")
     assert binds.copy_in(guest.place, record)
     assert "warning: machine dev: --bind " in (said := capsys.readouterr().out)
-    assert "state in it never goes into a guest, and the guest can read it" in said
+    assert "state in it never goes into a guest, but the guest can read it" in said
 
 
 @pytest.mark.parametrize("host", [".vm", ".vm/run/dev", "link", "cache/keys"])
@@ -268,7 +268,7 @@ def test_excludes_hold_both_ways(tmp_path: Path, there: Callable[..., There]) ->
         (host / name).write_text("host")
     guest = there()
     record = guest.bound(host, ("/build/", "*.o"))
-    assert record.binds[0].copied == "not all of it is wanted there"
+    assert record.binds[0].copied == "parts of it are excluded"
     binds.push(guest.place, guest.target, 0, record.binds[0])
     work = guest.home / "work"
     assert sorted(str(p.relative_to(work)) for p in work.rglob("*") if p.is_file()) == ["a.c", "sub/build/x"]

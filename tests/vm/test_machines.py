@@ -200,7 +200,7 @@ def test_a_process_that_is_not_ours_is_left_alone(stopped: Project, known: str) 
 
 def test_snapshots_come_back_and_stand_alone(running: Project) -> None:
     output = running.doit("snapshot", "--name", "early").bad()
-    assert "is running: its disk is not at rest" in output
+    assert "is running: its disk is in use" in output
     running.ssh("echo one >marker")
     running.doit("stop").good()
     running.doit("snapshot", "--name", "one").good()

@@ -94,8 +94,8 @@ def test_b16_binds(cli: Cli, tmp_path: Path) -> None:
     done = cli("rm", "--force", "a")
     assert done.returncode == 0, done.stderr
     (warned,) = warnings(done)
-    assert f"--bind {root}/ours:/work/o u r s: not all that is newer" in warned
-    assert warned.endswith("; it goes with the machine")
+    assert f"--bind {root}/ours:/work/o u r s: some newer files in the guest" in warned
+    assert warned.endswith("; they are lost with the machine")
     assert cli.json("ps") == []
 
 
@@ -105,10 +105,10 @@ def test_b16_what_cannot_come_back_costs_no_status_and_no_end(cli: Cli, folder: 
     done = cli("run", "--ssh-port", port, "--bind", f"{folder}:/work", "--", f"{HIDE} /work; exit 7")
     assert done.returncode == 7, done.stderr
     (warned,) = warnings(done)
-    assert f"--bind {folder}:/work: not all that is newer in the guest could be copied back; the rest was: " in warned
+    assert f"--bind {folder}:/work: some newer files in the guest could not be copied back; the others were: " in warned
     assert '"/work/secret"' in warned
     assert "Permission denied" in warned
-    assert warned.endswith("; it goes with the machine")
+    assert warned.endswith("; they are lost with the machine")
     assert sorted(path.name for path in folder.iterdir()) == ["from host", "open"]
     assert cli.json("ps") == []
     cli.nothing_left()
@@ -125,7 +125,10 @@ def test_a_second_signal_cuts_copying_back_short(cli: Cli, folder: Path) -> None
     run.send_signal(signal.SIGINT)
     _, said = run.communicate(timeout=60)
     assert run.returncode == -signal.SIGTERM, said
-    assert b"work: interrupted before all that is newer in the guest was copied back; it goes with the machine" in said
+    assert (
+        b"work: interrupted before all that is newer in the guest was copied back; they are lost with the machine"
+        in said
+    )
     assert not (folder / "big").exists()
     cli.nothing_left()
 
@@ -137,14 +140,14 @@ def test_b16_a_machine_whose_folder_cannot_be_copied(cli: Cli, folder: Path) -> 
     assert done.returncode == 3, done.stderr
     (warned,) = warnings(done)
     assert '"/work/secret"' in warned
-    assert warned.endswith("; it stays in the guest, and the next command tries again")
+    assert warned.endswith("; they stay in the guest, and the next command tries again")
     assert (folder / "open").read_text() == "y\n"
     # Nor can a folder of somebody else be brought up to date; then nothing runs on what is old, but who looks gets in.
     (folder / "theirs").mkdir()
     cli.good("ssh", "a", "doas chown root /work/theirs; doas rm /work/secret; sync")
     (folder / "theirs" / "new").write_text("new\n")
     said = cli.bad("exec", "a", "echo", "ran")
-    assert f"--bind {folder}:/work: not all is up to date there: " in said
+    assert f"--bind {folder}:/work: not everything is up to date there: " in said
     _, _, login = said.strip().partition("hint: to log in without copying: ")
     cli("stop", "a", "--force")
     assert len(warnings(cli("start", "a"))) == 1
@@ -159,7 +162,10 @@ def test_b16_a_machine_whose_folder_cannot_be_copied(cli: Cli, folder: Path) -> 
     done = cli("stop", "a")
     assert done.returncode == 0, done.stderr
     (warned,) = warnings(done)
-    assert f"--bind {folder}:/work: what is newer in the guest could not be copied back: rsync lost or never" in warned
+    assert (
+        f"--bind {folder}:/work: newer files in the guest could not be copied back: rsync could not connect, or lost"
+        in warned
+    )
     assert b"stopped (ACPI power button)" in done.stderr
 
 

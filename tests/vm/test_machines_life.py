@@ -236,7 +236,7 @@ def saved(cli: Cli) -> None:
     """A stopped machine `a`, and its snapshot `one`."""
     cli.make("a")
     cli.good("ssh", "a", "echo one >marker; sync")
-    assert "is running: its disk is not at rest" in cli.bad("snapshot", "a", "one")
+    assert "is running: its disk is in use" in cli.bad("snapshot", "a", "one")
     assert "stopped (power off in the guest)" in cli("stop", "a").stderr.decode()
     cli.good("snapshot", "a", "one")
 
@@ -413,10 +413,10 @@ def test_k3_the_pid_of_somebody_else(cli: Cli, known: str) -> None:
         record.write_text(text)
         (cli.run_folder / "a" / "a.pid").write_text(f"{other.pid}\n")
         assert cli.machine("a")["status"] == "stale"
-        assert "its process has ended without being stopped" in cli.bad("ssh", "a", "true")
+        assert "its process ended without being stopped" in cli.bad("ssh", "a", "true")
         doctor = cli("doctor", "a")
         assert doctor.returncode == 1
-        assert b"that number is another process's now" in doctor.stdout
+        assert b"another process has that pid now" in doctor.stdout
         cli.good("stop", "a")
         assert other.poll() is None
         assert cli.machine("a")["status"] == "stopped"

@@ -77,7 +77,7 @@ def test_versions_and_names_side_by_side(project: Project) -> None:
         assert project.ssh("cat mark").returncode == 1
         for words in (["start"], ["restore"], ["provision"], ["snapshot", "--name", "mixed"]):
             output = project.doit("version=2", "name=tiny", *words).bad()
-            assert "machine tiny is of tiny, and tiny-2 was asked for; nothing was changed" in output
+            assert "machine tiny has guest tiny, not tiny-2; nothing was changed" in output
             assert "name=OTHER" in output
         project.doit("version=2", "destroy", "--yes").good()
         project.name = "tiny"

@@ -1,10 +1,10 @@
-"""Folders of this host in a machine: mounted by 9p where the guest's kernel has it, else copied by rsync, and said so.
+"""Host folders in a machine: mounted by 9p if the guest's kernel has it, else copied by rsync, with a message.
 
-A copy goes to the guest when the machine starts and before each command, and what is newer in the guest comes back
-after it; nothing is deleted on either side. A copy that is read-only is mounted so, on top of itself. A folder of which
-not all may be in the guest is always copied: by 9p the guest has all of it.
+A bind is copied to the guest when the machine starts and before each command; newer files are copied back after it.
+Nothing is deleted on either side. A read-only copy is bind-mounted read-only. A folder with excluded or private parts
+is always copied, because 9p exposes all of it.
 
-What cannot be copied back is said, and keeps no command from its status and no machine from its end.
+A failure to copy back is reported. It changes no command's status and does not keep a machine from stopping.
 """
 
 import contextlib
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 
 COPY_S = 3600.0
 MOUNT_S = 60.0
-ROOM_HINT = "leave out what is not needed there with --exclude PATTERN, or give it a larger --disk"
+ROOM_HINT = "leave out files with --exclude PATTERN, or give it a larger --disk"
 STAGE = "/var/lib/vmtasks/binds"
-"""Where the copy of a read-only bind stands in the guest; root's alone."""
+"""The folder for copies of read-only binds in the guest, owned by root."""
 
-ALL_BACK = "all that is newer in the guest was copied back"
-NOT_BACK = "what is newer in the guest could not be copied back"
-PART_BACK = "not all that is newer in the guest could be copied back; the rest was"
+ALL_BACK = "all newer files in the guest were copied back"
+NOT_BACK = "newer files in the guest could not be copied back"
+PART_BACK = "some newer files in the guest could not be copied back; the others were"
 
 PROBE = "modprobe 9pnet_virtio 2>/dev/null; modprobe 9p 2>/dev/null; grep -qw 9p /proc/filesystems"
 MOUNT = r"""
@@ -61,7 +61,7 @@ mount -o bind "$stage" "$guest" && mount -o remount,bind,ro "$guest"
 
 
 def check(bind: Bind, private: Private) -> BindRecord:
-    """The bind with its folder's whole path. ConfigError, naming the host's side, for a folder that cannot be bound."""
+    """Resolve the host's path of a bind. ConfigError, naming it, for a folder that cannot be bound."""
     try:
         folder = Path(bind.host).expanduser().resolve()
     except RuntimeError:
@@ -83,7 +83,7 @@ def check(bind: Bind, private: Private) -> BindRecord:
 
 
 def decide_copied(place: Place, record: MachineRecord) -> MachineRecord:
-    """The record with the reason why each bind must be copied, if there is one. To be asked before QEMU is started."""
+    """Record for each bind why it must be copied, or ''. Call before QEMU starts."""
     return msgspec.structs.replace(
         record, binds=[msgspec.structs.replace(bind, copied=_why_copied(place, bind)) for bind in record.binds]
     )
@@ -93,20 +93,20 @@ def _why_copied(place: Place, bind: BindRecord) -> str:
     hidden = _filter(place, bind).hidden
     if hidden:
         return f"{os.fsdecode(hidden[0]).rstrip('/')} in it never goes into a guest"
-    return "not all of it is wanted there" if bind.exclude else ""
+    return "parts of it are excluded" if bind.exclude else ""
 
 
 def _filter(place: Place, bind: BindRecord) -> Filter:
-    """What of the bind is not copied, and what the rest takes, as it is now."""
+    """The bind's excluded paths, and the size of the rest, as of now."""
     walk = Walk(Path(bind.host), bind.exclude, hidden=Private(place.config))
     size = sum(allocated_bytes(info) for _, info in walk)
     return Filter(walk.hidden, bind.exclude, size=size)
 
 
 def mount(place: Place, connection: "Connection", record: MachineRecord) -> MachineRecord:
-    """Have each bind in the guest; returns the record, which says how each is.
+    """Mount or copy each bind in the guest; returns the record with `how` set for each.
 
-    BindError when one cannot be had, SshError when the guest is not reached.
+    BindError when one fails, SshError when the guest is not reached.
     """
     if not record.binds:
         return record
@@ -125,7 +125,7 @@ def mount(place: Place, connection: "Connection", record: MachineRecord) -> Mach
 
 
 def _mount(connection: "Connection", number: int, bind: BindRecord) -> str:
-    """Mount it by 9p; returns why it is of no use so. The login user must be able to write where that is meant."""
+    """Mount a bind by 9p; returns why it is unusable, or ''. The login user must be able to write a writable bind."""
     mode = "ro" if bind.read_only else "rw"
     user = connection.target.user
     _check_done(_execute_as_root(connection, MOUNT, guest=bind.guest, tag=f"bind{number}", mode=mode), bind)
@@ -134,11 +134,11 @@ def _mount(connection: "Connection", number: int, bind: BindRecord) -> str:
     if not _unwritable(connection, bind):
         return ""
     _check_done(_execute_as_root(connection, UMOUNT, guest=bind.guest, who=user), bind)
-    return f"{user} may not write there by 9p, which keeps the numbers of users"
+    return f"{user} may not write there by 9p, which keeps the host's user ids"
 
 
 def _first_copy(place: Place, connection: "Connection", number: int, bind: BindRecord) -> None:
-    """Copy it to a guest that has come up. Where that has worked before, a failure must not keep the disk from us."""
+    """Copy a bind to a guest that has just started. If an earlier copy succeeded, a failure is only a warning."""
     target, new = connection.target, bind.how != "rsync"
     if new and not bind.read_only and (why := _unwritable(connection, bind)):
         other = "" if target.user == "root" else ", or --user root"
@@ -150,27 +150,27 @@ def _first_copy(place: Place, connection: "Connection", number: int, bind: BindR
         push(place, target, number, bind)
     except CommandError as error:
         if new:
-            hint = "mend what is named, or choose another folder or another path of the guest"
+            hint = "fix the named file, or choose another folder or another path of the guest"
             raise BindError(
-                f"{option_text(bind)}: cannot all be copied to the guest: {error.message}",
+                f"{option_text(bind)}: not everything could be copied to the guest: {error.message}",
                 hint=ROOM_HINT if isinstance(error, NoRoomError) else hint,
             ) from None
         progress.say(
-            f"warning: machine {place.name}: {option_text(bind)}: not all is up to date there: {error.message}"
+            f"warning: machine {place.name}: {option_text(bind)}: not everything is up to date there: {error.message}"
         )
 
 
 def _unwritable(connection: "Connection", bind: BindRecord) -> str:
-    """Why the login user cannot write there; empty when it can."""
+    """Why the login user cannot write there, or ''."""
     done = connection.execute(WRITE_TEST, cwd="/", env={"guest": bind.guest}, timeout_s=MOUNT_S)
     said = done.stderr.decode(errors="replace")
     return "" if done.status == 0 else said.strip().rpartition(": ")[2] or f"status {done.status}"
 
 
 def copy_in(place: Place, record: MachineRecord) -> bool:
-    """Bring what is copied up to date in the guest. False when it is not reached: who goes there next will say why.
+    """Update the copied binds in the guest. False if it is not reached: the next connection reports why.
 
-    BindError when not all could be copied, or the guest stands still: nothing must run on what is out of date.
+    BindError if some files could not be copied, or the guest is paused: no command may run on outdated files.
     """
     target = place.target(record)
     copied = [bind for bind in record.binds if bind.how == "rsync"]
@@ -190,16 +190,16 @@ def copy_in(place: Place, record: MachineRecord) -> bool:
                 if isinstance(error, SshError) and not connect.is_ready(target):
                     return False
                 raise BindError(
-                    f"machine {place.name}: {option_text(bind)}: not all is up to date there: {error.message}",
+                    f"machine {place.name}: {option_text(bind)}: not everything is up to date there: {error.message}",
                     hint=f"to log in without copying: {place.ssh_line()}",
                 ) from None
     return True
 
 
 def copy_out(place: Place, record: MachineRecord, *, last: bool = False, wait_s: float = COPY_S) -> None:
-    """Bring back what is newer in the guest, and say what could not be. Links that lead out of the folder stay there.
+    """Copy newer files back from the guest, and report failures. Links that lead out of the folder stay there.
 
-    `last`: the machine goes after this. `wait_s`: how long another command's copying may keep us from ours.
+    `last`: the machine is removed afterwards. `wait_s`: how long to wait for another command's copy.
     """
     back = [bind for bind in record.binds if bind.how == "rsync" and not bind.read_only]
     left = list(back)
@@ -209,13 +209,13 @@ def copy_out(place: Place, record: MachineRecord, *, last: bool = False, wait_s:
                 left = back[number:]
                 try:
                     copy(place.target(record), f"{bind.guest}/", f"{bind.host}/", _filter(place, bind), back=True)
-                except SshError as error:  # nor would the others be reached
+                except SshError as error:  # the other binds would fail too
                     _warn(place, left, f"{NOT_BACK}: {error.message}", last=last)
                     return
                 except VmTasksError as error:
                     partial = isinstance(error, CommandError) and error.status == PARTIAL
                     _warn(place, [bind], f"{PART_BACK if partial else NOT_BACK}: {error.message}", last=last)
-    except (StateError, OSError) as error:  # the lock cannot be had, or this host's disk is full
+    except (StateError, OSError) as error:  # the lock is taken, or this host's disk is full
         _warn(place, left, f"{NOT_BACK}: {error}", last=last)
     except KeyboardInterrupt:
         _warn(place, left, f"interrupted before {ALL_BACK}", last=last)
@@ -223,36 +223,36 @@ def copy_out(place: Place, record: MachineRecord, *, last: bool = False, wait_s:
 
 
 def _warn(place: Place, binds: Sequence[BindRecord], what: str, *, last: bool) -> None:
-    fate = "it goes with the machine" if last else "it stays in the guest, and the next command tries again"
+    fate = "they are lost with the machine" if last else "they stay in the guest, and the next command tries again"
     which = ", ".join(option_text(bind) for bind in binds)
     progress.say(f"warning: machine {place.name}: {which}: {what}; {fate}")
 
 
 def option_text(bind: BindRecord) -> str:
-    """The bind as a user writes it."""
+    """The bind as a command-line option."""
     return f"--bind {Bind(bind.host, bind.guest, bind.read_only)}"
 
 
 def push(place: Place, target: ssh.Target, number: int, bind: BindRecord) -> None:
-    """Copy what is newer on the host."""
+    """Copy newer files from the host to the guest."""
     into = f"{STAGE}/{number}" if bind.read_only else bind.guest
     copy(target, f"{bind.host}/", f"{into}/", _filter(place, bind), as_root=bind.read_only)
 
 
 def _warn_if_exposed(place: Place, bind: BindRecord) -> None:
-    """Warn of what was put into a folder that the guest has all of: that was looked at when the machine started."""
+    """Warn if a mounted folder now has private parts: only the start of the machine checks that otherwise."""
     why = _why_copied(place, bind)
     if why:
         progress.say(
-            f"warning: machine {place.name}: {option_text(bind)}: {why}, and the guest can read it, as it came there "
-            f"since the machine was started; stop and start the machine, or put it elsewhere"
+            f"warning: machine {place.name}: {option_text(bind)}: {why}, but the guest can read it, as it was added "
+            f"after the machine started; stop and start the machine, or move it elsewhere"
         )
 
 
 def _copy_lock(
     place: Place, record: MachineRecord, wait_s: float = COPY_S
 ) -> contextlib.AbstractContextManager[object]:
-    """One copy at a time: sessions may begin and end together."""
+    """Serialize copies: sessions may start and end at the same time."""
     if not any(bind.how == "rsync" for bind in record.binds):
         return contextlib.nullcontext()
     what = f"the binds of machine {place.name}"
@@ -280,4 +280,4 @@ def _check_done(done: "CommandResult", bind: BindRecord) -> None:
     if done.status != 0:
         lines = done.stderr.decode(errors="replace").split("\n")
         said = "; ".join(lines).strip("; ") or f"status {done.status}"
-        raise BindError(f"{option_text(bind)}: cannot be had there: {said}", hint="choose another path of the guest")
+        raise BindError(f"{option_text(bind)}: could not be set up: {said}", hint="choose another path of the guest")

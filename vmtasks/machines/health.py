@@ -1,6 +1,6 @@
-"""Where a machine, or this host, stands: one layer after the other, each passed or failed with the reason.
+"""The health of a machine, of this host and of the store: layers that pass, or fail with the reason.
 
-A layer is looked at only if those below it passed: what fails first is why the rest cannot work.
+A machine's layer is probed only if all layers below it passed: the first failure is the cause.
 """
 
 import tempfile
@@ -31,13 +31,13 @@ LEAST_FREE = 2 << 30
 
 
 def is_alive(place: Place) -> Alive:
-    """The verdict on a machine, from its layers."""
+    """Probe a machine layer by layer."""
     return alive.diagnose(machine_layers(place))
 
 
 @contextmanager
 def warn_when_stuck(place: Place) -> Iterator[None]:
-    """Say once, while the block waits for the guest, that its CPU stands still, why, and what to do."""
+    """Report once, while the block waits for the guest, that its CPU is stopped, with cause and remedy."""
     over = threading.Event()
 
     def watch() -> None:
@@ -92,9 +92,9 @@ def _probe_process(place: Place, record: MachineRecord) -> tuple[Diagnosis, str]
     if not record.pid:
         return "gone", f"it is stopped; {place.command('start')}"
     said = files.read_text(place.qemu_log, "replace").strip() if place.qemu_log.is_file() else ""
-    other = " (that number is another process's now)" if processes.started(record.pid) else ""
+    other = " (another process has that pid now)" if processes.started(record.pid) else ""
     last = said.splitlines()[-1] if said else "nothing"
-    return "gone", f"QEMU, process {record.pid}, is gone: killed, or crashed{other}; it last said: {last}"
+    return "gone", f"QEMU, process {record.pid}, is gone: killed, or crashed{other}; its last output: {last}"
 
 
 def _probe_console(place: Place) -> tuple[Diagnosis, str]:
@@ -103,11 +103,11 @@ def _probe_console(place: Place) -> tuple[Diagnosis, str]:
         if failure.cause != "login" and transcript.match(failure.expect):
             return "silent", f"the guest {failure.says}"
     last = transcript.tail(1)
-    return "", f"nothing there says that the boot has failed; its last line: {last[0].strip() if last else 'none'}"
+    return "", f"no boot failure found; its last line: {last[0].strip() if last else 'none'}"
 
 
 def last_boot(log: Path) -> int:
-    """Where in the console's record the last boot begins, as well as that can be told: at the last firmware's line."""
+    """The offset in the console log where the last boot begins: at its firmware's or kernel's first line."""
     try:
         with files.opened(log) as file:
             data = file.read()
@@ -117,7 +117,7 @@ def last_boot(log: Path) -> int:
 
 
 def _is_booting(place: Place, record: MachineRecord) -> bool:
-    """Whether it has not let us in yet, and may still."""
+    """Whether it has not accepted a login yet, within the time for a boot."""
     wait_s = place.config.guest.ssh.ready_timeout_s * place.state.accel.factor
     return not record.ready and time.time() - record.started < wait_s
 
@@ -126,7 +126,7 @@ def _is_booting(place: Place, record: MachineRecord) -> bool:
 
 
 def host_layers(config: Config, programs: Iterable[str] = process.REQUIRED) -> Iterator[Layer]:
-    """Programs, accelerator, space and ports. These do not build on each other: all are looked at."""
+    """Programs, accelerator, free space and ports. All are checked: they are independent."""
     for program in programs:
         try:
             yield Layer(program, passed=True, says=process.find(program))
@@ -147,7 +147,7 @@ def host_layers(config: Config, programs: Iterable[str] = process.REQUIRED) -> I
 
 
 def _space_layer(what: str, folder: Path) -> Layer:
-    """Whether `folder` can be written to, or made, and has room."""
+    """Whether `folder` can be written or created, and has free space."""
     try:
         place = files.nearest_folder(folder)
         with tempfile.TemporaryFile(dir=place):
@@ -162,12 +162,12 @@ def _space_layer(what: str, folder: Path) -> Layer:
 
 
 def store_layers(store: Store) -> Iterator[Layer]:
-    """Every image and download, to the last byte. These do not build on each other: all are looked at.
+    """Every image and download, byte by byte. All are checked: they are independent.
 
-    A damaged image loses its record, so that it is built again; one that is whole again gets its record back.
+    A damaged image loses its record, so that it is rebuilt; an image that is intact again gets its record back.
     """
     for name in store.mend():
-        yield Layer(name, passed=True, says="its bytes are right again, so that it is used again")
+        yield Layer(name, passed=True, says="its bytes are right again; it is used again")
     for record in store.records():
         fault = store.own_fault(record, "bytes")
         if not fault and record.backing and store.below(record) is None:
@@ -176,8 +176,8 @@ def store_layers(store: Store) -> Iterator[Layer]:
         remedy = "doit auto_install, in the project that needs it, builds it again"
         yield Layer(what, not fault, f"{fault}; {remedy}" if fault else f"{record.size >> 20} MiB, as its record says")
     for path in store.downloads():
-        whole = files.sha256(path) == path.name
+        intact = files.sha256(path) == path.name
         says = f"{path.stat().st_size >> 20} MiB, as its name says"
         yield Layer(
-            f"download {path.name[:12]}", whole, says if whole else f"other bytes; remove {path}, then doit fetch"
+            f"download {path.name[:12]}", intact, says if intact else f"wrong digest; remove {path}, then doit fetch"
         )

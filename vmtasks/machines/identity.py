@@ -1,7 +1,7 @@
-"""What tells a machine from all others of its image: MAC address, host name, SSH host keys.
+"""A machine's identity apart from its image: MAC address, host name, SSH host keys.
 
-The image's host keys let the first contact be strict. The machine's own are made here and put in place over that
-connection; from then on no other machine is taken for this one, whoever listens on its port.
+The first contact is checked strictly against the image's host keys. The machine's own keys are generated here and
+installed over that connection. From then on no other machine on its port can pass for it.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ KINDS = {
     "ecdsa-sha2-nistp521": ("ecdsa", "-b", "521"),
     "ssh-rsa": ("rsa",),
 }
-"""How ssh-keygen makes a host key of a type; its file in the guest is `ssh_host_KIND_key`."""
+"""ssh-keygen's arguments for each type of host key; its file in the guest is `ssh_host_KIND_key`."""
 
 HOSTNAME = r"""
 hostname "$name" || exit
@@ -55,7 +55,7 @@ if grep -q '^127\.0\.1\.1[[:space:]]' "$etc/hosts" 2>/dev/null; then
     sed "s/^127\.0\.1\.1[[:space:]].*/127.0.1.1 $name/" "$etc/hosts" | swap "$etc/hosts" || exit
 fi
 """
-"""Gives the host name $name, now and in the files from which Linux (Debian and others) and the BSDs take it."""
+"""Sets the host name $name, now and in the files that Linux (Debian and others) and the BSDs read at boot."""
 
 INSTALL = r"""
 umask 077
@@ -78,7 +78,7 @@ for file do
 done
 sync
 """
-"""Puts the host keys that come on stdin in place of those of the same kinds. Touches nothing where one is missing."""
+"""Replaces host keys by those of the same kinds from stdin. Changes nothing if one of the old files is missing."""
 
 RELOAD = r"""
 for file in /run/sshd.pid /var/run/sshd.pid; do
@@ -88,33 +88,33 @@ for file in /run/sshd.pid /var/run/sshd.pid; do
     fi
 done
 """
-"""OpenSSH starts itself again; its sessions go on. Without such a file there is a server for each connection."""
+"""OpenSSH re-executes itself; sessions continue. Without a pid file, each connection starts its own server."""
 
 
 def mac(folder: Path) -> str:
-    """The MAC address of the machine with this folder, which has its name: locally administered, of one card."""
+    """The MAC address of the machine in this folder: locally administered, unicast, derived from the path."""
     digest = hashlib.sha256(os.fsencode(folder.absolute())).hexdigest()
     return ":".join(["02", *(digest[at : at + 2] for at in range(0, 10, 2))])
 
 
 def hostname(name: str) -> str:
-    """The host name of a machine of this name: what RFC 1123 has no place for becomes a hyphen."""
+    """The host name for a machine's name: characters that RFC 1123 does not allow become hyphens."""
     return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:63].rstrip("-")
 
 
 def shows_image_keys(record: MachineRecord) -> bool:
-    """Whether a machine that has just come up shows its image's host keys. One installed by hand has its own anyway."""
+    """Whether a machine that has just started shows its image's host keys. One installed by hand never does."""
     return bool(record.image) and not record.ready and record.identity in ("image", "changing")
 
 
 def personalize(place: Place, record: MachineRecord, connection: "Connection") -> "tuple[MachineRecord, Connection]":
-    """Give a machine that has let us in what it lacks of its own: login key, host name, host keys.
+    """Install a machine's own login key, host name and host keys where they are missing.
 
-    Returns the new record, and the connection that has proved it: a new one, unless nothing was lacking.
+    Returns the new record, and the connection that proved it: a new one, unless nothing was missing.
 
-    May be repeated after a kill at any moment: until what is its own is known to work, the old keys are on record too,
-    so that the next command gets in, and is as strict. A guest that cannot have host keys of its own keeps those of its
-    image, and that is said. SshError when nobody is let in any more.
+    Can be repeated after a kill at any moment: until the new keys are proved, the old ones stay in the record, so that
+    the next command logs in, as strictly. A guest that cannot change its host keys keeps those of its image, with a
+    message. SshError when login fails afterwards.
     """
     login, host = bool(record.image) and record.key != "own", shows_image_keys(record)
     if host and record.identity == "changing":
@@ -140,7 +140,7 @@ def personalize(place: Place, record: MachineRecord, connection: "Connection") -
 
 
 def _resume(place: Place, record: MachineRecord) -> tuple[MachineRecord, bool]:
-    """After a kill: whether host keys are lacking still, or the guest already shows those that were put there last."""
+    """After a kill: whether the guest still needs host keys, or already shows the ones installed last."""
     newest = record.host_keys[: len(key_kinds(record.host_keys))]
     done = msgspec.structs.replace(record, host_keys=newest)
     ssh.stop_sharing(place.target(record))
@@ -153,24 +153,24 @@ def _resume(place: Place, record: MachineRecord) -> tuple[MachineRecord, bool]:
 
 @dataclass(frozen=True)
 class HostKey:
-    """A new host key: `kind` as in its file's name, `public` as `type key`."""
+    """A new host key: `kind` as in its file name, `public` as `type key`."""
 
     kind: str
     private: str
     public: str
 
     def __str__(self) -> str:
-        """As INSTALL reads it."""
+        """The format that INSTALL reads."""
         return f"{self.kind}\n{self.private}\n{self.public}\n"
 
 
 def key_kinds(host_keys: Sequence[str]) -> list[tuple[str, ...]]:
-    """How keys of the same types are made, each once."""
+    """ssh-keygen's arguments for keys of the same types, each once."""
     return sorted({KINDS[key.split()[0]] for key in host_keys if key.split()[0] in KINDS})
 
 
 def make_host_keys(place: Place, old: list[str]) -> list[HostKey]:
-    """New host keys of the same types. They stand in a private folder for the moment in which ssh-keygen makes them."""
+    """Generate host keys of the same types, in a private folder that is removed afterwards."""
     made = []
     with tempfile.TemporaryDirectory(dir=place.sockets) as folder:
         for kind, *how in key_kinds(old):
@@ -182,14 +182,14 @@ def make_host_keys(place: Place, old: list[str]) -> list[HostKey]:
 
 
 def install_input(fresh: Sequence[HostKey]) -> str:
-    """What INSTALL reads; without the last line it does nothing."""
+    """The stdin of INSTALL; without its last line INSTALL changes nothing."""
     return "".join([*map(str, fresh), "end\n"])
 
 
 def _install_identity(
     place: Place, connection: "Connection", own: MachineRecord, fresh: list[HostKey], old: list[str]
 ) -> MachineRecord:
-    """Give the guest its host name and keys; returns `own` with what came of it."""
+    """Set the guest's host name and host keys; returns `own` updated with the result."""
     guest = place.config.guest
     where = guest.ssh.host_keys if fresh else ""
     env = {"name": hostname(place.name), "etc": "/etc", "folder": where}
@@ -200,19 +200,19 @@ def _install_identity(
     if done.status == 0 and where:
         return msgspec.structs.replace(own, identity="own", host_keys=[key.public for key in fresh])
     why = done.stderr.decode(errors="replace").strip() or (
-        f"status {done.status}" if done.status else "guest.toml names no place for others"
+        f"status {done.status}" if done.status else "guest.toml names no folder for others"
     )
-    if done.status in (0, NOT_THERE, keys.CANNOT_BECOME):  # nothing was touched
+    if done.status in (0, NOT_THERE, keys.CANNOT_BECOME):  # nothing was changed
         progress.say(f"machine {place.name} keeps the SSH host keys of its image: {why}")
         return msgspec.structs.replace(own, identity="shared", host_keys=old)
-    progress.say(f"machine {place.name} could not be given SSH host keys of its own; it is tried again: {why}")
+    progress.say(f"machine {place.name} got no SSH host keys of its own; the next command tries again: {why}")
     return own
 
 
 def _verify_login(place: Place, own: MachineRecord, fallback: list[str]) -> "tuple[MachineRecord, Connection]":
-    """Write down what a new connection has proved: that the machine shows its own keys and takes its own, and no other.
+    """Record the keys that a new connection has proved: the machine's own host keys and login key, and no others.
 
-    A server that goes on with its old host keys reads the new ones when the guest boots; until then both are taken.
+    A server that keeps its old host keys reads the new ones when the guest boots; until then both are accepted.
     """
     if (proof := _log_in(place, own, RELOAD_S)) is not None:
         return place.write(own), proof
@@ -220,16 +220,16 @@ def _verify_login(place: Place, own: MachineRecord, fallback: list[str]) -> "tup
     proof = _log_in(place, both, 0) if own.identity == "own" else None
     if proof is None:
         raise SshError(
-            f"machine {place.name} does not let us in with its new keys", hint=f"vmtasks doctor {place.name}"
+            f"machine {place.name} does not accept a login with its new keys", hint=f"vmtasks doctor {place.name}"
         )
     progress.say(
-        f"machine {place.name} shows SSH host keys of its own from its next boot on: its server reads none before"
+        f"machine {place.name} shows SSH host keys of its own from its next boot on: its server does not reload them"
     )
     return place.write(both), proof
 
 
 def _log_in(place: Place, record: MachineRecord, within_s: float) -> "Connection | None":
-    """A new connection by this record, if one comes to be. It is tried at least once."""
+    """Log in again by this record; None if that fails. Tries at least once."""
     target = place.target(record)
     ssh.write_config(target)
     ssh.stop_sharing(target)

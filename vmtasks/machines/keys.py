@@ -1,7 +1,7 @@
-"""Who may log in to a machine: its own key, put in place over the key of its image, and public keys of people.
+"""The keys that a machine authorizes: its own, which replaces its image's, and public keys of users.
 
-The guest's `authorized_keys` are rewritten beside and renamed, so that a kill at any moment locks nobody out. Sessions
-that are open stay open: a server looks at these files only when somebody logs in.
+The guest's `authorized_keys` are written to a temporary file and renamed, so that a kill at any moment locks no user
+out. Open sessions stay open: a server reads these files only at login.
 """
 
 import os
@@ -53,8 +53,8 @@ done </etc/passwd
 [ -n "$found" ] || exit 67
 sync
 """
-"""Takes the lines with any of $drop out of $who's file and puts the lines of $put in; `everywhere`: also where others
-have a line of $drop."""
+"""Removes the lines with any of $drop from $who's file and adds the lines of $put; with $everywhere also in
+the files of other users that have a line of $drop."""
 
 
 READ = r"""
@@ -66,25 +66,25 @@ done </etc/passwd
 
 @dataclass(frozen=True)
 class AuthorizedKey:
-    """A key that lets in. `is_own`: the machine's own, without which vmtasks cannot log in."""
+    """An authorized key. `is_own`: the machine's own, which vmtasks needs to log in."""
 
     key: PublicKey
     is_own: bool
 
 
 def require_usable(private: Path, public: Path | None = None, remedy: str = "put it back from a copy") -> None:
-    """StateError, with the reason and the remedy, when ssh can log in nobody with this private key.
+    """StateError, with the reason and the remedy, if ssh cannot use this private key.
 
-    `public`: the half of it that guests have, where another one must be found out too.
+    `public`: the public key that guests authorize; a private key that does not match it is an error too.
     """
     what = f"the private key {private}"
     if not private.is_file():
-        how = "is no file" if private.exists() or private.is_symlink() else "is not there"
+        how = "is no file" if private.exists() or private.is_symlink() else "does not exist"
         raise StateError(f"{what} {how}", hint=remedy)
     stat = private.stat()
     if stat.st_uid == os.getuid() and stat.st_mode & 0o077:
         raise StateError(
-            f"{what} may be read by others (its mode is {stat.st_mode & 0o777:o}): ssh refuses such a key",
+            f"{what} can be read by other users (its mode is {stat.st_mode & 0o777:o}): ssh refuses such a key",
             hint=f"chmod 600 {shlex.quote(str(private))}",
         )
     shown = process.run(["ssh-keygen", "-y", "-P", "", "-f", private], timeout_s=30, check=False)
@@ -99,20 +99,20 @@ def require_usable(private: Path, public: Path | None = None, remedy: str = "put
             raise StateError(f"{what} is encrypted, and no agent holds it", hint=add)
     elif ours is None:
         said = (shown.stderr.strip().splitlines() or ["it is empty"])[-1]
-        raise StateError(f"{what} is not one: {said}", hint=remedy)
+        raise StateError(f"{what} is invalid: {said}", hint=remedy)
     elif theirs is not None and theirs.blob != ours.blob:
-        raise StateError(f"{what} is not the one of {public}, which guests let in", hint=remedy)
+        raise StateError(f"{what} does not match {public}, which guests authorize", hint=remedy)
 
 
 def install_own_key(place: Place, record: MachineRecord, connection: "Connection") -> None:
-    """Let a machine's own key in, in place of the one of its image, which is then refused."""
+    """Authorize the machine's own key instead of its image's, which is refused from then on."""
     own, bootstrap = read_public(place.own_key), read_public(place.bootstrap_key(record))
     user = record.login or record.ssh_user
     change(connection, user, put=[str(own), *record.authorized], drop=[bootstrap.blob], everywhere=True)
 
 
 def rotate(place: Place, record: MachineRecord) -> PublicKey:
-    """Give a running machine a new key; the old one is refused from then on. Sessions that are open stay open."""
+    """Replace a running machine's key; the old one is refused from then on. Open sessions stay open."""
     fresh = place.own_key.with_name("id_ed25519.next")
     target = place.target(record)
     old = read_public(place.own_key)
@@ -121,8 +121,8 @@ def rotate(place: Place, record: MachineRecord) -> PublicKey:
     with connect.connect(target, timeout_s=CHANGE_S) as connection:
         change(connection, record.ssh_user, put=[str(key)], drop=stale or [key.blob])
     require_login(replace(target, key=fresh, extra_keys=()))
-    # From here on the new key is the machine's. A kill before the last step leaves the old one in the guest; the next
-    # rotation takes out all that the machine ever had, which `retired` lists.
+    # From here on the new key is the machine's. A kill before the last step leaves the old one authorized; the next
+    # rotation removes all old keys, which `retired` lists.
     retired = place.own_key.with_name("retired")
     with retired.open("a") as file:
         file.write(f"{old.blob}\n")
@@ -141,7 +141,7 @@ def rotate(place: Place, record: MachineRecord) -> PublicKey:
 
 
 def listed(place: Place, record: MachineRecord, user: str) -> list[AuthorizedKey]:
-    """The keys in the guest's authorized_keys of `user`. Lines with options or of other kinds are left out."""
+    """The keys in the guest's authorized_keys of `user`. Skips lines with options or of other kinds."""
     own = read_public(key_in_use(place, record)).blob
     become = "" if user == record.ssh_user else "root"
     done = connect.run(place.target(record), READ, cwd="/", env={"who": user}, user=become, timeout_s=CHANGE_S)
@@ -151,17 +151,17 @@ def listed(place: Place, record: MachineRecord, user: str) -> list[AuthorizedKey
 
 
 def key_in_use(place: Place, record: MachineRecord) -> Path:
-    """The private key with which vmtasks logs in."""
+    """The private key that vmtasks logs in with."""
     return place.target(record).key
 
 
 def add(place: Place, record: MachineRecord, added: list[PublicKey], user: str) -> None:
-    """Let the holders of these keys in as `user`."""
+    """Authorize public keys for `user`."""
     _change(place.target(record), user, put=[str(key) for key in added], drop=[key.blob for key in added])
 
 
 def remove(place: Place, record: MachineRecord, which: str, user: str) -> list[PublicKey]:
-    """Let nobody in any more with the key of this fingerprint, comment or public key file; returns what was removed."""
+    """Remove the keys with this fingerprint, comment or public key file; returns them."""
     path = Path(which)
     blobs: set[str] = set()
     if path.is_file():
@@ -177,17 +177,17 @@ def remove(place: Place, record: MachineRecord, which: str, user: str) -> list[P
 
 
 def _change(target: ssh.Target, user: str, *, put: list[str], drop: list[str], everywhere: bool = False) -> None:
-    """As change(), on a connection of its own."""
+    """change(), on a new connection."""
     with connect.connect(target, timeout_s=CHANGE_S) as connection:
         change(connection, user, put=put, drop=drop, everywhere=everywhere)
 
 
 def change(connection: "Connection", user: str, *, put: list[str], drop: list[str], everywhere: bool = False) -> None:
-    """Rewrite authorized_keys in the guest. ConfigError for a user that it does not have, SshError otherwise."""
+    """Rewrite authorized_keys in the guest. ConfigError for an unknown user, SshError for other failures."""
     env = {"drop": LINE.join(drop), "put": LINE.join(put), "who": user, "everywhere": "1" if everywhere else ""}
     target = connection.target
     done = connection.execute(CHANGE, cwd="/", env=env, user="root", timeout_s=CHANGE_S)
-    if done.status == CANNOT_BECOME and user == target.user:  # without root, our own file is all that can be changed
+    if done.status == CANNOT_BECOME and user == target.user:  # without root, only our own file can be changed
         done = connection.execute(CHANGE, cwd="/", env=env, timeout_s=CHANGE_S)
     if done.status == NO_SUCH_USER:
         raise ConfigError(f"machine {target.name} has no user {user!r}; name one that its image has")
@@ -197,8 +197,8 @@ def change(connection: "Connection", user: str, *, put: list[str], drop: list[st
 
 
 def require_login(target: ssh.Target) -> None:
-    """SshError unless a new connection with the target's key, and no other, is let in."""
+    """SshError unless a new connection with the target's key alone succeeds."""
     try:
         connect.run(target, "true", timeout_s=CHANGE_S)
     except SshError as error:
-        raise error.replace(message=f"machine {target.name} does not take its new key: {error.message}") from error
+        raise error.replace(message=f"machine {target.name} does not accept its new key: {error.message}") from error

@@ -1,7 +1,6 @@
-"""A machine's life, one command at a time: start, stop, restore, snapshot, remove, install by hand.
+"""A machine's life cycle, one command at a time: start, stop, restore, snapshot, remove, install by hand.
 
-Functions on the machine's folder. They hold its lock, tell the observer what a person must know, and leave the record
-true whenever they end.
+Functions on the machine's folder. Each takes its lock, reports to the observer, and leaves the record correct.
 """
 
 import contextlib
@@ -29,22 +28,22 @@ from vmtasks.store.records import ImageRecord
 
 
 def require_running(place: Place) -> ssh.Target:
-    """The target of a machine that runs. StateError, which tells them apart, when it does not.
+    """The target of a running machine. StateError, with the reason, if it does not run.
 
-    One that had no space for its disk goes on, or MachineError says that there still is none.
+    Resumes a machine that was paused by a full disk; MachineError if the disk is still full.
     """
     record = place.record()
     if record is None:
-        raise StateError(f"machine {place.name} is not running: there is none", hint=place.command("start"))
+        raise StateError(f"machine {place.name} is not running: it does not exist", hint=place.command("start"))
     if place.pid(record) is None:
-        how = "its process has ended without being stopped" if record.pid else "it is stopped"
+        how = "its process ended without being stopped" if record.pid else "it is stopped"
         raise StateError(f"machine {place.name} is not running: {how}", hint=place.command("start"))
     place.resume_if_full()
     return place.target(record)
 
 
 def wait_ready(place: Place) -> ssh.Target:
-    """The target of a machine that runs, once it lets us in. Quick for one that has done so before."""
+    """Wait until a running machine accepts a login; returns its target. Quick if it has before."""
     target = require_running(place)
     record = place.record()
     if record is None or record.ready:
@@ -54,26 +53,26 @@ def wait_ready(place: Place) -> ssh.Target:
         if record is None or place.pid(record) is None:
             return require_running(place)
         if not record.ready:
-            progress.say(f"machine {place.name}: waiting until it lets us in")
+            progress.say(f"machine {place.name}: waiting for its SSH login")
             return start.wait(place, record)
         return place.target(record)
 
 
 def require_same_guest(place: Place) -> MachineRecord | None:
-    """The record. StateError when the machine is of another guest or version, whose disk would be lost."""
+    """The record. StateError if the machine has another guest or version: its disk would be lost."""
     record = place.record()
     if record is not None and record.guest != place.config.label:
         raise StateError(
-            f"machine {place.name} is of {record.guest}, and {place.config.label} was asked for; nothing was changed",
+            f"machine {place.name} has guest {record.guest}, not {place.config.label}; nothing was changed",
             hint=f"name=OTHER for a second machine, or doit name={place.name} destroy",
         )
     return record
 
 
 def start_up(place: Place, *, die_with_us: bool = False) -> ssh.Target:
-    """Have the machine running and SSH answering. A machine made from an older image is made anew, and says so.
+    """Start the machine unless it runs, and wait for SSH. Recreates a machine of an older image, with a message.
 
-    One that `vmtasks run` has made keeps its disk: only its maker knows what is on it.
+    A machine of `vmtasks run` keeps its disk: only its user knows its contents.
     """
     with place.lock():
         record = require_same_guest(place)
@@ -86,13 +85,11 @@ def start_up(place: Place, *, die_with_us: bool = False) -> ssh.Target:
         if record is not None and place.pid(record) is not None:
             return _use_running(place, record)
         if record is not None and record.pid:
-            progress.say(f"machine {place.name} ended without being stopped; the next sync looks into every file")
+            progress.say(f"machine {place.name} ended without being stopped; the next sync compares every file")
             place.crashed.touch()
         if record is None or not place.disk.is_file():
             if record is not None and record.started:
-                progress.say(
-                    f"machine {place.name}: its disk {place.disk} is gone, and what was on it; it starts afresh"
-                )
+                progress.say(f"machine {place.name}: its disk {place.disk} is lost; it starts afresh")
             record = overlay.make(place, record.snapshot if record else CLEAN, record)
         else:
             overlay.require_image(place, record)
@@ -100,7 +97,7 @@ def start_up(place: Place, *, die_with_us: bool = False) -> ssh.Target:
 
 
 def _use_running(place: Place, record: MachineRecord) -> ssh.Target:
-    """Use a machine that runs already; it may still be booting."""
+    """Wait for a machine that already runs; it may still be booting."""
     place.resume_if_full()
     target = start.wait(place, record)
     progress.say(f"machine {place.name} is running (pid {record.pid}, port {record.ssh_port})")
@@ -110,21 +107,21 @@ def _use_running(place: Place, record: MachineRecord) -> ssh.Target:
     for key, value in has.items():
         if value != asked[key]:
             kept = f"machine {place.name} keeps {key} {value} until it is stopped and started"
-            progress.say(f"{kept}; asked was {asked[key]}")
+            progress.say(f"{kept}; {asked[key]} was requested")
     return target
 
 
 def stop(place: Place, *, gentle: bool = True, timeout_s: float | None = None) -> str:
     """Stop the machine, gently first; returns the rung of the ladder that was needed.
 
-    `timeout_s`: how long each gentle rung may take. What is newer in copied binds comes back first; what cannot is
-    said. Not `gentle`: another command that is at work on the machine is ended. Without a record that can be read,
-    what can be found of the machine is stopped.
+    `timeout_s`: how long each gentle rung may take. Newer files in copied binds are copied back first; failures are
+    reported. Not `gentle`: ends another command that holds the machine's lock. Without a readable record, stops
+    whatever process of the machine is found.
     """
     with _exclusive(place, force=not gentle) as cut:
         record, fault = place.state.machine(place.name), place.fault()
         if record is None and not fault:
-            if cut:  # who was at work on it has removed it
+            if cut:  # the command that held the lock has removed it
                 return cut
             raise StateError(f"there is no machine {place.name}", hint=place.command("start"))
         if fault:
@@ -138,7 +135,7 @@ def stop(place: Place, *, gentle: bool = True, timeout_s: float | None = None) -
 
 
 def restore(place: Place, snapshot: str = "") -> ImageRecord:
-    """Throw away what the machine has written and go back to `snapshot`, by default the one it came from."""
+    """Discard the machine's writes and go back to `snapshot`, by default the one it was made from."""
     with place.lock():
         record = require_same_guest(place)
         name = snapshot or (record.snapshot if record else CLEAN)
@@ -150,7 +147,7 @@ def restore(place: Place, snapshot: str = "") -> ImageRecord:
 
 
 def snapshot(place: Place, name: str) -> ImageRecord:
-    """Save the stopped machine's disk as a snapshot of its own, which needs no other image."""
+    """Save the stopped machine's disk as a standalone snapshot, without a backing file."""
     with place.lock():
         if place.state.snapshot_record(name) == place.state.clean_record:
             raise StateError("'clean' is the image that the phases end in; save the machine under another name")
@@ -158,12 +155,12 @@ def snapshot(place: Place, name: str) -> ImageRecord:
         if record is None or not place.disk.is_file():
             raise StateError(f"machine {place.name} has no disk to save", hint=place.command("start"))
         if place.pid(record) is not None:
-            raise StateError(f"machine {place.name} is running: its disk is not at rest", hint=place.command("stop"))
+            raise StateError(f"machine {place.name} is running: its disk is in use", hint=place.command("stop"))
         return overlay.save(place, record, name)
 
 
 def update_record(place: Place, **values: Any) -> ssh.Target:
-    """Change values of the running machine's record, and what ssh knows of it; returns its new target."""
+    """Update the running machine's record and its ssh configuration; returns the new target."""
     with place.lock():
         record = require_same_guest(place)
         if record is None or place.pid(record) is None:
@@ -175,7 +172,7 @@ def update_record(place: Place, **values: Any) -> ssh.Target:
 
 
 def renew(place: Place, lease_s: float) -> None:
-    """Write down when the machine's lease ends: `lease_s` from now; 0: never. StateError when there is no machine."""
+    """Record the end of the machine's lease: `lease_s` from now; 0: never. StateError if there is no machine."""
     with place.lock():
         record = place.record()
         if record is None:
@@ -188,7 +185,7 @@ def renew(place: Place, lease_s: float) -> None:
 
 
 def prepare_install(place: Place, user: str) -> None:
-    """Give the machine an empty disk, for a person to install on, and log in as `user` once that is done."""
+    """Give the machine an empty disk to install on by hand; later logins are as `user`."""
     with place.lock():
         record = require_same_guest(place)
         if record is not None:
@@ -215,14 +212,14 @@ def prepare_install(place: Place, user: str) -> None:
 def boot_on_terminal(place: Place, cds: Sequence[Path], *, boot: str, display: str) -> int:
     """Boot the machine from `boot`, cd or disk, with its console on our terminal; returns QEMU's status.
 
-    A person is there, so there is no deadline. StateError when it was not installed by hand.
+    No deadline, because a user is present. StateError if the machine was not installed by hand.
     """
     with place.lock():
         record = require_same_guest(place)
         if record is None or record.image or not place.disk.is_file():
             raise StateError(f"machine {place.name} was not installed by hand", hint="doit install")
         ladder.stop(place, record)
-        # Whoever is at the console may make new host keys, which the next start learns.
+        # The user at the console may generate host keys; the next start records them.
         record = place.write(msgspec.structs.replace(record, pid=0, pid_started="", host_keys=[]))
         return start.on_terminal(place, record, display, cds=tuple(cds), boot=boot)
 
@@ -231,11 +228,11 @@ def boot_on_terminal(place: Place, cds: Sequence[Path], *, boot: str, display: s
 
 
 def destroy(place: Place, *, force: bool = False, tell: bool = True) -> list[Path]:
-    """Stop the machine and remove all that belongs to it; returns what was removed.
+    """Stop the machine and remove all its files; returns them.
 
-    Nothing is kept of its disk, so that its power is simply cut; what is newer in copied binds comes back first,
-    and what cannot is said. `force`: another command that is at work on the machine is ended. MachineError, and
-    nothing is removed, when something of it runs that is not ours to end. `tell`: say how it was stopped.
+    Cuts its power, because its disk is discarded. Newer files in copied binds are copied back first; failures are
+    reported. `force`: ends another command that holds the machine's lock. MachineError, and nothing is removed, if a
+    process of it is not ours. `tell`: report how it was stopped.
     """
     if not place.folder.exists():
         return []
@@ -244,33 +241,33 @@ def destroy(place: Place, *, force: bool = False, tell: bool = True) -> list[Pat
 
 
 def remove(place: Place, *, wait_s: float = 0.0, tell: bool = False) -> list[Path]:
-    """As destroy(), for who holds the machine's lock. `wait_s`: how long others may still copy binds."""
-    if not place.folder.exists():  # somebody else was first
+    """destroy(), for the holder of the machine's lock. `wait_s`: how long to wait for others that copy binds."""
+    if not place.folder.exists():  # another process was first
         return []
     record = place.state.machine(place.name)
     if record is None and (fault := place.fault()):
         _say_fault(place, fault)
     observer = progress.observer() if tell else progress.Observer()
     try:
-        # Nobody has tried yet where it was ours: not even if it has ended by itself.
+        # The binds of this process's own machine were not copied back yet, even if it ended by itself.
         there = record is not None and (record.owner == os.getpid() or place.pid(record) is not None)
         if record is not None and record.ready and record.binds and there:
             with progress.observing(observer):
                 answers = ladder.resume_if_paused(place)
             if answers:
                 binds.copy_out(place, record, last=True, wait_s=wait_s)
-    finally:  # who interrupts the copying is rid of the machine all the same
+    finally:  # an interrupt of the copy still removes the machine
         with progress.observing(observer):
             gone = _cut_and_remove(place, record)
     return gone
 
 
 def _cut_and_remove(place: Place, record: MachineRecord | None) -> list[Path]:
-    """Cut its power, and remove all that belongs to it."""
+    """Cut the machine's power, and remove its files."""
     ladder.stop(place, record, gentle=False)
     gone = sorted(place.folder.iterdir())
     shutil.rmtree(place.sockets, ignore_errors=True)
-    # The record goes last: what a kill leaves half removed can still be listed, and removed again.
+    # The record is removed last: after a kill, a half-removed machine can still be listed and removed.
     for path in sorted(gone, key=lambda path: path.name == "machine.toml"):
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     place.folder.rmdir()
@@ -279,7 +276,7 @@ def _cut_and_remove(place: Place, record: MachineRecord | None) -> list[Path]:
 
 @contextlib.contextmanager
 def _exclusive(place: Place, *, force: bool) -> Iterator[str]:
-    """Hold the machine's lock. Gives the rung that has ended the machine, where that was needed to have it."""
+    """Hold the machine's lock. Yields the rung that stopped the machine, if taking the lock needed that."""
     with contextlib.ExitStack() as stack:
         if force:
             cut = stack.enter_context(takeover.lock(place))
@@ -294,11 +291,11 @@ def _exclusive(place: Place, *, force: bool) -> Iterator[str]:
 
 
 def _say_fault(place: Place, fault: str) -> None:
-    """What is not known without the record, and therefore not done."""
+    """Report what cannot be done without the record."""
     progress.say(
-        f"machine {place.name}: its record cannot be read: {fault}; what runs of it is looked for, and nothing is "
+        f"machine {place.name}: its record cannot be read: {fault}; its process is searched for, and nothing is "
         "copied back from its binds"
     )
     number, found = place.pidfile_pid(), place.process()
     if number and processes.started(number) and (found is None or found.number != number):
-        progress.say(f"machine {place.name}: process {number}, which its pid file names, is not provably its QEMU")
+        progress.say(f"machine {place.name}: process {number} in its pid file cannot be proved to be its QEMU")

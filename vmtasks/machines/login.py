@@ -1,4 +1,4 @@
-"""A person's, or a script's, session in a machine, on our own streams."""
+"""An SSH session in a machine, on our own streams."""
 
 import os
 import secrets
@@ -30,13 +30,12 @@ def log_in(
     tty: bool = False,
     user: str = "",
 ) -> int:
-    """Log in to a machine, or run a shell command there; returns its status, `failed` where ssh failed.
+    """Log in to a machine, or run a shell command there; returns its status, `failed` if ssh failed.
 
-    The command runs in `cwd` (relative to the home of who logs in) with `env`, as `user`. It reads our stdin, or
-    nothing, and has a terminal with `tty`. CommandTimeoutError after `timeout_s`. What it has started is ended in the
-    guest when it is late, when we are interrupted, and when nobody reads its output any more. `options` are ssh's.
-    `verb` and `shown` are for the list of sessions and the log of those that have ended. Where ssh failed, and
-    meanwhile when the guest stands still, stderr says why.
+    The command runs in `cwd` (relative to the login user's home) with `env`, as `user`. It reads our stdin, or
+    nothing, and has a terminal with `tty`. CommandTimeoutError after `timeout_s`. Its processes are ended in the guest
+    at the deadline, on an interrupt, and when its output is no longer read. `options` are ssh's. `verb` and `shown` go
+    into the list of sessions and the access log. If ssh fails, or the guest is paused, stderr gets the reason.
     """
     target = life.wait_ready(place)
     mark = f"vmtasks-{secrets.token_hex(8)}"
@@ -44,7 +43,7 @@ def log_in(
         argv = target.argv(options=[*options, *(["-tt"] if tty else [])])
         if command:
             argv = ssh.session_argv(target, mark, command, cwd=cwd, env=env, user=user, options=options, tty=tty)
-        # Options may ask for another user, or for a connection of its own.
+        # Options may select another user, or a separate connection.
         run = partial(process.run_attached, argv) if options else partial(ssh.run_attached, target, argv)
         try:
             result.status = run(stdin=stdin, timeout_s=timeout_s)
@@ -67,9 +66,9 @@ def log_in(
 
 
 def _end(place: Place, target: ssh.Target, mark: str, user: str) -> bool:
-    """End in the guest what a command has started there; whether that worked, which is said if not."""
+    """End a command's processes in the guest; returns whether that worked, with a warning if not."""
     record = place.record()
-    if record is None or record.owner == os.getpid():  # it goes with the machine
+    if record is None or record.owner == os.getpid():  # it ends with the machine
         return True
     with signals.cuttable():
         line = ssh.remote_line(ssh.end_marked_script(mark, user))

@@ -1,7 +1,7 @@
-"""Remove machines that are over: their process is gone, their lease has run out, or they were to go when they stopped.
+"""Remove expired machines: their owner is gone, their lease has run out, or a throwaway machine has stopped.
 
-Every command asks this first, so that it costs nothing where nothing is over: a record is only parsed when its text
-says that it can be.
+Every command does this first, so it must be cheap if nothing has expired: a record is parsed only if its text shows
+that its machine can expire.
 """
 
 import re
@@ -19,18 +19,18 @@ from vmtasks.machines.folder import Place
 from vmtasks.qemu import vm
 
 STAGED = ".new-"
-MAY_BE_OVER = re.compile(rb"^(?:owner = [1-9]|throwaway = true|lease_until = [0-9.]*[1-9])", re.MULTILINE)
-"""Stands in the record of a machine that can be over."""
+CAN_EXPIRE = re.compile(rb"^(?:owner = [1-9]|throwaway = true|lease_until = [0-9.]*[1-9])", re.MULTILINE)
+"""Matches the record of a machine that can expire."""
 
 OpenPlace = Callable[[str], Place]
-"""The machine of a name."""
+"""Opens the machine of a name."""
 
 
 def reap(run: Path, open_place: OpenPlace) -> list[str]:
-    """Remove the machines in `run` that are over, and what half-made ones have left; their names.
+    """Remove the expired machines in `run`, and leftovers of half-made ones; returns the names.
 
-    What somebody is at work on is left alone. A machine that cannot be removed is a warning: nothing here may keep
-    a command from its own work.
+    Skips machines that another command has locked. A machine that cannot be removed is only a warning: reaping must
+    not keep a command from its work.
     """
     with suppress(MachineError, OSError):
         vm.reap_sockets()
@@ -44,7 +44,7 @@ def reap(run: Path, open_place: OpenPlace) -> list[str]:
         except BusyError:
             continue
         except (VmTasksError, OSError) as error:
-            progress.say(f"warning: machine {path.name} is over and could not be removed: {error}")
+            progress.say(f"warning: machine {path.name} has expired and could not be removed: {error}")
             continue
         if why:
             gone.append(path.name)
@@ -52,8 +52,8 @@ def reap(run: Path, open_place: OpenPlace) -> list[str]:
     return gone
 
 
-def why_over(place: Place) -> str:
-    """Why a machine is of no more use, as its record tells; empty when it is, or when that cannot be known."""
+def why_expired(place: Place) -> str:
+    """Why a machine has expired, by its record; '' if it has not, or cannot be judged."""
     record = place.state.machine(place.name)
     if record is None:
         return ""
@@ -61,19 +61,19 @@ def why_over(place: Place) -> str:
         return "its lease has run out"
     if record.owner:
         over = processes.started(record.owner) != record.owner_started
-        return "the command that it belonged to is gone" if over else ""
+        return "the command that owned it is gone" if over else ""
     return "it has ended" if record.throwaway and record.pid and place.pid(record) is None else ""
 
 
 def _reap_machine(folder: Path, open_place: OpenPlace) -> str:
-    """Remove a machine that is over; returns why it was, or nothing. An empty folder goes too."""
-    if not _may_be_over(folder):
+    """Remove an expired machine; returns why, or ''. Removes an empty folder too."""
+    if not _may_have_expired(folder):
         return ""
     place = open_place(folder.name)
-    if not why_over(place) and not _is_empty(folder):
+    if not why_expired(place) and not _is_empty(folder):
         return ""
-    with place.lock(0, say=False):  # and again: it may be another machine of that name by now
-        if why := why_over(place):
+    with place.lock(0, say=False):  # check again: another machine may have that name by now
+        if why := why_expired(place):
             life.remove(place)
         elif _is_empty(folder):
             folder.rmdir()
@@ -82,10 +82,10 @@ def _reap_machine(folder: Path, open_place: OpenPlace) -> str:
         return why
 
 
-def _may_be_over(folder: Path) -> bool:
-    """Whether the machine may be over, or the folder may hold none."""
+def _may_have_expired(folder: Path) -> bool:
+    """Whether the machine may have expired, or the folder may be empty."""
     try:
-        return MAY_BE_OVER.search(files.read(folder / "machine.toml")) is not None
+        return CAN_EXPIRE.search(files.read(folder / "machine.toml")) is not None
     except FileNotFoundError:
         return _is_empty(folder)
     except OSError:
@@ -93,7 +93,7 @@ def _may_be_over(folder: Path) -> bool:
 
 
 def _drop_leftover(path: Path, open_place: OpenPlace) -> None:
-    """Remove what was staged by a process that is gone, or the lock of a machine that is."""
+    """Remove a staged folder of a dead process, or the lock of a removed machine."""
     staged = re.fullmatch(rf"{re.escape(STAGED)}(\d+)-.*", path.name)
     if staged is not None and not processes.started(int(staged[1])):
         shutil.rmtree(path, ignore_errors=True)

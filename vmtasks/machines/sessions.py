@@ -19,7 +19,7 @@ SHOWN_CHARS = 200
 
 @dataclass(frozen=True)
 class Session:
-    """A session that is under way. `since` in seconds since 1970."""
+    """An active session. `since`: seconds since 1970."""
 
     verb: str
     user: str
@@ -31,7 +31,7 @@ class Session:
 
 @dataclass
 class SessionResult:
-    """How a session ended; to be filled in by who runs it."""
+    """The exit status of a session, set by the code that runs it."""
 
     status: int = 255
 
@@ -66,7 +66,7 @@ def recorded_session(
 
 
 def active_sessions(place: Place) -> list[Session]:
-    """The sessions under way; marks of processes that are gone are removed."""
+    """The active sessions; removes the marks of dead processes."""
     found = []
     for mark in sorted((place.folder / "sessions").glob("[0-9]*")):
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -95,7 +95,7 @@ def _log(place: Place, entry: Session, status: int, took_s: float) -> None:
         "status": status,
         "took_s": round(took_s, 1),
     }
-    with contextlib.suppress(OSError):  # a log that cannot be written must not cost the session
+    with contextlib.suppress(OSError):  # an unwritable log must not fail the session
         if path.exists() and path.stat().st_size > LOG_BYTES:
             path.rename(path.with_suffix(".log.1"))
         handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)

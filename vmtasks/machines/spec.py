@@ -1,4 +1,4 @@
-"""PURE: what a machine was asked to be, as values that are checked; and the configuration that makes it so."""
+"""PURE: the requested properties of a machine, checked, and the configuration with them."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,11 +15,10 @@ from vmtasks.images.workspace import MachineRecord
 
 @dataclass(frozen=True)
 class MachineSpec:
-    """What a machine of its own is to be. What is None or empty is as the project, or else the guest, has it.
+    """The requested properties of a machine. None or '' means the project's, or else the guest's, value.
 
-    `memory` and `disk_size` in bytes. `ssh_port` 0: 2222, or the first free one of 22220 to 22229, or else any.
-    `throwaway`: it is removed when it stops. `lease_s`: how many seconds it lives unless its lease is renewed; 0: until
-    it is removed.
+    `memory` and `disk_size` in bytes. `ssh_port` 0: 2222, or the first free port of 22220 to 22229, or any free one.
+    `throwaway`: remove it when it stops. `lease_s`: its lifetime in seconds unless the lease is renewed; 0: unlimited.
     """
 
     image: str = ""
@@ -49,9 +48,9 @@ class MachineSpec:
         binds: Iterable[Bind | str] = (),
         **more: Any,
     ) -> "MachineSpec":
-        """From what a person writes: `memory="512M"`, `disk_size="20G"`, `forwards=["8080:80"]`, `binds=["src:/src"]`.
+        """Parse strings: `memory="512M"`, `disk_size="20G"`, `forwards=["8080:80"]`, `binds=["src:/src"]`.
 
-        Numbers are bytes. ConfigError for what is no such thing; TypeError for a name that no field has.
+        Numbers are bytes. ConfigError for an invalid value; TypeError for an unknown name.
         """
         if network not in ("", "none", "user"):
             raise ConfigError(f"--network {network!r}: use user, or none")
@@ -70,7 +69,7 @@ class MachineSpec:
 
 
 def check(base: Config, spec: MachineSpec) -> None:
-    """ConfigError, naming the option, for what this host cannot give or no guest can use."""
+    """ConfigError, naming the option, for a value that this host cannot provide or no guest can use."""
     asked = (
         ("memory", "memory", "--memory", spec.memory),
         ("cpus", "cpus", "--cpus", spec.cpus),
@@ -85,7 +84,7 @@ def check(base: Config, spec: MachineSpec) -> None:
 
 
 def config_for(base: Config, record: MachineRecord) -> Config:
-    """The configuration with what a machine of its own was asked to be."""
+    """The configuration with the recorded properties of a machine of `vmtasks run`."""
     if not record.own:
         return base
     return msgspec.structs.replace(

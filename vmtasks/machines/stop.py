@@ -13,27 +13,27 @@ from vmtasks.qemu import argv, qmp, vm
 
 POWEROFF_S = 15.0
 GENTLE = ("power off in the guest", "ACPI power button")
-"""Rungs after which the guest's file systems are whole. Any other end is a power cut for them."""
+"""Rungs after which the guest's file systems are clean. Every other rung is a power cut."""
 AT_REST = "already stopped"
 
 
 def stop(place: Place, record: MachineRecord | None, *, gentle: bool = True, timeout_s: float | None = None) -> str:
-    """Down the ladder; afterwards the record says that the machine is at rest. Returns the rung that was needed.
+    """Stop the machine down the ladder, and record that it is stopped. Returns the rung that was needed.
 
-    Each gentle rung has `timeout_s`, by default what the guest needs on this host. Without a record that can be read,
-    what can be found is stopped: by QEMU's command line, or behind its socket. MachineError for what is not ours to
-    end, or does not end.
+    Each gentle rung has `timeout_s`, by default the time that the guest needs on this host. Without a readable record
+    the process is found by QEMU's command line, or behind its socket. MachineError for a process that is not ours, or
+    does not exit.
     """
     pid, rung = place.process(), AT_REST
     if pid is not None:
         first = rungs(place, record, timeout_s) if gentle and resume_if_paused(place) else []
         rung = vm.stop(pid, argv.PROGRAM, first, place.qmp)
         late = gentle and rung not in (*GENTLE, AT_REST)
-        why = ": the guest did not power off, as if its power was cut" if late else ""
+        why = ": the guest did not power off; for it, power was cut" if late else ""
         progress.say(f"machine {place.name} stopped ({rung}){why}")
     elif vm.end_stray(place.qmp):
         rung = "QMP quit"
-        progress.say(f"machine {place.name} stopped ({rung}), though no process of it was found")
+        progress.say(f"machine {place.name} stopped ({rung}), although no process of it was found")
     if (record is None or record.pid) and rung not in GENTLE:
         place.crashed.touch()
     _tidy(place, record)
@@ -41,9 +41,9 @@ def stop(place: Place, record: MachineRecord | None, *, gentle: bool = True, tim
 
 
 def end_stray(place: Place) -> None:
-    """End a QEMU that no record names: whoever started it was killed before it was recorded.
+    """End a QEMU without a record: its starter was killed before it wrote one.
 
-    MachineError for one that is not ours to end.
+    MachineError for a QEMU that is not ours.
     """
     pid = place.process()
     if pid is not None:
@@ -52,13 +52,13 @@ def end_stray(place: Place) -> None:
 
 
 def _tidy(place: Place, record: MachineRecord | None) -> None:
-    """Remove what only a machine that runs has, and write that it is at rest."""
+    """Remove the files of a running machine, and record that it is stopped."""
     if record is not None:
         ssh.close(place.target(record))
     elif place.qmp.exists() and vm.has_listener(place.qmp):
         raise MachineError(
-            f"machine {place.name}: somebody serves {place.qmp} and does not end; nothing was removed",
-            hint="see who has it open (fuser), and end that",
+            f"machine {place.name}: another process serves {place.qmp} and does not exit; nothing was removed",
+            hint="find the process that has it open (fuser), and end it",
         )
     for leftover in (place.pidfile, place.folder / f"{place.name}.ports"):
         leftover.unlink(missing_ok=True)
@@ -70,7 +70,7 @@ def _tidy(place: Place, record: MachineRecord | None) -> None:
 
 
 def resume_if_paused(place: Place) -> bool:
-    """Whether the guest can power off: not one that panicked or whose disk is full. One that was paused goes on."""
+    """Resume a paused guest; returns whether it can power off: not after a panic or with a full disk."""
     state = place.stuck_state()
     if state == qmp.FULL:
         with suppress(MachineError):
@@ -86,10 +86,10 @@ def resume_if_paused(place: Place) -> bool:
 
 
 def rungs(place: Place, record: MachineRecord | None, timeout_s: float | None) -> list[vm.Rung]:
-    """The rungs that let the guest put its file systems in order. What keeps one from being tried is said."""
+    """The rungs that let the guest unmount its file systems. Reports why one is skipped."""
     try:
         factor = place.state.accel.factor
-    except VmTasksError as error:  # it is to stop all the same
+    except VmTasksError as error:  # stop it nevertheless
         progress.say(f"machine {place.name}: {error.message}")
         factor = 1.0
     wait_s = POWEROFF_S * factor if timeout_s is None else timeout_s
@@ -104,7 +104,7 @@ def rungs(place: Place, record: MachineRecord | None, timeout_s: float | None) -
             connection = connect.connect(target, timeout_s=min(connect.READY_S, wait_s))
         except SshError:
             return False
-        with connection, suppress(SshError):  # it may be cut off by what it has asked for
+        with connection, suppress(SshError):  # the power-off may break the connection
             connection.execute(place.config.guest.poweroff, cwd="/", user="root", timeout_s=wait_s)
         return True
 

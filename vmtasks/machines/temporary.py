@@ -1,4 +1,4 @@
-"""A machine that lives as long as a block of code: gone on every way out, and reaped if even that was cut short."""
+"""A machine for the length of a block: removed on every exit, and reaped after a kill."""
 
 import contextlib
 import os
@@ -19,12 +19,12 @@ from vmtasks.machines.spec import MachineSpec
 def temp_machine(
     image: str | MachineSpec = "", *, project: Project | None = None, keep: bool = False, **asked: Any
 ) -> Iterator[Machine]:
-    """A running machine of its own for the length of the block; then it is removed with its disk and key.
+    """A running machine for the length of the block; then it is removed with its disk and key.
 
-    `image` is GUEST or GUEST:SNAPSHOT, by default the project's guest; or all that is asked. `asked` as for
-    MachineSpec.parse(): `memory="512M"`, `cpus=2`, `forwards=["8080:80"]`. `project` is by default the one that we are
-    in. `keep`: it stays, running. However the block ends, the machine goes; if this process is killed, the kernel ends
-    QEMU with it (where the main thread has started it), and the next command removes the rest.
+    `image` is GUEST or GUEST:SNAPSHOT, by default the project's guest, or a whole MachineSpec. `asked` as for
+    MachineSpec.parse(): `memory="512M"`, `cpus=2`, `forwards=["8080:80"]`. `project` defaults to that of the current
+    folder. `keep` leaves it running. Otherwise the machine is removed however the block ends; if this process is
+    killed, the kernel ends QEMU (if the main thread started it), and the next command removes the rest.
 
     Raises what Project.create() and Machine.start() raise; the console's log of a boot that failed is kept as
     `failed-boot.log` in the state folder.
@@ -45,7 +45,7 @@ def temp_machine(
 
 
 def first_start(machine: Machine, *, die_with_us: bool = False, keep: bool = False) -> None:
-    """Start a machine that was just made; one that does not come up is removed, unless `keep`.
+    """Start a machine that was just created; remove it if that fails, unless `keep`.
 
     Raises what Machine.start() raises.
     """
@@ -61,7 +61,7 @@ def first_start(machine: Machine, *, die_with_us: bool = False, keep: bool = Fal
 
 
 def _keep_log(machine: Machine, error: BaseException) -> Path | None:
-    """Where the log is that the error names: it goes with the machine, so a copy is kept, one for each project."""
+    """Copy the error's log, which is removed with the machine; returns the path. One copy for each project."""
     log = error.log if isinstance(error, VmTasksError) else None
     if log is None:
         return None
