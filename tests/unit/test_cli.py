@@ -261,7 +261,7 @@ def test_snapshots_are_removed_with_what_they_hold(here: Here) -> None:
     left = [path.name for path in here.state.store.root.rglob("*") if gone in path.name and path.parent.name != "locks"]
     assert left == []
     assert here.state.store.made(used)
-    assert "is what the phases end in" in here("snapshot", "rm", "--force", "tiny:clean").stderr
+    assert "is the image that the phases end in" in here("snapshot", "rm", "--force", "tiny:clean").stderr
 
 
 def test_an_image_that_another_project_names_stays(here: Here, tmp_path: Path) -> None:
@@ -304,7 +304,7 @@ def test_the_programs_that_are_run_can_be_seen(here: Here) -> None:
 
 def test_any_free_port_may_be_asked_for_twice(tmp_path: Path) -> None:
     done = vmtasks("run", "-p", "0:80", "-p", "0:80", cwd=tmp_path)
-    assert "does not have tiny as it comes with vmtasks" in done.stderr, "it comes after all that is checked"
+    assert "does not have tiny as shipped with vmtasks" in done.stderr, "it comes after all that is checked"
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
@@ -380,7 +380,7 @@ def test_k14_errors_are_plain_text_on_stderr(tmp_path: Path) -> None:
 def test_k10_a_store_without_an_image_names_the_next_step(tmp_path: Path) -> None:
     done = vmtasks("run", cwd=tmp_path)
     assert done.returncode == 125
-    assert "does not have tiny as it comes with vmtasks" in done.stderr
+    assert "does not have tiny as shipped with vmtasks" in done.stderr
     assert "doit auto_install" in done.stderr
     assert not list(tmp_path.rglob("machine.toml"))
 

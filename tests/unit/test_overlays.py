@@ -200,7 +200,7 @@ def test_a_disk_does_not_start_on_another_image(guest: Guest, way: str):
     disk.overlay(made.place.disk, guest.image(1))
     with pytest.raises(StateError, match=rf"stands on {guest.image(1).name}\n") as caught:
         made.start()
-    assert f"restore{' a' if way == 'run' else ''}, and what the machine has written is lost" in caught.value.hint
+    assert f"restore{' a' if way == 'run' else ''}, which discards the machine's writes" in caught.value.hint
     made.restore()
     assert disk.info(made.place.disk)["full-backing-filename"] == str(guest.image(2))
 

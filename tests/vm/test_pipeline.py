@@ -269,6 +269,6 @@ def test_outside_a_project_there_are_the_guests_as_they_come_with_vmtasks(
     assert machine.image().digest == project.digest(3)
     machine.remove()
     environ["VMTASKS_STORE"] = str(bare_store)
-    with pytest.raises(StateError, match="as it comes with vmtasks: it lacks the image of phase 1-install") as caught:
+    with pytest.raises(StateError, match="as shipped with vmtasks: it lacks the image of phase 1-install") as caught:
         vmtasks.machines.Project(None, environ).create(vmtasks.machines.MachineSpec(image="tiny", name="a"))
     assert "vmtasks init DIR --guest tiny; cd DIR; doit auto_install" in caught.value.hint

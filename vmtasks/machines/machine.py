@@ -1,7 +1,7 @@
-"""A machine by its name: its life, commands and files in its guest, moments of its RAM, snapshots of its disk.
+"""A machine by name: life cycle, commands and files in its guest, RAM checkpoints, disk snapshots.
 
-It holds no state of its own that matters: what is true of a machine stands in its folder, which other processes use
-too. Any number of threads may use one object, and any number of objects one machine.
+The object holds no essential state: the machine's state is in its folder, which other processes use too. Thread-safe;
+several objects may share one machine.
 """
 
 import contextlib
@@ -46,13 +46,13 @@ WINDOW_S = 180.0
 
 
 class Machine:
-    """One machine of a project, there or not. Times are in seconds and meant for this host: nothing is scaled.
+    """One machine of a project, whether or not it exists. Times are in seconds on this host and are not scaled.
 
-    Raises StateError where the machine is not as it must be, MachineError for QEMU, SshError for the guest.
+    Raises StateError if the machine is in the wrong state, MachineError for QEMU, SshError for the guest.
     """
 
     def __init__(self, config: Config, name: str = "") -> None:
-        """`name` is by default the configured one. Nothing is touched yet."""
+        """`name` defaults to the configured one. Touches nothing yet."""
         self.place = Place(config, name)
         self.jobs = Jobs(self._shared_link)
         self._journal: deque[str] = deque(maxlen=JOURNAL)
@@ -63,7 +63,7 @@ class Machine:
         self._linked_process: tuple[int, str] = (0, "")
 
     def __enter__(self) -> Self:
-        """Close connections and forwards at the end of the block; the machine is left as it is."""
+        """Close connections and forwards at the end of the block; the machine is not changed."""
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,21 +81,21 @@ class Machine:
 
     @property
     def config(self) -> Config:
-        """The configuration that it is made by."""
+        """The configuration that it is made from."""
         return self.place.config
 
     @property
     def folder(self) -> Path:
-        """The folder that holds its record, disk and logs; it need not be there."""
+        """The folder for its record, disk and logs; it may not exist."""
         return self.place.folder
 
     @property
     def journal(self) -> list[str]:
-        """What was done to it through this object: when, what, how long it took, how it ended. The last 1000."""
+        """The last 1000 actions through this object: when, what, how long it took, how it ended."""
         return list(self._journal)
 
     def close(self) -> None:
-        """End forwards and the connection; the machine is left as it is, and the object can be used again."""
+        """Close forwards and the connection. Does not change the machine; the object can be used again."""
         with self._lock:
             self._open.close()
             if self._link is not None:
@@ -116,7 +116,7 @@ class Machine:
     ) -> CommandResult:
         """Run a script (str) or a program with arguments (list): `.status`, `.stdout` and `.stderr` in bytes.
 
-        CommandTimeoutError after `timeout_s`: what it has started was ended. ConnectionLostError, RebootedError.
+        CommandTimeoutError after `timeout_s`: its processes were ended. ConnectionLostError, RebootedError.
         """
         with self._journaled(f"$ {_command_text(command)[:SHOWN_CHARS]}") as note:
             link = self._shared_link()
@@ -125,21 +125,21 @@ class Machine:
         return done
 
     def succeed(self, command: Command, **more: Any) -> str:
-        """What a command prints that must exit with 0. WrongStatusError with both of its streams when it does not."""
+        """Run a command that must exit with 0; returns its stdout. WrongStatusError, with both streams, otherwise."""
         done = self.execute(command, **more)
         if done.status != 0:
             raise _wrong_status(command, done, "0")
         return done.stdout.decode(errors="replace")
 
     def fail(self, command: Command, **more: Any) -> str:
-        """What a command prints that must not exit with 0. WrongStatusError when it does."""
+        """Run a command that must not exit with 0; returns its stdout. WrongStatusError otherwise."""
         done = self.execute(command, **more)
         if done.status == 0:
             raise _wrong_status(command, done, "other than 0")
         return done.stdout.decode(errors="replace")
 
     def wait_until_succeeds(self, command: Command, *, timeout_s: float = COMMAND_S, **more: Any) -> str:
-        """Run a command again and again until it exits with 0. WrongStatusError with the last try after `timeout_s`."""
+        """Repeat a command until it exits with 0. WrongStatusError, with the last attempt, after `timeout_s`."""
         until = time.monotonic() + timeout_s
         while True:
             try:
@@ -153,15 +153,15 @@ class Machine:
             time.sleep(POLL_S)
 
     def wait_for_port(self, port: int, *, host: str = "127.0.0.1", timeout_s: float = COMMAND_S) -> None:
-        """Wait until something in the guest listens on a TCP port of its address `host`; it is not called.
+        """Wait until the guest listens on a TCP port of its address `host`. Makes no connection.
 
-        WrongStatusError with the ports that something listens on after `timeout_s`.
+        WrongStatusError, with the open ports, after `timeout_s`.
         """
         with self._journaled(f"wait for port {port} of {host}"):
             until = time.monotonic() + timeout_s
             while True:
                 left = max(1.0, until - time.monotonic())
-                # Not by a call: what listens may take only one.
+                # Without a connection: the server may accept only one.
                 table = self._shared_link().execute(listeners.SCRIPT, timeout_s=min(COMMAND_S, left)).stdout
                 found = listeners.parse(table.decode(errors="replace"))
                 if any(one.serves(host, port) for one in found):
@@ -189,7 +189,7 @@ class Machine:
     ) -> int:
         """Log in on our own terminal and streams, or run a shell command there; returns its status. See login.log_in().
 
-        OpenSSH hands on the size of our terminal and each change of it.
+        OpenSSH forwards the size of our terminal and its changes.
         """
         with self._journaled(shown or command or "log in") as note:
             status = login.log_in(
@@ -202,9 +202,9 @@ class Machine:
     # -- files and ports
 
     def put(self, source: str | os.PathLike[str], dest: str) -> None:
-        """Copy a file into the guest, whole or not at all, or a folder; `dest` is relative to the login user's home.
+        """Copy a file, atomically, or a folder into the guest; `dest` is relative to the login user's home.
 
-        Folders above it that are not there are made.
+        Creates missing parent folders.
         """
         with self._journaled(f"put {os.fspath(source)} {dest}"):
             target = life.wait_ready(self.place)
@@ -216,13 +216,13 @@ class Machine:
                 files.put(target, Path(source), dest)
 
     def get(self, source: str, dest: str | os.PathLike[str]) -> None:
-        """Copy a file out of the guest, whole or not at all. Folders above `dest` that are not there are made."""
+        """Copy a file out of the guest, atomically. Creates missing parent folders of `dest`."""
         with self._journaled(f"get {source} {os.fspath(dest)}"):
             Path(dest).parent.mkdir(parents=True, exist_ok=True)
             files.get(life.wait_ready(self.place), source, Path(dest))
 
     def forward(self, port: int, *, host: str = "127.0.0.1", timeout_s: float = 30.0) -> int:
-        """A loopback port of this host that leads to a TCP port in the guest, until close() or the machine's end."""
+        """Forward a loopback port of this host to a TCP port in the guest until close() or its stop; returns it."""
         target = life.wait_ready(self.place)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -234,7 +234,7 @@ class Machine:
                 # The kernel would end it with the thread, not with the process.
                 main = threading.current_thread() is threading.main_thread()
                 child = self._open.enter_context(process.spawn(words, die_with_us=main))
-            # Not by a call: what listens in the guest may take only one.
+            # Without a connection: the server in the guest may accept only one.
             wait_until(lambda: child.poll() is not None or not port_free(local_port), timeout_s)
             if child.poll() is not None or port_free(local_port):
                 raise SshError(f"port {local_port} could not be forwarded to port {port} of {host} in {self.name}")
@@ -243,9 +243,9 @@ class Machine:
     # -- life
 
     def start(self, *, die_with_us: bool = False) -> None:
-        """Have it running, and wait until it lets us in. It is made from its image where it is not there yet.
+        """Start it, and wait for SSH. Creates it from its image if it does not exist.
 
-        `die_with_us`: the kernel ends its QEMU with the thread that calls.
+        `die_with_us`: the kernel ends its QEMU with the calling thread.
         """
         with self._journaled("start"):
             life.start_up(self.place, die_with_us=die_with_us)
@@ -265,7 +265,7 @@ class Machine:
             life.stop(self.place, gentle=False)
 
     def reboot(self, *, timeout_s: float = 300.0) -> None:
-        """Have the guest reboot, and wait until it lets us in again. MachineError after `timeout_s`."""
+        """Reboot the guest, and wait for SSH. MachineError after `timeout_s`."""
         with self._journaled("reboot"):
             link = self._shared_link()
             before = link.boot()
@@ -286,7 +286,7 @@ class Machine:
                 time.sleep(POLL_S)
 
     def renew(self, lease_s: float) -> None:
-        """Have its lease end `lease_s` from now: then the next command removes it. 0: it has no lease any more."""
+        """Set its lease to end `lease_s` from now; the next command after that removes it. 0: no lease."""
         life.renew(self.place, lease_s)
 
     def remove(self, *, force: bool = False) -> list[Path]:
@@ -295,18 +295,18 @@ class Machine:
             self.close()
             return life.destroy(self.place, force=force, tell=False)
 
-    # -- moments of RAM, snapshots of the disk
+    # -- RAM checkpoints, disk snapshots
 
     def checkpoint(self, tag: str) -> None:
-        """Keep this moment, RAM, devices and disk, under a name, inside its disk; the machine runs on."""
+        """Save RAM, devices and disk under a name, inside its disk; the machine keeps running."""
         with self._journaled(f"checkpoint {tag}"):
             life.require_running(self.place)
             checkpoint.save(self.place.qmp, tag)
 
     def rollback(self, tag: str) -> None:
-        """Go back to the moment of checkpoint(): in a second or so, with all that ran then running again.
+        """Go back to a checkpoint() within a second or so: all processes of that moment run again.
 
-        Connections are not part of it: ours, and those that OpenSSH shares, are ended.
+        Closes our connection and those that OpenSSH shares: they are not part of the checkpoint.
         """
         with self._journaled(f"rollback {tag}"):
             target = life.require_running(self.place)
@@ -316,18 +316,18 @@ class Machine:
             self._shared_link().open(wait_s=COMMAND_S)
 
     def snapshot(self, name: str) -> ImageRecord:
-        """Save the disk of the stopped machine as a snapshot, which other machines can be made from."""
+        """Save the disk of the stopped machine as a snapshot, from which other machines can be created."""
         with self._journaled(f"snapshot {name}"):
             return life.snapshot(self.place, name)
 
     def restore(self, snapshot: str = "") -> ImageRecord:
-        """Throw away what it has written, and go back to a snapshot, by default the one it came from. It is stopped."""
+        """Discard its writes and go back to a snapshot, by default the one it was made from. Stops it."""
         with self._journaled(f"restore {snapshot}".rstrip()):
             self.close()
             return life.restore(self.place, snapshot)
 
     def image(self) -> ImageRecord:
-        """The image that it stands on, or would: that of the snapshot it was restored to, or `clean`."""
+        """The image of its snapshot, by default `clean`."""
         record = self.place.record()
         return overlay.find_image(self.place, record.snapshot if record else CLEAN)
 
@@ -335,10 +335,10 @@ class Machine:
         """Names of its guest's snapshots."""
         return overlay.names(self.place)
 
-    # -- looking
+    # -- queries
 
     def status(self) -> MachineState:
-        """What it is doing now; takes no lock. A machine that has let us in before is not logged in to for that."""
+        """Its state now; takes no lock. Needs no login after the first."""
         return state.read_state(self.place)
 
     def console(self, lines: int = 30) -> list[str]:
@@ -350,13 +350,13 @@ class Machine:
         return self.place.ssh_line()
 
     def require_running(self) -> ssh.Target:
-        """How SSH reaches it. StateError when it does not run."""
+        """How SSH reaches it. StateError if it does not run."""
         return life.require_running(self.place)
 
     def link(self, window_s: float = WINDOW_S) -> "Link":
-        """A resilient connection of one's own to the running machine; see vmtasks.guest.link.
+        """A separate resilient link to the running machine; see vmtasks.guest.link.
 
-        `window_s`: how long the guest may take to come back. StateError when the machine does not run.
+        `window_s`: how long the guest may take to come back. StateError if the machine does not run.
         """
         from vmtasks.guest.link import Link  # noqa: PLC0415 - paramiko takes 0.2 s
 
@@ -375,7 +375,7 @@ class Machine:
     # -- parts
 
     def _shared_link(self) -> "Link":
-        """The connection that all threads share; a new one where the machine was started anew, by whomever."""
+        """The link that all threads share; a new one if the machine was restarted, by any process."""
         with self._lock:
             record = self.place.record()
             now = (record.pid, record.pid_started) if record is not None else (0, "")
@@ -388,7 +388,7 @@ class Machine:
 
     @contextlib.contextmanager
     def _journaled(self, what: str) -> Iterator[Callable[[str], None]]:
-        """An entry in the journal: when it began, what it was, how long it took, how it ended."""
+        """Write a journal entry for the block: when it began, what it was, how long it took, how it ended."""
         began, ends = time.monotonic(), ["done"]
         try:
             yield ends.append

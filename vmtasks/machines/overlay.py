@@ -1,4 +1,4 @@
-"""A machine's disk: an overlay on the image of a snapshot, made afresh, held against its image, saved as a snapshot."""
+"""A machine's disk, an overlay on the image of a snapshot: create it, check its image, save it as a snapshot."""
 
 import os
 import time
@@ -19,7 +19,7 @@ KEPT_FIELDS = (
     "own", "throwaway", "owner", "owner_started", "lease_until", "login", "authorized", "disk_size", "want_port",
     "binds", "memory", "cpus", "network", "created",
 )  # fmt: skip
-"""What a machine of `vmtasks run` was asked to be, and is also on a fresh disk."""
+"""The requested properties of a machine of `vmtasks run`, kept on a fresh disk."""
 
 
 def names(place: Place) -> list[str]:
@@ -29,7 +29,7 @@ def names(place: Place) -> list[str]:
 
 
 def find_image(place: Place, snapshot: str) -> ImageRecord:
-    """The image of a snapshot. StateError when there is none, or when it cannot be used."""
+    """The image of a snapshot. StateError if it does not exist or cannot be used."""
     path = place.state.snapshot_record(snapshot)
     named = read_record(path, PhaseRecord)
     if named is None:
@@ -43,9 +43,9 @@ def find_image(place: Place, snapshot: str) -> ImageRecord:
 
 
 def make(place: Place, snapshot: str, like: MachineRecord | None = None) -> MachineRecord:
-    """A fresh overlay and a record: a stopped machine that was never started. It keeps to what `like` was asked.
+    """Create a fresh overlay and record: a stopped machine that was never started. Keeps the properties of `like`.
 
-    The record is there before the overlay, which appears whole: a machine without one gets it when it starts.
+    The record is written before the overlay, which appears atomically: a machine without one gets it when it starts.
     """
     with prune.naming(place.state.store, place.config.vm_dir):
         image, beside = find_image(place, snapshot), place.disk.with_suffix(".new")
@@ -61,23 +61,23 @@ def make(place: Place, snapshot: str, like: MachineRecord | None = None) -> Mach
 
 
 def save(place: Place, record: MachineRecord, name: str) -> ImageRecord:
-    """Save the disk of a stopped machine as a snapshot, which needs no other image."""
+    """Save the disk of a stopped machine as a standalone snapshot."""
     image = require_image(place, record)
     with place.state.store.explaining(image, _remedy(place)):
         return snapshots.save(place.state, place.disk, record, name, _key_inside(place, record))
 
 
 def require_image(place: Place, record: MachineRecord) -> ImageRecord | None:
-    """The image that the machine's disk stands on; None if it was installed by hand.
+    """The backing image of the machine's disk; None if it was installed by hand.
 
-    StateError unless that still has the bytes that the disk was made on. A store that was moved is followed.
+    StateError unless the image is unchanged. If the store was moved, updates the backing file's path.
     """
     if not record.image:
         return None
     if not os.access(place.disk, os.R_OK | os.W_OK):
         raise StateError(
-            f"machine {place.name} cannot use its disk {place.disk}: it is another user's, or its mode forbids it",
-            hint=f"look at it: ls -l {place.disk}; it is to belong to you, with mode 0600",
+            f"machine {place.name} cannot use its disk {place.disk}: another user owns it, or its mode forbids it",
+            hint=f"check ls -l {place.disk}: you must own it, with mode 0600",
         )
     store, header = place.state.store, qcow2.header(place.disk)
     image, fault = store.find(record.image, record.image_sha256, look="sample")
@@ -88,7 +88,7 @@ def require_image(place: Place, record: MachineRecord) -> ImageRecord | None:
         fault = f"{place.disk.name} stands on {at.name}"
     if image is None or at is None or fault:
         raise StateError(
-            f"machine {place.name} was made on image {record.image[:12]}, and that cannot be used: {fault}",
+            f"machine {place.name} was made on image {record.image[:12]}, which cannot be used: {fault}",
             hint=_remedy(place),
         )
     if at != store.image(image).absolute():
@@ -117,21 +117,21 @@ def _first_record(place: Place, snapshot: str, image: ImageRecord, like: Machine
 
 
 def _image_hint(place: Place, snapshot: str) -> str:
-    """Only `clean` is something that a task makes."""
+    """The hint for a missing image. Only `clean` is made by a task."""
     return "doit auto_install" if snapshot == CLEAN else f"vmtasks snapshots {place.config.guest.name}"
 
 
 def _remedy(place: Place) -> str:
-    """What to do when the image below a machine's disk is gone or damaged."""
+    """The hint for a missing or damaged backing image."""
     record = place.record()
     restore = f"vmtasks restore {place.name}" if record is not None and record.own else "doit restore"
     return (
         f"put the file back from a copy of the store, then vmtasks doctor --store; "
-        f"or {restore}, and what the machine has written is lost"
+        f"or {restore}, which discards the machine's writes"
     )
 
 
 def _key_inside(place: Place, record: MachineRecord) -> Path | None:
-    """The private key that the machine's disk lets in, if it is not the store's."""
+    """The private key that the machine's disk authorizes, if it is not the store's."""
     key = place.own_key if record.key == "own" else place.bootstrap_key(record)
     return None if key == place.state.key else key

@@ -1,4 +1,4 @@
-"""The machines of one project, or of no project at all: list them, make one, find one, reap those left by the dead."""
+"""The machines of one project, or without a project: list, create, find and reap them."""
 
 import errno
 import functools
@@ -28,12 +28,12 @@ from vmtasks.store.records import read_record, write_record
 
 
 class Project:
-    """Where machines are, and what they are made from."""
+    """The machines of a project, and the images they are made from."""
 
     def __init__(
         self, root: Path | None, environ: Mapping[str, str] = os.environ, variables: Mapping[str, str] | None = None
     ) -> None:
-        """`root` holds config/vm.toml; None: no project, only the guests that come with vmtasks.
+        """`root` holds config/vm.toml; None: no project, only the guests that ship with vmtasks.
 
         `variables` are those of doit's command line.
         """
@@ -43,7 +43,7 @@ class Project:
 
     @classmethod
     def find(cls, start: Path, environ: Mapping[str, str] = os.environ) -> "Project":
-        """The project that `start` is in, or none. VM_CONFIG names its file where that is another."""
+        """The project that contains `start`, or none. VM_CONFIG selects another configuration file."""
         if environ.get("VM_CONFIG"):
             return cls(start, environ)
         found = (folder for folder in (start, *start.parents) if (folder / CONFIG_PATH).is_file())
@@ -51,11 +51,11 @@ class Project:
 
     @classmethod
     def here(cls) -> "Project":
-        """The project that the current folder is in, or none: then there are the guests that come with vmtasks."""
+        """The project that contains the current folder, or none: then only the guests that ship with vmtasks."""
         return cls.find(Path.cwd())
 
     def config(self, guest: str = "", version: str = "") -> Config:
-        """The configuration, for another guest than the configured one if one is named. ConfigError as always."""
+        """The configuration, by default for the configured guest. ConfigError for an invalid one."""
         given = {name: value for name, value in self.variables.items() if not (guest and name in ("guest", "version"))}
         given |= {name: value for name, value in (("guest", guest), ("version", version)) if value}
         if self.root is None:
@@ -64,18 +64,18 @@ class Project:
         rules.check(made)
         return made
 
-    # -- looking
+    # -- queries
 
     def names(self) -> list[str]:
-        """The names of all machines, sorted; also of those whose record cannot be read."""
+        """The names of all machines, sorted, including those with an unreadable record."""
         return State(self.config()).machine_names()
 
     def own_machines(self) -> list[Machine]:
-        """The machines that `vmtasks run` has made. One whose record cannot be read may be anybody's."""
+        """The machines that `vmtasks run` has made. Skips machines with an unreadable record."""
         return [one for one in self.machines() if (record := one.place.state.machine(one.name)) and record.own]
 
     def guests(self) -> list[str]:
-        """The names of the guests that this project has, or that come with vmtasks, sorted."""
+        """The names of this project's guests, or of those that ship with vmtasks, sorted."""
         phases = (self.root or load.shipped()) / load.PHASES_PATH
         return sorted(path.parent.name for path in phases.glob("*/guest.toml"))
 
@@ -84,7 +84,7 @@ class Project:
         return overlay.names(Place(self.config(guest)))
 
     def machine(self, name: str = "") -> Machine:
-        """The machine of this name, by default the configured one. StateError when there is none."""
+        """The machine of this name, by default the configured one. StateError if it does not exist."""
         there = self.names()
         if not name:
             name = self.config().name
@@ -96,7 +96,7 @@ class Project:
         return self._open(name)
 
     def default(self) -> Machine:
-        """The configured machine, whether or not it is there yet."""
+        """The configured machine, whether or not it exists."""
         base = self.config()
         machine = Machine(base)
         if self.root is None and machine.place.record() is None:
@@ -104,18 +104,18 @@ class Project:
         return machine
 
     def machines(self) -> Iterator[Machine]:
-        """All machines whose guest is known here."""
+        """All machines whose guest has a configuration here."""
         config = functools.cache(self.config)  # many machines, few guests
         for name in State(config()).machine_names():
             with suppress(ConfigError, StateError):
                 yield self._open(name, config)
 
-    # -- making
+    # -- creating
 
     def create(self, asked: MachineSpec, *, owner: int = 0) -> Machine:
-        """A stopped machine with its record; it lives only as long as the process `owner`, if that is given.
+        """Create a stopped machine with its record. It expires with the process `owner`, if given.
 
-        ConfigError for what it cannot be, StateError for a name that is taken. Nothing of it is left then.
+        ConfigError for invalid properties, StateError for a taken name. Nothing is left behind then.
         """
         guest, snapshot = arguments.image(asked.image)
         arguments.apart(asked.binds)
@@ -132,7 +132,7 @@ class Project:
             return Machine(spec.config_for(base, record), self._claim(asked.name, base, record))
 
     def _first_record(self, base: Config, asked: MachineSpec, snapshot: str, owner: int) -> MachineRecord:
-        """What is asked for, without a name yet."""
+        """The record of the requested machine, without a name yet."""
         image = overlay.find_image(Place(base), snapshot)
         size = asked.disk_size or max(base.disk_size, image.virtual_size)
         if size < image.virtual_size:
@@ -166,7 +166,7 @@ class Project:
         )
 
     def _claim(self, name: str, base: Config, record: MachineRecord) -> str:
-        """Take a name by renaming a folder that holds the record already: there is no machine without one."""
+        """Claim a name by renaming a folder that already holds the record: no machine exists without one."""
         run = self._run()
         files.private_folder(run.parent)
         run.mkdir(exist_ok=True)
@@ -189,7 +189,7 @@ class Project:
             shutil.rmtree(staged, ignore_errors=True)
 
     def _take_name(self, staged: Path, place: Place) -> bool:
-        """Give what is staged the machine's name; False when it is taken, or somebody is at work on it."""
+        """Rename the staged folder to the machine's; False if the name is taken or its lock is held."""
         try:
             with place.lock(0, say=False):
                 staged.rename(place.folder)  # fails on a folder that is not empty
@@ -202,19 +202,19 @@ class Project:
         return True
 
     def remove_snapshot(self, image: str) -> bool:
-        """Remove `GUEST:SNAPSHOT`, and its image where no record of any project names it; False where one may.
+        """Remove `GUEST:SNAPSHOT`, and its image unless a record of any project may name it; False if one may.
 
-        StateError when there is no such snapshot, or a machine stands on it.
+        StateError if there is no such snapshot, or a machine uses it.
         """
         guest, tag = arguments.image(image)
         state = State(self.config(guest))
         if not tag or state.snapshot_record(tag) == state.clean_record:
             raise StateError(
-                f"{image!r} is what the phases end in, and no snapshot of a machine; nothing was removed",
+                f"{image!r} is the image that the phases end in, not a snapshot of a machine; nothing was removed",
                 hint="name GUEST:SNAPSHOT; vmtasks snapshots lists them",
             )
         if tag not in self.snapshots(guest):
-            overlay.find_image(Place(state.config), tag)  # says what there is
+            overlay.find_image(Place(state.config), tag)  # its error lists the snapshots
         records = {name: state.machine(name) for name in self.names()}
         label = state.config.label
         users = [name for name, record in records.items() if record and (record.guest, record.snapshot) == (label, tag)]
@@ -231,7 +231,7 @@ class Project:
     # -- reaping
 
     def reap(self) -> list[str]:
-        """Remove the machines that are over, and what half-made ones have left; their names. See reap.py."""
+        """Remove expired machines and leftovers of half-made ones; returns the names. See reap.py."""
         return reap.reap(self._run(), self._open_place)
 
     # -- parts
@@ -240,12 +240,12 @@ class Project:
         return self.config().vm_dir / "run"
 
     def _open_place(self, name: str, config: Callable[..., Config] | None = None) -> Place:
-        """The folder of a machine, with the configuration of its guest. `config` is ours, or what remembers it."""
+        """The folder of a machine, with the configuration of its guest. `config`: self.config, or a cache of it."""
         config = config or self.config
         base = config()
         record = State(base).machine(name)
         if record is not None and record.family and (record.family, record.version) != (base.guest.name, base.version):
-            with suppress(ConfigError):  # a guest that is not there any more: the machine can still be removed
+            with suppress(ConfigError):  # the guest no longer exists: the machine can still be removed
                 base = config(record.family, record.version)
         return Place(base if record is None else spec.config_for(base, record), name)
 
@@ -255,15 +255,15 @@ class Project:
 
 
 def require_shipped_image(base: Config) -> None:
-    """Without a project, `clean` is the image that the store has of the guest as it comes with vmtasks.
+    """Record the store's image of the shipped guest as `clean`, for use without a project.
 
-    StateError when the store does not have it: what somebody's project has made of the guest is that project's.
+    StateError if the store lacks it: an image of a project's own version of the guest does not count.
     """
-    from vmtasks.images.steps import Builder  # noqa: PLC0415 - 70 ms that most commands have no use for
+    from vmtasks.images.steps import Builder  # noqa: PLC0415 - 70 ms that most commands do not need
 
     lacks = Builder(base).adopt()
     if lacks:
         raise StateError(
-            f"the store {base.store_dir} does not have {base.label} as it comes with vmtasks: it lacks {lacks}",
+            f"the store {base.store_dir} does not have {base.label} as shipped with vmtasks: it lacks {lacks}",
             hint=f"install it in a project: vmtasks init DIR --guest {base.guest.name}; cd DIR; doit auto_install",
         )

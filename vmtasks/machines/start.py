@@ -1,4 +1,4 @@
-"""Start a machine's QEMU on a port that is free, and wait until it lets us in or cannot come up any more."""
+"""Start a machine's QEMU on a free port, and wait until it accepts a login or has failed to boot."""
 
 import contextlib
 import re
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 FIRST_PORT = 2222
 ANY_PORT = 0
-"""The kernel finds a free one for QEMU, which then says which."""
+"""The kernel picks a free port; QEMU reports it."""
 CPU_EVERY_S = 3.0
 LOGIN_S = 10.0
 NETWORK_S = 20.0
-"""How long it is believed that a virtio card is down whose driver has not shown that it is up."""
+"""How long a virtio card counts as down unless its driver reports it up."""
 REACH_AGAIN_S = 30.0
-"""How long a machine may take that has let us in before."""
+"""The time limit for a machine that has accepted a login before."""
 
 
 def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> ssh.Target:
-    """Start a machine: its QEMU, reach it, make it itself. On failure nothing is left running."""
+    """Start a machine: QEMU, SSH, its own identity and binds. On failure nothing is left running."""
     require_keys(place, record)
     config, accel = place.config, place.state.accel
     history, key = place.state.store.history, f"start {config.label}"
@@ -52,7 +52,7 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
         except BaseException as error:
             stuck = place.stuck_state()
             _end(place, record, error)
-            if not isinstance(error, VmTasksError) or isinstance(error, BindError):  # which is none of the boot's
+            if not isinstance(error, VmTasksError) or isinstance(error, BindError):  # not a failure of the boot
                 raise
             hint = error.hint if record.image else "doit install --disk: log in there and run key.sh from the CD"
             if stuck == qmp.FULL:
@@ -64,7 +64,7 @@ def boot(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> s
 
 
 def wait(place: Place, record: MachineRecord) -> ssh.Target:
-    """Reach a machine whose QEMU runs, and make it itself where that is not done. SshError or BindError: why not."""
+    """Wait for a machine whose QEMU runs, and personalize it if needed. SshError or BindError with the reason."""
     return personalize(place, *reach(place, record))
 
 
@@ -72,9 +72,9 @@ def wait(place: Place, record: MachineRecord) -> ssh.Target:
 
 
 def start_qemu(place: Place, record: MachineRecord, *, die_with_us: bool = False) -> MachineRecord:
-    """Start QEMU, and write down its process and ports; its guest has still to boot. Returns the record.
+    """Start QEMU, and record its process and ports; the guest has yet to boot. Returns the record.
 
-    On failure nothing is left running. MachineError with QEMU's own words, or for a port that is taken.
+    On failure nothing is left running. MachineError with QEMU's message, or for a taken port.
     """
     config, record = place.config, binds.decide_copied(place, record)
     place.make_folder()
@@ -106,12 +106,12 @@ def start_qemu(place: Place, record: MachineRecord, *, die_with_us: bool = False
 
 
 def reach(place: Place, record: MachineRecord, console_from: int = 0) -> "tuple[MachineRecord, Connection]":
-    """Wait until SSH lets us in. Returns the record and the connection.
+    """Wait until SSH accepts a login. Returns the record and the connection.
 
-    SshError: why it does not let us in, also as the console says it.
+    SshError with the reason, from SSH or the console.
 
-    The host keys of a machine that was installed by hand are learned here, once: nobody is between us and a port
-    that our own QEMU forwards.
+    Records the host keys of a machine that was installed by hand, once: no other host is between us and a port that our
+    own QEMU forwards.
     """
     require_keys(place, record)
     deadline_s = place.config.guest.ssh.ready_timeout_s * place.state.accel.factor
@@ -121,7 +121,7 @@ def reach(place: Place, record: MachineRecord, console_from: int = 0) -> "tuple[
     if not record.host_keys:
         learned = ssh.scan_host_keys(record.ssh_port, timeout_s=deadline_s, alive=watch, network=up)
         record = place.write(msgspec.structs.replace(record, host_keys=learned))
-        deadline_s = LOGIN_S  # its server answers, so that a login must succeed soon
+        deadline_s = LOGIN_S  # its server answers, so a login must succeed soon
     target = place.target(record)
     place.open_sockets()
     ssh.write_config(target)
@@ -130,9 +130,9 @@ def reach(place: Place, record: MachineRecord, console_from: int = 0) -> "tuple[
 
 
 def personalize(place: Place, record: MachineRecord, connection: "Connection") -> ssh.Target:
-    """Give a machine that lets us in what is its own: keys, host name, binds. It is ready then. SshError or BindError.
+    """Install a machine's own keys, host name and binds, and mark it ready. SshError or BindError.
 
-    May be repeated: what is done already is left alone. The connection is closed.
+    Can be repeated: completed parts are skipped. Closes the connection.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(connection)
@@ -150,32 +150,32 @@ def _end(place: Place, record: MachineRecord, error: BaseException) -> None:
         note_failure(error, end, f"machine {place.name} could not be stopped")
 
 
-# -- whether it can come up
+# -- whether it can boot
 
 
 def require_keys(place: Place, record: MachineRecord) -> None:
-    """StateError when a private key with which the machine is to be entered is none: nobody need wait for that."""
+    """StateError for an unusable private key: fail early instead of waiting for a login."""
     target = place.target(record)
     for key in (target.key, *target.extra_keys):
         store = key == place.state.key
         other = f"put it back from a copy; without one: vmtasks rm {place.name}"
-        again = "put it back from a copy, or remove both halves: then all that lets them in is built anew"
+        again = "put it back from a copy, or remove both files: the images that authorize the key are then rebuilt"
         keys.require_usable(key, place.state.public_key if store else None, again if store else other)
 
 
 @dataclass
 class BootWatch:
-    """Whether a machine can still come up; to be asked between two tries of SSH. Calling it raises SshError if not."""
+    """Whether a machine can still boot; called between attempts of SSH. Raises SshError if not."""
 
     place: Place
     record: MachineRecord
     console_from: int = 0
     patient: bool = False
-    """Of a machine that was up: who paused it may let it go on."""
+    """Tolerate a paused machine that was up before: it may be resumed."""
     cpu_asked: float = 0.0
 
     def __call__(self) -> bool:
-        """False when its process has ended."""
+        """False if its process has ended."""
         self.check_console()
         if time.monotonic() - self.cpu_asked > CPU_EVERY_S:
             self.cpu_asked = time.monotonic()
@@ -186,7 +186,7 @@ class BootWatch:
         return self.place.pid(self.record) is not None
 
     def check_console(self) -> None:
-        """SshError when the console says that the boot has failed: no need to wait for the deadline."""
+        """SshError if the console shows a failed boot: fail before the deadline."""
         transcript = read_log(self.place.console_log, self.console_from)
         for failure in self.place.config.guest.failures:
             if failure.cause != "login" and transcript.match(failure.expect):
@@ -194,9 +194,9 @@ class BootWatch:
 
 
 def network_probe(place: Place, record: MachineRecord) -> Callable[[], bool | None]:
-    """What tells whether a guest that has just been started has its network up; None where nobody knows.
+    """A function that returns whether the network of a booting guest is up; None if unknown.
 
-    No only for some time at most: not every driver shows when it is up.
+    Returns False for NETWORK_S at most, because not every driver reports that it is up.
     """
     events, virtio = Events(place.events), place.config.guest.machine.nic.startswith("virtio")
 
@@ -212,9 +212,9 @@ def network_probe(place: Place, record: MachineRecord) -> Callable[[], bool | No
 
 
 def launch(place: Place, record: MachineRecord, *, die_with_us: bool) -> tuple[vm.Pid, int, list[Forward]]:
-    """Start QEMU; returns its process, the port of its SSH and its forwards, with the ports that QEMU has chosen.
+    """Start QEMU; returns its process, its SSH port and its forwards, with the ports that QEMU has chosen.
 
-    SSH is on the wanted port, or with none wanted on the first free one of 2222 and the fallback range, or else on any.
+    SSH is on the requested port, or by default on the first free one of 2222 and the fallback range, or else on any.
     """
     want = record.want_port if record.own else place.config.ssh_port
     for port in [want] if want else [*filter(port_free, (FIRST_PORT, *FALLBACK_PORTS)), ANY_PORT]:
@@ -240,12 +240,12 @@ def launch(place: Place, record: MachineRecord, *, die_with_us: bool) -> tuple[v
 
 
 def requested_forwards(record: MachineRecord) -> list[Forward]:
-    """The forwards as they were asked for. Earlier versions kept only what was given."""
+    """The forwards as requested. Records of earlier versions hold only the resulting ones."""
     return [Forward.parse(text) for text in record.want_forwards or record.forwards]
 
 
 def ssh_port_taken(port: int, *, own: bool) -> MachineError:
-    """Who holds the port, and how to have another."""
+    """The error for a taken SSH port: names its holder and another port."""
     free = next((p for p in FALLBACK_PORTS if p != port and port_free(p)), "auto")
     offer = f"vmtasks run --ssh-port {free}" if own else f"doit port={free} start"
     hint = offer if free == "auto" or own else f"{offer}, or port=auto"
@@ -253,20 +253,20 @@ def ssh_port_taken(port: int, *, own: bool) -> MachineError:
 
 
 def forward_taken(port: int) -> MachineError:
-    """A port of `-p` that somebody else has."""
+    """The error for a taken host port of `-p`."""
     free = next((p for p in range(port + 1, port + 100) if p <= 65535 and port_free(p)), None)
     hint = f"-p {free}:GUEST" if free else "choose another port for this host's side"
     return MachineError(f"port {port}, the host's side of a forward, is taken{held_by(port)}", hint=hint)
 
 
 def held_by(port: int) -> str:
-    """` by name (pid N)`, where that can be known."""
+    """` by name (pid N)`, or '' if unknown."""
     holder = port_holder(port)
     return f" by {holder}" if holder else ""
 
 
 def resolve(place: Place, forwards: list[Forward]) -> list[Forward]:
-    """The forwards with the ports that QEMU has chosen where any free one was asked for."""
+    """The forwards, with the ports that QEMU has chosen for requests of any free port."""
     if all(forward.host for forward in forwards):
         return forwards
     with qmp.connect(place.qmp, timeout_s=5) as control:
@@ -282,11 +282,11 @@ def resolve(place: Place, forwards: list[Forward]) -> list[Forward]:
     return found
 
 
-# -- what is started
+# -- the QEMU
 
 
 def qemu_spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Spec:
-    """The machine's QEMU."""
+    """The specification of the machine's QEMU."""
     return hardware.spec(
         place.config,
         place.state.accel,
@@ -311,7 +311,7 @@ def qemu_spec(place: Place, record: MachineRecord, port: int, **more: Any) -> Sp
 
 
 def write_state_files(place: Place, record: MachineRecord) -> None:
-    """State files by the names that scripts expect: ports, and links to the sockets in their short folder."""
+    """Write the state files that scripts expect: ports, and links to the sockets in their short folder."""
     forwards = map(Forward.parse, record.forwards)
     rows = [("ssh", record.ssh_port), *((str(forward.guest), forward.host) for forward in forwards)]
     files.write(place.folder / f"{place.name}.ports", "".join(f"{what},{port}\n" for what, port in rows))
