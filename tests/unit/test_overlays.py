@@ -198,7 +198,7 @@ def test_a_disk_does_not_start_on_another_image(guest: Guest, way: str):
     made = machine(guest, way)
     made.place.disk.unlink()
     disk.overlay(made.place.disk, guest.image(1))
-    with pytest.raises(StateError, match=rf"stands on {guest.image(1).name}\n") as caught:
+    with pytest.raises(StateError, match=rf"is backed by {guest.image(1).name}\n") as caught:
         made.start()
     assert f"restore{' a' if way == 'run' else ''}, which discards the machine's writes" in caught.value.hint
     made.restore()

@@ -105,7 +105,7 @@ class Connection:
                     text, timeout_s, idle_s, user, stdin, on_line=on_line, on_data=on_data, keep=keep, detached=detached
                 )
             except NotStartedError:
-                # dropbear closes a channel that is opened while the command of another ends. Nothing has run.
+                # dropbear closes a channel that is opened just as another channel's command ends. Nothing has run.
                 if not left or not isinstance(stdin, bytes):
                     raise
                 time.sleep(0.1)

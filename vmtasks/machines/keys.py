@@ -88,8 +88,10 @@ def require_usable(private: Path, public: Path | None = None, remedy: str = "put
             hint=f"chmod 600 {shlex.quote(str(private))}",
         )
     shown = process.run(["ssh-keygen", "-y", "-P", "", "-f", private], timeout_s=30, check=False)
-    theirs = arguments.public_key(files.read_text(public, "replace").strip()) if public and public.is_file() else None
-    ours = arguments.public_key(shown.stdout.strip())
+    authorized = (
+        arguments.public_key(files.read_text(public, "replace").strip()) if public and public.is_file() else None
+    )
+    derived = arguments.public_key(shown.stdout.strip())
     if shown.status != 0 and "incorrect passphrase" in shown.stderr:
         half = public_half(private)
         agent = process.run(["ssh-add", "-L"], timeout_s=30, check=False).stdout
@@ -97,10 +99,10 @@ def require_usable(private: Path, public: Path | None = None, remedy: str = "put
         if not blob or blob[0] not in agent.split():
             add = f"ssh-add {shlex.quote(str(private))}"
             raise StateError(f"{what} is encrypted, and no agent holds it", hint=add)
-    elif ours is None:
+    elif derived is None:
         said = (shown.stderr.strip().splitlines() or ["it is empty"])[-1]
         raise StateError(f"{what} is invalid: {said}", hint=remedy)
-    elif theirs is not None and theirs.blob != ours.blob:
+    elif authorized is not None and authorized.blob != derived.blob:
         raise StateError(f"{what} does not match {public}, which guests authorize", hint=remedy)
 
 

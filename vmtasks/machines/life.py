@@ -227,27 +227,27 @@ def boot_on_terminal(place: Place, cds: Sequence[Path], *, boot: str, display: s
 # -- its end
 
 
-def destroy(place: Place, *, force: bool = False, tell: bool = True) -> list[Path]:
+def destroy(place: Place, *, force: bool = False, report: bool = True) -> list[Path]:
     """Stop the machine and remove all its files; returns them.
 
     Cuts its power, because its disk is discarded. Newer files in copied binds are copied back first; failures are
     reported. `force`: ends another command that holds the machine's lock. MachineError, and nothing is removed, if a
-    process of it is not ours. `tell`: report how it was stopped.
+    process of it is not ours. `report`: report how it was stopped.
     """
     if not place.folder.exists():
         return []
     with _exclusive(place, force=force):
-        return remove(place, wait_s=takeover.RELEASE_S if force else binds.COPY_S, tell=tell)
+        return remove(place, wait_s=takeover.RELEASE_S if force else binds.COPY_S, report=report)
 
 
-def remove(place: Place, *, wait_s: float = 0.0, tell: bool = False) -> list[Path]:
+def remove(place: Place, *, wait_s: float = 0.0, report: bool = False) -> list[Path]:
     """destroy(), for the holder of the machine's lock. `wait_s`: how long to wait for others that copy binds."""
     if not place.folder.exists():  # another process was first
         return []
     record = place.state.machine(place.name)
     if record is None and (fault := place.fault()):
         _say_fault(place, fault)
-    observer = progress.observer() if tell else progress.Observer()
+    observer = progress.observer() if report else progress.Observer()
     try:
         # The binds of this process's own machine were not copied back yet, even if it ended by itself.
         there = record is not None and (record.owner == os.getpid() or place.pid(record) is not None)

@@ -293,7 +293,7 @@ class Machine:
         """Cut its power and remove it with its disk and key; returns what was removed. See life.destroy()."""
         with self._journaled("remove"):
             self.close()
-            return life.destroy(self.place, force=force, tell=False)
+            return life.destroy(self.place, force=force, report=False)
 
     # -- RAM checkpoints, disk snapshots
 

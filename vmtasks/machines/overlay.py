@@ -85,7 +85,7 @@ def require_image(place: Place, record: MachineRecord) -> ImageRecord | None:
     if at is None:
         fault = f"{place.disk.name} is no qcow2 image"
     elif image is not None and at.name != store.image(image).name:
-        fault = f"{place.disk.name} stands on {at.name}"
+        fault = f"{place.disk.name} is backed by {at.name}"
     if image is None or at is None or fault:
         raise StateError(
             f"machine {place.name} was made on image {record.image[:12]}, which cannot be used: {fault}",
