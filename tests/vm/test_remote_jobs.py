@@ -128,7 +128,7 @@ def test_c10_a_deadline_ends_the_job_and_all_that_it_started(link: Link) -> None
         with pytest.raises(CommandTimeoutError, match=r"it was ended") as late:
             job.run(link, text, user=user, timeout_s=2)
         assert late.value.which == "overall"
-    with pytest.raises(CommandTimeoutError, match="fallen silent") as late:
+    with pytest.raises(CommandTimeoutError, match="fell silent") as late:
         job.run(link, "echo begun; sleep 4721", timeout_s=LIMIT_S, idle_s=2)
     assert late.value.which == "idle"
     left = "ps -o stat,args | grep '[s]leep 4721'"
