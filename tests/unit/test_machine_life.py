@@ -374,7 +374,7 @@ def test_one_machine_that_cannot_be_removed_does_not_keep_the_others(home: Home)
         assert any(line.startswith("warning: machine a has expired and could not be removed: ") for line in said), said
         done = home("ps")
         assert done.returncode == 0
-        assert "warning: machine a is over" in done.stderr
+        assert "warning: machine a has expired" in done.stderr
     assert heard_by(said, home.project.reap) == ["a"]
 
 

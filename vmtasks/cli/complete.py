@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 import vmtasks
+from vmtasks.guest import job
 
 if TYPE_CHECKING:
     from vmtasks import Project
@@ -57,7 +58,5 @@ def snapshots(here: "Project", ctx: typer.Context) -> Iterable[str]:
 @_completing
 def jobs(here: "Project", ctx: typer.Context) -> Iterator[str]:
     """Jobs of the machine named before."""
-    from vmtasks.guest import job  # noqa: PLC0415 - paramiko takes 0.2 s
-
     with here.machine(str(ctx.params["name"])).link(window_s=0) as link:
         yield from (view.job for view in job.listing(link))

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from vmtasks.errors import SshError
-from vmtasks.guest import banner
+from vmtasks.guest import banner, connect
 from vmtasks.guest.banner import HOST
-from vmtasks.guest.ssh import Target
+from vmtasks.guest.ssh import Console, Target
 from vmtasks.qemu import qmp
 
 if TYPE_CHECKING:
-    from vmtasks.guest.client import Console
+    from vmtasks.guest.client import Connection
 
 Diagnosis = Literal["ready", "ssh", "no-ssh", "silent", "paused", "panicked", "gone", ""]
 
@@ -122,9 +122,7 @@ def probe_cpu(control: Path) -> tuple[Diagnosis, str]:
 
 def network_probes(target: Target, timeout_s: float, console: "Console | None" = None) -> dict[str, Probe]:
     """The probes from the port to a command in the guest, each for at most `timeout_s`."""
-    from vmtasks.guest import client  # noqa: PLC0415 - paramiko takes 0.2 s, and most importers never probe
-
-    opened: list[client.Connection] = []
+    opened: list[Connection] = []
 
     def port() -> tuple[Diagnosis, str]:
         where = f"{HOST}:{target.port}"
@@ -143,7 +141,7 @@ def network_probes(target: Target, timeout_s: float, console: "Console | None" =
 
     def login() -> tuple[Diagnosis, str]:
         try:
-            opened.append(client.connect(target, timeout_s=timeout_s, console=console))
+            opened.append(connect.connect(target, timeout_s=timeout_s, console=console))
         except SshError as error:
             return "ssh", error.message
         return "", f"{target.user} logs in with {target.key}"

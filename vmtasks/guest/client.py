@@ -12,7 +12,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Self
 
 from vmtasks.errors import CommandTimeoutError, ConnectionLostError, SshError
@@ -21,15 +21,11 @@ from vmtasks.guest import login
 from vmtasks.guest.channels import BROKEN, Channels, NotStartedError
 from vmtasks.guest.command import Command, CommandResult, OnData, OnLine, Wire
 from vmtasks.guest.pump import Pump, StopReason, feed
-from vmtasks.guest.ssh import Target, end_group_script
+from vmtasks.guest.ssh import KEEPALIVE_S, Console, Target, end_group_script
 from vmtasks.guest.transport import Transport
-
-Console = Callable[[], Sequence[str]]
-"""Returns the console's last lines, for errors."""
 
 END_S = 20.0
 GONE_EVERY_S = 1.0
-KEEPALIVE_S = 15.0
 MISSED = 4
 TRIES = 4
 

@@ -14,7 +14,7 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from vmtasks.errors import (
     BannerError,
@@ -24,11 +24,13 @@ from vmtasks.errors import (
     RebootedError,
     SshError,
 )
-from vmtasks.guest import boot, client, ssh
+from vmtasks.guest import boot, connect, ssh
 from vmtasks.guest.boot import Boot, BootChange
-from vmtasks.guest.client import Connection, Console
 from vmtasks.guest.command import Command, CommandResult
-from vmtasks.guest.ssh import Target
+from vmtasks.guest.ssh import Console, Target
+
+if TYPE_CHECKING:
+    from vmtasks.guest.client import Connection
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -53,7 +55,7 @@ class Link:
         *,
         window_s: float = WINDOW_S,
         connect_s: float = CONNECT_S,
-        keepalive_s: float = client.KEEPALIVE_S,
+        keepalive_s: float = ssh.KEEPALIVE_S,
         console: Console | None = None,
         alive: Callable[[], bool] = lambda: True,
         events: Callable[[], str] | None = None,
@@ -92,7 +94,7 @@ class Link:
                 self._connection.close()
             self._connection = self._boot = None
 
-    def open(self, *, wait_s: float | None = None) -> Connection:
+    def open(self, *, wait_s: float | None = None) -> "Connection":
         """Return the current connection, or a new one; retries for `wait_s` while the guest is booting.
 
         By default the first connection is tried once, and a lost one is retried for the window. Raises the errors of
@@ -108,7 +110,7 @@ class Link:
             if self._connection is getattr(self._local, "connection", None):
                 self.close()
 
-    def _open_locked(self, wait_s: float | None) -> Connection:
+    def _open_locked(self, wait_s: float | None) -> "Connection":
         if self._connection is not None and self._connection.is_connected():
             return self._connection
         if wait_s is None:
@@ -119,7 +121,7 @@ class Link:
             left = until - time.monotonic()
             try:
                 limit = self._connect_s if wait_s == 0 else max(2.0, min(self._connect_s, left))
-                self._connection = client.connect(
+                self._connection = connect.connect(
                     self.target,
                     timeout_s=limit,
                     console=self._console,
@@ -145,7 +147,7 @@ class Link:
         with self._lock:
             return self._probe_boot(self.open())
 
-    def _probe_boot(self, connection: Connection) -> Boot:
+    def _probe_boot(self, connection: "Connection") -> Boot:
         if self._boot is None:
             self._boot = boot.probe(
                 lambda text: connection.execute(text, timeout_s=PROBE_S).stdout.decode(errors="replace"), self._events

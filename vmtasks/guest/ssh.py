@@ -20,7 +20,11 @@ from vmtasks.host.locks import lock
 FAILED = 255
 """The exit status of ssh when it could not connect or lost the connection; see ssh(1)."""
 
+Console = Callable[[], Sequence[str]]
+"""Returns the console's last lines, for errors."""
+
 CONNECT_S = 10
+KEEPALIVE_S = 15.0
 SHARE_S = 60
 KEX = "curve25519-sha256,curve25519-sha256@libssh.org"
 LINE_BYTES = 8000

@@ -13,13 +13,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from vmtasks import printable
 from vmtasks.config.load import Config
 from vmtasks.errors import CommandTimeoutError, ConnectionLostError, MachineError, SshError, WrongStatusError
 from vmtasks.guest import boot, files, listeners, ssh
 from vmtasks.guest.command import Command, CommandResult
+from vmtasks.guest.link import Link
 from vmtasks.host import process
 from vmtasks.host.progress import seconds
 from vmtasks.images.workspace import CLEAN
@@ -33,9 +34,6 @@ from vmtasks.qemu.events import Events
 from vmtasks.qemu.ports import port_free
 from vmtasks.qemu.vm import wait_until
 from vmtasks.store.records import ImageRecord
-
-if TYPE_CHECKING:
-    from vmtasks.guest.link import Link
 
 COMMAND_S = 60.0
 COPY_S = 600.0
@@ -353,13 +351,11 @@ class Machine:
         """How SSH reaches it. StateError if it does not run."""
         return life.require_running(self.place)
 
-    def link(self, window_s: float = WINDOW_S) -> "Link":
+    def link(self, window_s: float = WINDOW_S) -> Link:
         """A separate resilient link to the running machine; see vmtasks.guest.link.
 
         `window_s`: how long the guest may take to come back. StateError if the machine does not run.
         """
-        from vmtasks.guest.link import Link  # noqa: PLC0415 - paramiko takes 0.2 s
-
         record = self.place.record()
         target = life.require_running(self.place)
         log = self.place.console_log
@@ -374,7 +370,7 @@ class Machine:
 
     # -- parts
 
-    def _shared_link(self) -> "Link":
+    def _shared_link(self) -> Link:
         """The link that all threads share; a new one if the machine was restarted, by any process."""
         with self._lock:
             record = self.place.record()
