@@ -136,7 +136,15 @@ def connect(path: Path, *, timeout_s: float, ended: Callable[[], bool] = lambda:
                         f"QEMU's control socket did not answer within {timeout_s:g} s ({error})"
                     ) from None
             else:
-                yield control
+                try:
+                    yield control
+                finally:
+                    # close() is Python code that a signal can cut short, and the caller's frame would keep the socket
+                    # open; shutdown() is one call into C, after which QEMU serves the next client in any case.
+                    try:  # noqa: SIM105 - contextlib.suppress is Python code
+                        channel.shutdown(socket.SHUT_RDWR)
+                    except OSError:
+                        pass
                 return
         time.sleep(0.05)
 
