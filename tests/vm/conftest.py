@@ -34,6 +34,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--remake-golden", action="store_true", help="write expected records anew; look at the difference")
 
 
+def cases(*always: object, more: Sequence[object]) -> list[object]:
+    """Values for `parametrize`: `always` in every run, `more` only in an exhaustive one."""
+    return [*always, *(pytest.param(value, marks=pytest.mark.exhaustive) for value in more)]
+
+
 def exhaustive(config: pytest.Config) -> bool:
     """Whether every case is wanted, however long that takes."""
     return bool(config.getoption("--exhaustive", default=False))

@@ -90,6 +90,7 @@ def test_killed_at_random_moments(crashing: Project, half: int) -> None:
         raise
 
 
+@pytest.mark.exhaustive
 def test_killed_between_the_image_and_its_record(tmp_path: Path, full_store: Path) -> None:
     """An image that was named and has no record yet is not believed: it is made again, and nothing else is."""
     project = Project(tmp_path / "project", full_store)

@@ -117,18 +117,21 @@ def test_a_script_that_talks_for_ever(project: Project) -> None:
     assert "talking" in seen.console or "silent" not in seen.sentence
 
 
+@pytest.mark.exhaustive
 def test_a_guest_that_powers_itself_off(project: Project) -> None:
     script(project, INSTALL, 'step "leave"\nbusybox poweroff -f\n')
     seen = fail(project)
     assert "powered off after it began, without a verdict at step 'leave'" in seen.sentence
 
 
+@pytest.mark.exhaustive
 def test_a_guest_that_reboots(project: Project) -> None:
     script(project, INSTALL, 'step "again"\nbusybox reboot -f\n')
     seen = fail(project)
     assert "rebooted without a verdict at step 'again'" in seen.sentence
 
 
+@pytest.mark.exhaustive
 def test_a_kernel_that_panics(project: Project) -> None:
     script(project, INSTALL, 'step "crash"\necho c >/proc/sysrq-trigger\n')
     seen = fail(project)
@@ -159,6 +162,7 @@ def test_a_phase_cd_whose_script_may_not_be_executed(project: Project) -> None:
     assert "login:" in seen.console
 
 
+@pytest.mark.exhaustive
 def test_a_prompt_that_never_comes(project: Project) -> None:
     project.edit(
         GUEST,
@@ -170,6 +174,7 @@ def test_a_prompt_that_never_comes(project: Project) -> None:
     assert "OK" in seen.console
 
 
+@pytest.mark.exhaustive
 def test_a_qemu_that_is_killed_from_outside(project: Project) -> None:
     script(project, INSTALL, 'step "wait"\nsleep 1000000\n')
     run = project.start("auto_install")

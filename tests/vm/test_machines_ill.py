@@ -134,6 +134,7 @@ def test_k4_b31_no_ssh_server_answers(box: Cli) -> None:
     assert "stopped (ACPI power button)" in output
 
 
+@pytest.mark.exhaustive
 def test_k17_k27_a_guest_that_heeds_nobody(box: Cli) -> None:
     cli = box
     deaf = "echo exit 0 >/tmp/deaf; chmod 755 /tmp/deaf; mount --bind /tmp/deaf /sbin/poweroff; kill $(pidof acpid)"
@@ -143,6 +144,7 @@ def test_k17_k27_a_guest_that_heeds_nobody(box: Cli) -> None:
     assert not cli.project.qemus()
 
 
+@pytest.mark.exhaustive
 def test_b31_output_that_nobody_reads_ends_the_command(box: Cli) -> None:
     """As a shell would: the client of a server that does not hear of it would wait for ever."""
     endless = box.start("ssh", "box", "yes")

@@ -126,6 +126,7 @@ def test_b8_d_b42_killed_and_reaped_by_the_next_command(cli: Cli, by: str) -> No
     assert files(cli) == before
 
 
+@pytest.mark.exhaustive
 def test_b8_b_a_boot_that_fails_is_explained_and_gone(cli: Cli) -> None:
     """A disk with nothing on it."""
     cli.project.edit("phases/tiny/guest.toml", "ready_timeout_s = 20", "ready_timeout_s = 1")

@@ -136,6 +136,7 @@ def test_k19_the_printed_line_runs_as_it_is(cli: Cli) -> None:
     assert (known.read_bytes() if known.exists() else b"") == before
 
 
+@pytest.mark.exhaustive
 def test_b11_eight_sessions_at_once(cli: Cli) -> None:
     wait = "until [ -e go ]; do sleep 1; done"
     many = [cli.start("ssh", "box", f"{wait}; echo {number}") for number in range(8)]
@@ -146,6 +147,7 @@ def test_b11_eight_sessions_at_once(cli: Cli) -> None:
     assert cli.machine("box")["sessions"] == []
 
 
+@pytest.mark.exhaustive
 def test_b11_sessions_that_begin_while_others_end(cli: Cli) -> None:
     """Some servers close a session that begins at such a moment (dropbear 2022.83 a third of these)."""
     config = str(cli.machine("box")["ssh_config"])
@@ -160,6 +162,7 @@ def test_b11_sessions_that_begin_while_others_end(cli: Cli) -> None:
         assert list(pool.map(run, range(80))) == [(f"{number}\n".encode(), b"", 0) for number in range(80)]
 
 
+@pytest.mark.exhaustive
 def test_b11_the_first_sessions_of_a_machine_log_in_once(cli: Cli) -> None:
     """None says that another has made the connection; see run_attached() in guest/ssh.py."""
     subprocess.run(["ssh", "-F", str(cli.machine("box")["ssh_config"]), "-O", "exit", "box"], check=True, timeout=30)
@@ -169,6 +172,7 @@ def test_b11_the_first_sessions_of_a_machine_log_in_once(cli: Cli) -> None:
     assert len({out for out, _, _ in said}) == 8
 
 
+@pytest.mark.exhaustive
 def test_b37_connections_are_shared(cli: Cli) -> None:
     """Without the client's own start, which takes as long with both."""
     config = str(cli.machine("box")["ssh_config"])
@@ -213,11 +217,14 @@ LOOP = 'for n in 1 2 3; do "$@"; done; echo after'
 @pytest.mark.parametrize(
     "words",
     [
-        ["exec", "box", "sh", "-c", "echo works; sleep 4321; echo on"],
-        ["exec", "--user", "root", "box", "sh", "-c", "echo works; sleep 4321; echo on"],
-        ["ssh", "box", "echo works; sleep 4321; echo on"],
+        pytest.param(["exec", "box", "sh", "-c", "echo works; sleep 4321; echo on"], id="exec"),
+        pytest.param(
+            ["exec", "--user", "root", "box", "sh", "-c", "echo works; sleep 4321; echo on"],
+            id="exec as root",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(["ssh", "box", "echo works; sleep 4321; echo on"], id="ssh", marks=pytest.mark.exhaustive),
     ],
-    ids=["exec", "exec as root", "ssh"],
 )
 def test_ctrl_c_ends_the_loop_here_and_the_command_in_the_guest(cli: Cli, words: list[str]) -> None:
     with terminal(["bash", "-c", LOOP, "bash", *COMMAND, *words], cli.project.root, cli.env()) as ours:
@@ -263,6 +270,7 @@ def test_jobs_outlive_their_command(cli: Cli) -> None:
 # -- what it is
 
 
+@pytest.mark.exhaustive
 def test_b17_k31_memory_cpus_and_ports(cli: Cli) -> None:
     assert 0.8 * 300 * 1024 < int(cli.good("exec", "box", "awk", "/MemTotal/{print $2}", "/proc/meminfo")) < 300 * 1024
     assert cli.good("exec", "box", "nproc") == "2\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
-from conftest import Ended, Project, copy_store, listeners
+from conftest import Ended, Project, cases, copy_store, listeners
 
 import vmtasks.machines
 from vmtasks.errors import StateError
@@ -192,7 +192,7 @@ command = "echo 1..2; echo ok 1 - a; echo not ok 2 - b"
     )
 
 
-@pytest.mark.parametrize("user", ["", "root"])
+@pytest.mark.parametrize("user", cases("root", more=[""]))
 def test_a_deadline_ends_in_the_guest_what_the_suite_has_started(project: Project, user: str) -> None:
     suite(
         project,

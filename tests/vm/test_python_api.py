@@ -58,6 +58,7 @@ dev.execute("true")
 """
 
 
+@pytest.mark.exhaustive
 def test_the_status_of_a_machine_that_is_up_costs_no_login_and_runs_no_program(dev: Cli) -> None:
     done = run(dev, STATUS)
     assert done.returncode == 0, done.stderr
@@ -81,6 +82,7 @@ print(dev.place.record().ready, network(), dev.succeed("hostname"), end="")
 """
 
 
+@pytest.mark.exhaustive
 def test_the_three_steps_of_a_start_can_be_called_apart(dev: Cli) -> None:
     done = run(dev, LATE)
     assert (done.returncode, done.stdout) == (0, "booting False\nFalse\nTrue True dev\n"), done.stderr
@@ -121,6 +123,7 @@ for name, other in (("one", "two"), ("two", "one")):
 """
 
 
+@pytest.mark.exhaustive
 def test_eight_threads_use_each_of_two_machines_and_each_observer_hears_its_own(dev: Cli) -> None:
     """Sixteen threads in all, half of them on one machine that both have."""
     done = run(dev, THREADS)

@@ -206,6 +206,7 @@ def test_the_loader_on_a_bad_line(rehearsal: Rehearsal, store: Path) -> None:
         assert "single user" not in outcome.text.rpartition("Booting in")[2]
 
 
+@pytest.mark.exhaustive
 def test_the_stand_ins_refuse_what_the_real_tools_refuse(rehearsal: Rehearsal) -> None:
     """A phase that checks that it is refused: so that the good run means something."""
     project = rehearsal.another("refusals")
@@ -238,6 +239,7 @@ def test_pkg_as_other_releases_have_it(rehearsal: Rehearsal) -> None:
     assert "pkg bootstrap" in absent.text
 
 
+@pytest.mark.exhaustive
 def test_the_result_boots_and_is_used(rehearsal: Rehearsal) -> None:
     """A machine from the clean snapshot: SSH with the reported host key, doas, files both ways, a clean stop."""
     project = rehearsal.project

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import cases
 from remotes import LIMIT_S, Guest, until_true
 
 from vmtasks.errors import (
@@ -32,7 +33,7 @@ from vmtasks.guest.ssh import Target
 pytestmark = pytest.mark.timeout(300)
 
 ODD = ["it's", 'a "b"', "$HOME `id` $(id)", "back\\slash \\n", "!x", "a\nb\n\nc", "é€😀", "-n", "", "*", "%s", "#"]
-NAMES = ["two words", 'it\'s "quoted" $HOME', "a\nb", "-n", "é€😀", "100%", "*"]
+NAMES = cases('it\'s "quoted" $HOME', "a\nb", "é€😀", more=["two words", "-n", "100%", "*"])
 MIB = 1 << 20
 
 
@@ -51,7 +52,7 @@ def other(target: Target, **changes: Any) -> Target:
 # ---- C1: connections
 
 
-@pytest.mark.parametrize("kind", ["ed25519", "ecdsa", "rsa"])
+@pytest.mark.parametrize("kind", cases("ed25519", more=["ecdsa", "rsa"]))
 def test_c1_each_kind_of_key_opens_the_door_and_the_agent_holds_encrypted_ones(
     guest: Guest, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +154,7 @@ def test_c6_words_arrive_as_they_are(ssh: client.Connection) -> None:
         ssh.execute("true", env={"A=B": "c"}, timeout_s=LIMIT_S)
 
 
-@pytest.mark.parametrize("status", [0, 1, 42, 126, 127, 128, 137, 255])
+@pytest.mark.parametrize("status", cases(0, 1, 255, more=[42, 126, 127, 128, 137]))
 def test_c11_every_status_comes_back(ssh: client.Connection, status: int) -> None:
     done = ssh.execute(f"exit {status}", timeout_s=LIMIT_S)
     assert (done.status, done.signal) == (status, "")
@@ -168,6 +169,7 @@ def test_c11_a_signal_is_not_a_status(ssh: client.Connection) -> None:
     assert b"no-such-program" in done.stderr
 
 
+@pytest.mark.exhaustive
 def test_a_shell_waits_for_the_next_command_but_not_for_long(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     def waiting() -> list[str]:
         words = guest.target.argv("""ps -o pid,args | awk 'index($0, "vmtasks_line |" "| exit") { print $1 }'""")
@@ -198,6 +200,7 @@ def test_commands_from_several_threads(ssh: client.Connection) -> None:
     assert [(end.stdout, end.status) for end in ends] == [(b"%d\n" % number, number) for number in range(24)]
 
 
+@pytest.mark.exhaustive
 def test_c6_ten_mebibytes_on_both_streams_at_once(ssh: client.Connection) -> None:
     sizes, digests = {"stdout": 0, "stderr": 0}, {}
     for stream in sizes:
@@ -228,7 +231,7 @@ def left_of(ssh: client.Connection, mark: str) -> str:
     return ssh.execute(f"ps -o pid,stat,args | grep '[s]leep {mark}' || true", timeout_s=LIMIT_S).stdout.decode()
 
 
-@pytest.mark.parametrize("user", ["", "root"])
+@pytest.mark.parametrize("user", cases("root", more=[""]))
 def test_c7_deadlines_end_all_that_a_command_has_started(ssh: client.Connection, user: str) -> None:
     text = "echo begun; trap '' TERM; sleep 4711 & sleep 4711 | sleep 4711"
     with pytest.raises(CommandTimeoutError, match="it was ended") as late:
@@ -301,7 +304,11 @@ def test_files_that_cannot_be_written_or_read(guest: Guest, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     "line",
-    ["ar", "sh -c ar", "env ar", "echo | xargs ar", "find /bin/sh -exec ar ';'", "timeout 60 ar", "make -f rules"],
+    cases(
+        "ar",
+        "make -f rules",
+        more=["sh -c ar", "env ar", "echo | xargs ar", "find /bin/sh -exec ar ';'", "timeout 60 ar"],
+    ),
 )
 def test_what_stands_in_path_runs_and_not_an_applet(line: str, ssh: client.Connection) -> None:
     """As a suite's own stubs do, or binutils: the tiny guest's busybox has an `ar` too."""

@@ -102,6 +102,7 @@ def test_c4_c8_c12_a_reboot_is_told_from_a_loss(guest: Guest) -> None:
         assert link.execute("echo up", timeout_s=LIMIT_S).stdout == b"up\n"
 
 
+@pytest.mark.exhaustive
 def test_c5_a_reset_is_noticed_by_qemus_events(guest: Guest) -> None:
     """Nothing else could tell within the deadline: the guest says no word more, and no keepalive is due."""
     events = Events(guest.machine().place.events).boot_marker

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from conftest import cases
 from remotes import LIMIT_S, Guest, processes, until_true
 
 from vmtasks.errors import CommandTimeoutError, ConfigError, RebootedError, SshError, StateError
@@ -52,13 +53,13 @@ def runs(link: Link) -> bytes:
 # ---- what comes back
 
 
-@pytest.mark.parametrize("status", [0, 1, 42, 126, 127, 130, 137, 255])
+@pytest.mark.parametrize("status", cases(0, 255, more=[1, 42, 126, 127, 130, 137]))
 def test_c11_every_status_of_a_job_comes_back(link: Link, status: int) -> None:
     end = job.run(link, f"exit {status}", timeout_s=LIMIT_S)
     assert (end.status, end.signal, end.view.state) == (status, "", "ended")
 
 
-@pytest.mark.parametrize("name", ["KILL", "TERM", "HUP", "SEGV"])
+@pytest.mark.parametrize("name", cases("KILL", more=["TERM", "HUP", "SEGV"]))
 def test_c11_a_signal_is_told_from_a_status(link: Link, name: str) -> None:
     for command in (["sh", "-c", f"kill -{name} $$"], f"kill -{name} $$"):
         end = job.run(link, command, timeout_s=LIMIT_S)
@@ -239,6 +240,7 @@ def test_c9_a_client_that_was_killed_is_followed_by_another(guest: Guest, link: 
     assert (end.status, runs(link)) == (7, b"once\n")
 
 
+@pytest.mark.exhaustive
 def test_a_start_whose_outcome_is_not_known_is_found_and_not_repeated(guest: Guest, link: Link) -> None:
     """The guest hangs as the order is sent, until the client has given the connection up; then it reads it."""
     with guest.link(keepalive_s=0.5, connect_s=2) as own:

@@ -52,6 +52,7 @@ def test_phases_are_cleaned_and_nothing_boots_for_it(project: Project) -> None:
     assert len(list(project.tiny.glob("phase-*.iso"))) == 3
 
 
+@pytest.mark.exhaustive
 def test_cds_may_be_on_ide_which_is_where_other_guests_have_them(tmp_path: Path, bare_store: Path) -> None:
     """The installer starts from there, and finds the phase's CD."""
     project = Project(tmp_path / "project", bare_store)
