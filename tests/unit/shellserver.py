@@ -1,9 +1,13 @@
 """An SSH server on loopback that carries out what it is told, with this host's shell, in a home of the test's."""
 
+import contextlib
 import os
+import pty
+import select
 import signal
 import socket
 import subprocess
+import termios
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +26,7 @@ class _Login(paramiko.ServerInterface):
     def __init__(self, home: Path, cuts: list[str]) -> None:
         self._home = home
         self._cuts = cuts
+        self._terminals: dict[int, tuple[int, int]] = {}
 
     def get_allowed_auths(self, username: str) -> str:  # noqa: ARG002
         return "publickey"
@@ -37,6 +42,9 @@ class _Login(paramiko.ServerInterface):
             self._cuts.pop()
             channel.get_transport().close()
             return True
+        if channel.get_id() in self._terminals:
+            self._run_on_terminal(channel, command, self._terminals[channel.get_id()])
+            return True
         child = subprocess.Popen(
             ["/bin/sh", "-c", command],
             cwd=self._home,
@@ -49,6 +57,63 @@ class _Login(paramiko.ServerInterface):
         threading.Thread(target=_feed, args=(channel, child), daemon=True).start()
         threading.Thread(target=_tell, args=(channel, child), daemon=True).start()
         return True
+
+    def check_channel_pty_request(
+        self,
+        channel: paramiko.Channel,
+        term: bytes,  # noqa: ARG002
+        width: int,
+        height: int,
+        pixelwidth: int,  # noqa: ARG002
+        pixelheight: int,  # noqa: ARG002
+        modes: bytes,  # noqa: ARG002
+    ) -> bool:
+        self._terminals[channel.get_id()] = pty.openpty()
+        return self.check_channel_window_change_request(channel, width, height, 0, 0)
+
+    def check_channel_window_change_request(
+        self,
+        channel: paramiko.Channel,
+        width: int,
+        height: int,
+        pixelwidth: int,  # noqa: ARG002
+        pixelheight: int,  # noqa: ARG002
+    ) -> bool:
+        termios.tcsetwinsize(self._terminals[channel.get_id()][0], (height, width))
+        return True
+
+    def _run_on_terminal(self, channel: paramiko.Channel, command: bytes, ends: tuple[int, int]) -> None:
+        """As sshd does it: closing the channel closes our end, which hangs up the programs on the other."""
+        ours, theirs = ends
+        child = subprocess.Popen(
+            ["setsid", "-c", "/bin/sh", "-c", command],
+            cwd=self._home, env={"HOME": str(self._home), "PATH": os.environ["PATH"]},
+            stdin=theirs, stdout=theirs, stderr=theirs,
+        )  # fmt: skip
+        os.close(theirs)
+
+        hung_up = threading.Event()
+
+        def show() -> None:
+            with contextlib.suppress(OSError):  # EIO: the last program on the terminal has ended
+                # close() would not hang up while another thread reads
+                while not hung_up.is_set():
+                    if select.select([ours], [], [], 0.05)[0]:
+                        channel.sendall(os.read(ours, 65536))
+            os.close(ours)
+            with contextlib.suppress(OSError, EOFError, paramiko.SSHException):  # the other end has gone
+                if (status := child.wait()) >= 0:
+                    channel.send_exit_status(status)
+                channel.close()
+
+        def type_in() -> None:
+            with contextlib.suppress(OSError):
+                while data := channel.recv(65536):
+                    os.write(ours, data)
+            hung_up.set()
+
+        for work in (show, type_in):
+            threading.Thread(target=work, daemon=True).start()
 
 
 def _feed(channel: paramiko.Channel, child: "subprocess.Popen[bytes]") -> None:

@@ -299,6 +299,28 @@ def test_files_that_cannot_be_written_or_read(guest: Guest, tmp_path: Path) -> N
         assert connection.execute(["stat", "-c", "%a", "/tmp/mode"], timeout_s=LIMIT_S).stdout == b"600\n"  # noqa: S108
 
 
+# ---- terminals
+
+
+def test_a_terminal_that_python_types_on(guest: Guest) -> None:
+    """More: tests/unit/test_terminal.py."""
+    with guest.connect() as connection:
+        with connection.open_terminal(user="root", columns=132, rows=43) as terminal:
+            terminal.send("stty size; id -un; tty\r")
+            shown = terminal.read_until("/dev/pts/", timeout_s=LIMIT_S).splitlines()
+            assert [line for line in shown if line in ("43 132", "root")] == ["43 132", "root"]
+            terminal.resize(90, 30)
+            terminal.send("stty size; sleep 4714\r")
+            terminal.read_until("30 90", timeout_s=LIMIT_S)
+            terminal.send("\x03")
+            terminal.send("exit 7\r")
+            assert terminal.wait(timeout_s=LIMIT_S) == 7
+        with connection.open_terminal("echo ready; sleep 4715") as terminal:
+            terminal.read_until("ready", timeout_s=LIMIT_S)
+        command = "pgrep -f 'sleep 471[5]'"
+        until_true(lambda: connection.execute(command, timeout_s=LIMIT_S).status != 0, "its program to be hung up")
+
+
 # ---- what a suite puts into PATH
 
 

@@ -6,6 +6,7 @@ soon as a command has ended, in the login user's environment and home. It exits 
 
 import contextlib
 import secrets
+import signal
 import threading
 import time
 from dataclasses import dataclass, field
@@ -28,6 +29,14 @@ MAX_UNFINISHED = 6
 OPEN_S = 10.0
 SHELL_MAX_AGE_S = 20.0
 """The maximum age of a waiting shell: it does not see later changes to the login, such as groups."""
+
+
+def exit_status(channel: Any) -> tuple[int, str] | None:
+    """How a channel's command ended: its status, and the name of the signal that ended it or ''. None: not known."""
+    if channel.exit_status >= 0:
+        return int(channel.exit_status), ""
+    name = getattr(channel, "exit_signal", "")
+    return (128 + getattr(signal.Signals, f"SIG{name}", 0), name) if name else None
 
 
 class NotStartedError(SshError):
@@ -60,8 +69,11 @@ class Channels:
         self._waiting: WaitingShell | None = None
         self._starter: threading.Thread | None = None
 
-    def open(self, line: str, deadline: float) -> Any:
-        """Open a channel and send a command line. A server that does not accept the line closes the channel."""
+    def open(self, line: str, deadline: float, size: tuple[int, int] | None = None) -> Any:
+        """Open a channel and send a command line. A server that does not accept the line closes the channel.
+
+        With `size`, in columns and rows, the command gets a terminal.
+        """
         with self._lock:
             self._unfinished = [channel for channel in self._unfinished if not channel.closed]
             while len(self._unfinished) > MAX_UNFINISHED:
@@ -70,6 +82,8 @@ class Channels:
         try:
             channel = self._transport.open_session(timeout=max(0.1, deadline - time.monotonic()))
             started = True
+            if size is not None:
+                self._transport.send_pty(channel, size)
             self._transport.send_exec(channel, line)
         except BROKEN as error:
             if self.is_broken():

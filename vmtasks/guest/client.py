@@ -9,19 +9,19 @@ A connection never reconnects; link.py does that.
 
 import contextlib
 import secrets
-import signal
 import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, BinaryIO, Self
 
-from vmtasks.errors import CommandTimeoutError, ConnectionLostError, SshError
+from vmtasks.errors import CommandTimeoutError, ConfigError, ConnectionLostError, SshError
 from vmtasks.guest import command as commands
 from vmtasks.guest import login
-from vmtasks.guest.channels import BROKEN, Channels, NotStartedError
+from vmtasks.guest.channels import BROKEN, OPEN_S, Channels, NotStartedError, exit_status
 from vmtasks.guest.command import Command, CommandResult, OnData, OnLine, Wire
 from vmtasks.guest.pump import Pump, StopReason, feed
-from vmtasks.guest.ssh import KEEPALIVE_S, Console, Target, end_group_script
+from vmtasks.guest.ssh import KEEPALIVE_S, LINE_BYTES, Console, Target, end_group_script, remote_line
+from vmtasks.guest.terminal import LOGIN_SHELL, Terminal
 from vmtasks.guest.transport import Transport
 
 END_S = 20.0
@@ -107,6 +107,27 @@ class Connection:
                 time.sleep(0.1)
         raise AssertionError("the last try returns or raises")
 
+    def open_terminal(
+        self,
+        command: Command = "",
+        *,
+        columns: int = 80,
+        rows: int = 24,
+        cwd: str = "",
+        env: Mapping[str, str] | None = None,
+        user: str = "",
+        timeout_s: float = OPEN_S,
+    ) -> Terminal:
+        """Run a command, by default a login shell, on a terminal of its own. `cwd`, `env`, `user` as for execute().
+
+        CommandTimeoutError if the guest opens none within `timeout_s`; ConfigError for an invalid or too long command.
+        """
+        line = remote_line(commands.script(command or LOGIN_SHELL, cwd=cwd, env=env, user=user))
+        if len(line) > LINE_BYTES:
+            raise ConfigError("the command for the terminal is too long", hint="put it into a file in the guest")
+        channel = self._channels.open(line, time.monotonic() + timeout_s, (columns, rows))
+        return Terminal(self.target.name, channel)
+
     def _once(
         self,
         text: str,
@@ -154,16 +175,12 @@ class Connection:
     def _result(self, channel: Any, pump: Pump, detached: bytes, *, waited: bool) -> CommandResult:
         if detached and pump.stdout.endswith(detached):
             return CommandResult(pump.stdout, pump.stderr, 0)
-        name = getattr(channel, "exit_signal", "")
-        over = channel.exit_status >= 0 or name != ""
+        ended = exit_status(channel)
         # An exit status may also come from a login shell that refuses commands.
-        if over and not pump.header.seen and (waited or name):
+        if ended and not pump.header.seen and (waited or ended[1]):
             raise NotStartedError("the shell for the command was killed in the guest before it started")
-        if channel.exit_status >= 0:
-            return CommandResult(pump.stdout, pump.stderr, channel.exit_status)
-        if name:
-            number = getattr(signal.Signals, f"SIG{name}", 0)
-            return CommandResult(pump.stdout, pump.stderr, 128 + number, name)
+        if ended:
+            return CommandResult(pump.stdout, pump.stderr, *ended)
         if self._channels.is_broken():
             raise ConnectionLostError(
                 f"the connection to {self.target.name} was lost; how the command ended is not known",

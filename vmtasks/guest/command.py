@@ -10,7 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from vmtasks.errors import ConfigError
+from vmtasks import printable
+from vmtasks.errors import ConfigError, WrongStatusError
 from vmtasks.guest import ssh
 
 GROUP_FIRST = "kill -0 -$$ 2>/dev/null || ! command -v setsid >/dev/null 2>&1 || "
@@ -44,6 +45,22 @@ class CommandResult:
     stderr: bytes
     status: int
     signal: str = ""
+
+
+def wrong_status(command: Command, done: CommandResult, wanted: str, when: str = "") -> WrongStatusError:
+    """The error for a status that is not `wanted`, with the command and its output. `when` begins the sentence."""
+    streams = [
+        f"{name}:\n{text.decode(errors='replace').rstrip()}"
+        for name, text in (("stdout", done.stdout), ("stderr", done.stderr))
+        if text.strip()
+    ]
+    said = [f"{when}{command_text(command)}\nexited with {done.status}, not with a status {wanted}", *streams]
+    return WrongStatusError(printable.text("\n".join(said)), result=done)
+
+
+def command_text(command: Command) -> str:
+    """A command as a person reads it."""
+    return command if isinstance(command, str) else shlex.join(command)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ A command with an unknown outcome is never run again. Use a job for a command th
 job.py.
 """
 
+import contextlib
 import functools
 import threading
 import time
@@ -18,9 +19,11 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Self, TypeVar
 
 from vmtasks.errors import (
     BannerError,
+    CommandTimeoutError,
     ConnectionLostError,
     ConnectRefusedError,
     ConnectTimeoutError,
+    MachineError,
     RebootedError,
     SshError,
 )
@@ -28,6 +31,7 @@ from vmtasks.guest import boot, connect, ssh
 from vmtasks.guest.boot import Boot, BootChange
 from vmtasks.guest.command import Command, CommandResult
 from vmtasks.guest.ssh import Console, Target
+from vmtasks.host.progress import seconds
 
 if TYPE_CHECKING:
     from vmtasks.guest.client import Connection
@@ -167,6 +171,26 @@ class Link:
             if lost.started:
                 self.raise_explained(before, lost)
             return self.open().execute(command, timeout_s=timeout_s, **more)
+
+    def reboot(self, *, timeout_s: float) -> None:
+        """Reboot the guest, and connect again. MachineError after `timeout_s`."""
+        before = self.boot()
+        with contextlib.suppress(ConnectionLostError, CommandTimeoutError):
+            self.open().execute("reboot", timeout_s=10.0, user="root")
+        until = time.monotonic() + timeout_s
+        while True:
+            self.close()
+            with contextlib.suppress(SshError):
+                self.open(wait_s=max(1.0, until - time.monotonic()))
+                if boot.compare(before, self.boot()) == "rebooted":
+                    ssh.close(self.target)
+                    return
+            if time.monotonic() > until:
+                raise MachineError(
+                    f"{self.target.name} did not reboot within {seconds(timeout_s)}",
+                    console=self._console() if self._console else (),
+                )
+            time.sleep(RETRY_S)
 
     def raise_explained(self, before: Boot, lost: ConnectionLostError) -> None:
         """Reconnect after a loss and raise its cause: RebootedError, or `lost` with the boot's state added."""

@@ -10,6 +10,7 @@ from paramiko.transport import ChannelMap
 
 LOG = "vmtasks.paramiko"
 WINDOW_BYTES = 4 << 20
+TERM = "xterm-256color"
 logging.getLogger(LOG).setLevel(logging.CRITICAL + 1)  # it logs with tracebacks the errors that are raised here
 
 
@@ -22,6 +23,17 @@ def _handle_request_message(channel: Any, message: Any) -> None:
     message.rewind()
     message.get_int()  # the channel's number
     paramiko.Channel._handle_request(channel, message)  # noqa: SLF001
+
+
+def _request(channel: Any, kind: str, *values: str | bytes | int, want_reply: bool) -> paramiko.Message:
+    message = paramiko.Message()
+    message.add_byte(bytes([MSG_CHANNEL_REQUEST]))
+    message.add_int(channel.remote_chanid)
+    message.add_string(kind)
+    message.add_boolean(want_reply)
+    for value in values:
+        (message.add_int if isinstance(value, int) else message.add_string)(value)
+    return message
 
 
 class _Channels(ChannelMap):  # type: ignore[misc]  # paramiko has no types
@@ -50,10 +62,11 @@ class Transport(paramiko.Transport):  # type: ignore[misc]  # as above
 
         Channel.exec_command() waits for the reply, which costs a round trip and has no deadline.
         """
-        message = paramiko.Message()
-        message.add_byte(bytes([MSG_CHANNEL_REQUEST]))
-        message.add_int(channel.remote_chanid)
-        message.add_string("exec")
-        message.add_boolean(True)  # noqa: FBT003 - want reply
-        message.add_string(line)
-        self._send_user_message(message)
+        self._send_user_message(_request(channel, "exec", line, want_reply=True))
+
+    def send_pty(self, channel: Any, size: tuple[int, int]) -> None:
+        """Ask for a terminal of so many columns and rows, without waiting; RFC 4254, 6.2. Then call send_exec().
+
+        Servers refuse a terminal in their log only, and run the command without.
+        """
+        self._send_user_message(_request(channel, "pty-req", TERM, *size, 0, 0, b"", want_reply=False))

@@ -13,16 +13,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from vmtasks import printable
 from vmtasks.config.load import Config
-from vmtasks.errors import CommandTimeoutError, ConnectionLostError, MachineError, SshError, WrongStatusError
-from vmtasks.guest import boot, files, listeners, ssh
-from vmtasks.guest.command import Command, CommandResult
+from vmtasks.errors import CommandTimeoutError, SshError, WrongStatusError
+from vmtasks.guest import files, listeners, ssh
+from vmtasks.guest.command import Command, CommandResult, command_text, wrong_status
 from vmtasks.guest.link import Link
 from vmtasks.host import process
-from vmtasks.host.progress import seconds
 from vmtasks.images.workspace import CLEAN
 from vmtasks.machines import life, login, overlay, start, state
 from vmtasks.machines.folder import Place
@@ -34,6 +33,9 @@ from vmtasks.qemu.events import Events
 from vmtasks.qemu.ports import port_free
 from vmtasks.qemu.vm import wait_until
 from vmtasks.store.records import ImageRecord
+
+if TYPE_CHECKING:
+    from vmtasks.guest.terminal import Terminal
 
 COMMAND_S = 60.0
 COPY_S = 600.0
@@ -116,7 +118,7 @@ class Machine:
 
         CommandTimeoutError after `timeout_s`: its processes were ended. ConnectionLostError, RebootedError.
         """
-        with self._journaled(f"$ {_command_text(command)[:SHOWN_CHARS]}") as note:
+        with self._journaled(f"$ {command_text(command)[:SHOWN_CHARS]}") as note:
             link = self._shared_link()
             done = link.execute(command, timeout_s=timeout_s, user=user, cwd=cwd, env=env, stdin=stdin)
             note(f"status {done.status}")
@@ -126,14 +128,14 @@ class Machine:
         """Run a command that must exit with 0; returns its stdout. WrongStatusError, with both streams, otherwise."""
         done = self.execute(command, **more)
         if done.status != 0:
-            raise _wrong_status(command, done, "0")
+            raise wrong_status(command, done, "0")
         return done.stdout.decode(errors="replace")
 
     def fail(self, command: Command, **more: Any) -> str:
         """Run a command that must not exit with 0; returns its stdout. WrongStatusError otherwise."""
         done = self.execute(command, **more)
         if done.status == 0:
-            raise _wrong_status(command, done, "other than 0")
+            raise wrong_status(command, done, "other than 0")
         return done.stdout.decode(errors="replace")
 
     def wait_until_succeeds(self, command: Command, *, timeout_s: float = COMMAND_S, **more: Any) -> str:
@@ -147,7 +149,7 @@ class Machine:
             if done.status == 0:
                 return done.stdout.decode(errors="replace")
             if time.monotonic() > until:
-                raise _wrong_status(command, done, "0", f"within {timeout_s:g} s: ")
+                raise wrong_status(command, done, "0", f"within {timeout_s:g} s: ")
             time.sleep(POLL_S)
 
     def wait_for_port(self, port: int, *, host: str = "127.0.0.1", timeout_s: float = COMMAND_S) -> None:
@@ -196,6 +198,14 @@ class Machine:
             )  # fmt: skip
             note(f"status {status}")
         return status
+
+    def terminal(self, command: Command = "", **more: Any) -> "Terminal":
+        """Run a command, by default a login shell, on a terminal that Python types on, reads and resizes.
+
+        `more`: columns, rows, cwd, env, user, timeout_s. See Connection.open_terminal().
+        """
+        with self._journaled(f"terminal {command_text(command)}".rstrip()):
+            return self._shared_link().open().open_terminal(command, **more)
 
     # -- files and ports
 
@@ -265,23 +275,7 @@ class Machine:
     def reboot(self, *, timeout_s: float = 300.0) -> None:
         """Reboot the guest, and wait for SSH. MachineError after `timeout_s`."""
         with self._journaled("reboot"):
-            link = self._shared_link()
-            before = link.boot()
-            with contextlib.suppress(ConnectionLostError, CommandTimeoutError):
-                link.open().execute("reboot", timeout_s=10.0, user="root")
-            until = time.monotonic() + timeout_s
-            while True:
-                link.close()
-                with contextlib.suppress(SshError):
-                    link.open(wait_s=max(1.0, until - time.monotonic()))
-                    if boot.compare(before, link.boot()) == "rebooted":
-                        ssh.close(life.require_running(self.place))
-                        return
-                if time.monotonic() > until:
-                    raise MachineError(
-                        f"{self.name} did not reboot within {seconds(timeout_s)}", console=self.console()
-                    )
-                time.sleep(POLL_S)
+            self._shared_link().reboot(timeout_s=timeout_s)
 
     def renew(self, lease_s: float) -> None:
         """Set its lease to end `lease_s` from now; the next command after that removes it. 0: no lease."""
@@ -395,17 +389,3 @@ class Machine:
             took = time.monotonic() - began
             entry = printable.line(f"{what}: {ends[-1]}")
             self._journal.append(f"{began - self._began:8.1f} s  {entry} after {took:.1f} s")
-
-
-def _command_text(command: Command) -> str:
-    return command if isinstance(command, str) else process.quote(list(command))
-
-
-def _wrong_status(command: Command, done: CommandResult, wanted: str, when: str = "") -> WrongStatusError:
-    streams = [
-        f"{name}:\n{text.decode(errors='replace').rstrip()}"
-        for name, text in (("stdout", done.stdout), ("stderr", done.stderr))
-        if text.strip()
-    ]
-    said = [f"{when}{_command_text(command)}\nexited with {done.status}, not with a status {wanted}", *streams]
-    return WrongStatusError(printable.text("\n".join(said)), result=done)
