@@ -7,7 +7,7 @@ from pathlib import Path
 
 from httpserver import Site
 from vmtasks.installer.download.fetch import fetch
-from vmtasks.installer.download.want import Digest, Fetched, Limits, Want
+from vmtasks.installer.download.want import Digest, Fetched, Limits, WantedFile
 
 LIMITS = Limits(connect_s=2, stall_s=0.3, total_s=20, attempts=3, backoff_s=0.01, backoff_max_s=0.05)
 PLAIN = random.Random(1).randbytes(400_000) + bytes(600_000)  # noqa: S311
@@ -28,12 +28,12 @@ def of_content(data: bytes = PLAIN) -> Digest:
     return Digest("sha256", sha256(data))
 
 
-def want(*sites: Site, name: str = NAME, digests: tuple[Digest, ...] | None = None, **more) -> Want:
+def want(*sites: Site, name: str = NAME, digests: tuple[Digest, ...] | None = None, **more) -> WantedFile:
     promised = (of_download(), of_content()) if digests is None else digests
-    return Want(urls=tuple(site.url(name) for site in sites), name=name, digests=promised, **more)
+    return WantedFile(urls=tuple(site.url(name) for site in sites), name=name, digests=promised, **more)
 
 
-def get(wanted: Want, folder: Path, **more) -> Fetched:
+def get(wanted: WantedFile, folder: Path, **more) -> Fetched:
     return fetch(wanted, folder, **{"limits": LIMITS, **more})
 
 

@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bootsector import hang, sector
-from vmtasks.images.workspace import PhaseRecord, State
+from vmtasks.images.workspace import PhaseRecord, Workspace
 from vmtasks.machines import Project
 from vmtasks.qemu import argv
 from vmtasks.store.records import ImageRecord, write_record
@@ -45,7 +45,7 @@ class Home:
         }  # fmt: skip
         self.project = Project(root, self.env)
         self.config = self.project.config()
-        self.state = State(self.config)
+        self.state = Workspace(self.config)
 
     def publish(self) -> None:
         """Have an image that boots and then sleeps as `clean`, and a key pair."""

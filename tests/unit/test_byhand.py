@@ -8,7 +8,7 @@ from pycdlib import PyCdlib
 
 from vmtasks.byhand import console
 from vmtasks.errors import MissingToolError, StateError
-from vmtasks.images.workspace import State
+from vmtasks.images.workspace import Workspace
 
 WITH_WINDOWS = "Available display backend types:\nnone\ngtk\nsdl\ncurses\n"
 WITHOUT = "Available display backend types:\nnone\ncurses\ndbus\n"
@@ -54,7 +54,7 @@ def test_the_cd_of_the_key(tmp_path: Path) -> None:
     private, public = tmp_path / "id_ed25519", tmp_path / "id_ed25519.pub"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", private], check=True)
 
-    class Keys(State):
+    class Keys(Workspace):
         key = private  # type: ignore[assignment]
 
         def __init__(self) -> None:

@@ -22,7 +22,7 @@ from vmtasks.config.rules import first_port
 from vmtasks.errors import ConfigError
 from vmtasks.guest.jobview import JobView
 from vmtasks.images import prune
-from vmtasks.images.workspace import MachineRecord, PhaseRecord, State
+from vmtasks.images.workspace import MachineRecord, PhaseRecord, Workspace
 from vmtasks.machines import MachineSpec, Project
 from vmtasks.store.records import ImageRecord, write_record
 
@@ -166,7 +166,7 @@ class Here:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.state = State(self.project().config())
+        self.state = Workspace(self.project().config())
 
     def env(self) -> dict[str, str]:
         return {"VM_DIR": str(self.root / "state"), "VMTASKS_STORE": str(self.root / "store")}

@@ -15,7 +15,7 @@ from downloads import HTML, NAME, PACKED, PLAIN, assert_whole, get, names, of_co
 from httpserver import Reply, serving
 from vmtasks.errors import FetchError, StateError
 from vmtasks.host.locks import lock
-from vmtasks.installer.download.want import Digest, Fetched, Limits, Want
+from vmtasks.installer.download.want import Digest, Fetched, Limits, WantedFile
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -50,7 +50,7 @@ def test_a_second_fetch_needs_no_network(folder: Path, digests: tuple[Digest, ..
     with serving({NAME: PACKED}) as site:
         get(want(site), folder)
         mtime = (folder / sha256(PLAIN)).stat().st_mtime_ns
-        gone = Want(urls=("http://127.0.0.1:9/x",), name=NAME, digests=digests)
+        gone = WantedFile(urls=("http://127.0.0.1:9/x",), name=NAME, digests=digests)
         again = get(gone, folder)
         assert len(site.asked) == 1
     assert_whole(again, folder)
@@ -80,7 +80,7 @@ def test_local_files(folder: Path, tmp_path: Path, form: str):
     source = tmp_path / NAME
     source.write_bytes(PACKED)
     url = form.format(path=source)
-    assert_whole(get(Want(urls=(url,), name=NAME, digests=(of_download(),)), folder), folder)
+    assert_whole(get(WantedFile(urls=(url,), name=NAME, digests=(of_download(),)), folder), folder)
     assert source.read_bytes() == PACKED
 
 
@@ -88,7 +88,7 @@ def test_a_local_file_with_a_space_and_no_compression(folder: Path, tmp_path: Pa
     source = tmp_path / "my os.iso"
     source.write_bytes(PLAIN)
     url = f"file://{tmp_path}/my%20os.iso"
-    assert_whole(get(Want(urls=(url,), name="os.iso", digests=(of_content(),)), folder), folder)
+    assert_whole(get(WantedFile(urls=(url,), name="os.iso", digests=(of_content(),)), folder), folder)
     assert source.stat().st_mode & 0o777 != 0o444
 
 
@@ -106,7 +106,7 @@ def test_without_a_digest_only_if_that_is_allowed(folder: Path):
 def test_proxy_variables_are_respected(folder: Path, monkeypatch: pytest.MonkeyPatch):
     with serving({NAME: PACKED}) as site:
         monkeypatch.setenv("http_proxy", site.base)
-        wanted = Want(urls=(f"http://mirror.invalid/{NAME}",), name=NAME, digests=(of_download(),))
+        wanted = WantedFile(urls=(f"http://mirror.invalid/{NAME}",), name=NAME, digests=(of_download(),))
         assert_whole(get(wanted, folder), folder)
 
 
@@ -114,14 +114,14 @@ def test_proxy_variables_are_respected(folder: Path, monkeypatch: pytest.MonkeyP
 def test_unusable_proxy_variables_are_named(folder: Path, monkeypatch: pytest.MonkeyPatch, proxy: str):
     monkeypatch.setenv("ALL_PROXY", proxy)
     with pytest.raises(FetchError, match="settings of the environment") as caught:
-        get(Want(urls=("http://127.0.0.1:9/x",), name="x", digests=(of_content(),)), folder)
+        get(WantedFile(urls=("http://127.0.0.1:9/x",), name="x", digests=(of_content(),)), folder)
     assert "ALL_PROXY" in caught.value.hint
 
 
 def test_redirects_are_followed_and_passwords_not_shown(folder: Path):
     with serving({NAME: PACKED}, Reply(302, location=f"/{NAME}", body=b"")) as site:
         url = site.url("old").replace("//", "//user:secret@")
-        got = get(Want(urls=(url,), name=NAME, digests=(of_download(),)), folder)
+        got = get(WantedFile(urls=(url,), name=NAME, digests=(of_download(),)), folder)
         assert got.url == site.url("old")
     assert "secret" not in (folder / f"{got.sha256}.json").read_text()
 
@@ -191,6 +191,6 @@ def test_waiting_for_another_has_a_deadline(folder: Path):
         assert not site.asked
 
 
-def _lock(folder: Path, wanted: Want) -> Path:
+def _lock(folder: Path, wanted: WantedFile) -> Path:
     folder.mkdir()
     return folder / f"{wanted.stem}.lock"

@@ -10,7 +10,7 @@ from downloads import HTML, NAME, PACKED, PLAIN, get, names, of_content, of_down
 
 from httpserver import Reply, serving
 from vmtasks.errors import FetchError
-from vmtasks.installer.download.want import Digest, Want
+from vmtasks.installer.download.want import Digest, WantedFile
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -74,7 +74,7 @@ def test_bad_local_files(folder: Path, tmp_path: Path):
     os.mkfifo(tmp_path / "fifo")
     urls = (f"{tmp_path}/absent", str(tmp_path), f"{tmp_path}/fifo", "file://host/x", f"{tmp_path}/page.iso")
     with pytest.raises(FetchError) as caught:
-        get(Want(urls=urls, name="x.iso", digests=(of_content(),)), folder)
+        get(WantedFile(urls=urls, name="x.iso", digests=(of_content(),)), folder)
     for said in ("No such file", "not a regular file", "on another machine", "HTML page"):
         assert said in caught.value.message
     assert names(folder) == []
@@ -85,14 +85,14 @@ def test_bad_local_files(folder: Path, tmp_path: Path):
 )
 def test_what_cannot_be_reached(folder: Path, url: str):
     with pytest.raises(FetchError, match="failed") as caught:
-        get(Want(urls=(url,), name="x.iso", digests=(of_content(),)), folder)
+        get(WantedFile(urls=(url,), name="x.iso", digests=(of_content(),)), folder)
     assert caught.value.hint
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden", "new\nline/"])
 def test_names_that_are_paths(folder: Path, name: str):
     with pytest.raises(FetchError, match="not the name of a file"):
-        get(Want(urls=("/x",), name=name, digests=(of_content(),)), folder)
+        get(WantedFile(urls=("/x",), name=name, digests=(of_content(),)), folder)
 
 
 # -- the disk
@@ -130,4 +130,4 @@ def test_a_disk_that_fills_up_in_the_middle(small_disk: Path, name: str, count: 
 def test_a_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FetchError, match=r"could not be stored in .*Not a directory"):
-        get(Want(urls=("/x",), name="x", digests=(of_content(),)), tmp_path / "file" / "below")
+        get(WantedFile(urls=("/x",), name="x", digests=(of_content(),)), tmp_path / "file" / "below")

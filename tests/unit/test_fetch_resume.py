@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from httpserver import Reply, serving
 from vmtasks.errors import FetchError
 from vmtasks.installer.download import transfer
-from vmtasks.installer.download.want import Limits, Want
+from vmtasks.installer.download.want import Limits, WantedFile
 
 pytestmark = pytest.mark.usefixtures("no_proxy")
 
@@ -82,7 +82,7 @@ def test_a_part_that_is_whole_needs_no_network(folder: Path, monkeypatch: pytest
         assert len(site.asked) == 1
 
 
-def plant(folder: Path, wanted: Want, part: bytes, sidecar: str) -> None:
+def plant(folder: Path, wanted: WantedFile, part: bytes, sidecar: str) -> None:
     """Leave what an earlier run might have left."""
     folder.mkdir(exist_ok=True)
     (folder / f"{wanted.stem}.part").write_bytes(part)
@@ -195,9 +195,9 @@ PROGRAM = """
 import sys, pathlib
 from vmtasks.installer.download.want import Digest
 from vmtasks.installer.download.fetch import fetch
-from vmtasks.installer.download.want import Want
+from vmtasks.installer.download.want import WantedFile
 url, name, hex, folder = sys.argv[1:]
-fetch(Want(urls=(url,), name=name, digests=(Digest("sha256", hex),)), pathlib.Path(folder))
+fetch(WantedFile(urls=(url,), name=name, digests=(Digest("sha256", hex),)), pathlib.Path(folder))
 """
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from vmtasks.config.load import Config, load
 from vmtasks.config.scaffold import scaffold
-from vmtasks.images.workspace import PhaseRecord, State
+from vmtasks.images.workspace import PhaseRecord, Workspace
 from vmtasks.store.records import write_record
 from vmtasks.suites.results import ResultRecord, Results
 
@@ -36,7 +36,7 @@ def config_of(root: Path, **variables: str) -> Config:
 def passed(root: Path, status: int = 0) -> None:
     """Leave the records of a run that has just ended."""
     config = config_of(root)
-    write_record(State(config).clean_record, PhaseRecord(digest="d", sha256="s"))
+    write_record(Workspace(config).clean_record, PhaseRecord(digest="d", sha256="s"))
     results = Results(config)
     for name in config.suites:
         results.folder.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ def add(root: Path, name: str, text: str) -> None:
 
 
 def image(root: Path) -> None:
-    write_record(State(config_of(root)).clean_record, PhaseRecord(digest="e", sha256="t"))
+    write_record(Workspace(config_of(root)).clean_record, PhaseRecord(digest="e", sha256="t"))
 
 
 SUITE = '[suites.unit]\ncommand = "make test"'

@@ -11,7 +11,7 @@ from vmtasks.host.locks import lock
 from vmtasks.host.progress import Say
 from vmtasks.images import make
 from vmtasks.images.steps import Builder
-from vmtasks.images.workspace import State
+from vmtasks.images.workspace import Workspace
 from vmtasks.machines import life
 from vmtasks.machines.folder import Place
 from vmtasks.media import disk, template
@@ -48,7 +48,7 @@ def window(*, wanted: bool) -> str:
     return name
 
 
-def key_cd(state: State, user: str, out: Path) -> None:
+def key_cd(state: Workspace, user: str, out: Path) -> None:
     """Write the CD that authorizes our key for `user`: authorized_keys, key.sh and a README. It has no pfi.conf."""
     public = files.read_text(state.public_key).strip()
     texts = {

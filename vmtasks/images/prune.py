@@ -200,7 +200,7 @@ def _all_names(store: Store, forgotten: Path | None) -> tuple[list[Names], list[
         if away:
             warnings.append(f"{vm_dir} is not there; {kept}. If it is gone for good: vmtasks prune --forget {vm_dir}")
         else:
-            warnings += [f"{path} cannot be read; {kept}. Mend it, or remove it" for path in unread]
+            warnings += [f"{path} cannot be read; {kept}. Repair or remove it" for path in unread]
     return found, warnings, complete
 
 
@@ -257,7 +257,7 @@ def _prune_media(
     for path in sorted((store.root / "media").glob("[!.]*.toml")):
         media = read_record(path, MediaRecord)
         if media is None:
-            warnings.append(f"{path} cannot be read; the installer that it may name is kept. Mend it, or remove it")
+            warnings.append(f"{path} cannot be read; the installer that it may name is kept. Repair or remove it")
             continue
         if media.sha256 in installers:
             continue

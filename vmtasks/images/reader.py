@@ -16,7 +16,7 @@ from vmtasks.errors import VmTasksError
 from vmtasks.host import files
 from vmtasks.images import plan
 from vmtasks.images.plan import Inputs, Installer, IsoFile, Node, Rendering
-from vmtasks.images.workspace import PhaseRecord, State
+from vmtasks.images.workspace import PhaseRecord, Workspace
 from vmtasks.media import template
 from vmtasks.store.records import ImageRecord, MediaRecord, read_json, read_record
 
@@ -71,7 +71,7 @@ class Texts(msgspec.Struct, frozen=True, kw_only=True):
     values: dict[str, object]
 
 
-class Reader(State):
+class Reader(Workspace):
     """One guest's plan, and which of its steps are up to date."""
 
     # -- the plan's inputs

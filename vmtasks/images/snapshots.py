@@ -5,12 +5,12 @@ import time
 from pathlib import Path
 
 from vmtasks.images import prune
-from vmtasks.images.workspace import MachineRecord, PhaseRecord, State
+from vmtasks.images.workspace import MachineRecord, PhaseRecord, Workspace
 from vmtasks.media import disk
 from vmtasks.store.records import ImageRecord, write_record
 
 
-def save(state: State, overlay: Path, record: MachineRecord, name: str, key: Path | None = None) -> ImageRecord:
+def save(state: Workspace, overlay: Path, record: MachineRecord, name: str, key: Path | None = None) -> ImageRecord:
     """Flatten the disk of a stopped machine into the store, and name the image `name`.
 
     The image has no backing file, so that restoring, changing and saving again keeps both. Its digest is made up,

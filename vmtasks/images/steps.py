@@ -65,7 +65,7 @@ class Builder(Reader):
         with self.store.lock("key", timeout_s=60):
             if self.key.is_file():
                 if not _holds_public_key(self.public_key):
-                    progress.say(f"{self.public_key}: no public key; made anew from the private one")
+                    progress.say(f"{self.public_key}: no public key; derived again from the private key")
                     files.write(self.public_key, keypair.public_text(self.key))
                 return
             self.key.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -109,7 +109,7 @@ class MachineRecord(msgspec.Struct, frozen=True, kw_only=True):
             raise ValueError(f"pid, owner or port out of range; forwards {forwards}")
 
 
-class State:
+class Workspace:
     """One guest's folder of records, and the store that they refer to."""
 
     def __init__(self, config: Config, *, read_only: bool = False) -> None:

@@ -8,7 +8,7 @@ from vmtasks.errors import MachineError, StateError
 from vmtasks.guest import ssh
 from vmtasks.host import files, process, progress
 from vmtasks.host.locks import lock
-from vmtasks.images.workspace import MachineRecord, State
+from vmtasks.images.workspace import MachineRecord, Workspace
 from vmtasks.qemu import qmp, vm
 from vmtasks.qemu.events import Events
 from vmtasks.store.records import write_record
@@ -23,7 +23,7 @@ class Place:
     def __init__(self, config: Config, name: str = "") -> None:
         """`name` defaults to the configured one. Touches nothing yet."""
         self.config = config
-        self.state = State(config)
+        self.state = Workspace(config)
         self.name = name or config.name
         self.folder = self.state.machine_folder(self.name)
 

@@ -17,7 +17,7 @@ from vmtasks.errors import MissingToolError, VmTasksError
 from vmtasks.guest import alive
 from vmtasks.guest.alive import Alive, Diagnosis, Layer
 from vmtasks.host import files, process, processes, progress
-from vmtasks.images.workspace import MachineRecord, State
+from vmtasks.images.workspace import MachineRecord, Workspace
 from vmtasks.machines import start
 from vmtasks.machines.folder import Place
 from vmtasks.qemu import qmp
@@ -133,7 +133,7 @@ def host_layers(config: Config, programs: Iterable[str] = process.REQUIRED) -> I
         except MissingToolError as error:
             yield Layer(program, passed=False, says=f"{error.message}; {error.hint}")
     try:
-        accel = State(config).accel
+        accel = Workspace(config).accel
         yield Layer("accelerator", passed=True, says=f"{accel.name} ({accel.reason})")
     except VmTasksError as error:
         yield Layer("accelerator", passed=False, says=f"{error.message}; {error.hint}".removesuffix("; "))

@@ -19,7 +19,7 @@ from vmtasks.errors import BusyError, ConfigError, StateError
 from vmtasks.host import files, processes
 from vmtasks.images import prune
 from vmtasks.images.private import Private
-from vmtasks.images.workspace import CLEAN, MachineRecord, PhaseRecord, State
+from vmtasks.images.workspace import CLEAN, MachineRecord, PhaseRecord, Workspace
 from vmtasks.machines import binds, identity, overlay, reap, spec
 from vmtasks.machines.folder import Place
 from vmtasks.machines.machine import Machine
@@ -68,7 +68,7 @@ class Project:
 
     def names(self) -> list[str]:
         """The names of all machines, sorted, including those with an unreadable record."""
-        return State(self.config()).machine_names()
+        return Workspace(self.config()).machine_names()
 
     def own_machines(self) -> list[Machine]:
         """The machines that `vmtasks run` has made. Skips machines with an unreadable record."""
@@ -106,7 +106,7 @@ class Project:
     def machines(self) -> Iterator[Machine]:
         """All machines whose guest has a configuration here."""
         config = functools.cache(self.config)  # many machines, few guests
-        for name in State(config()).machine_names():
+        for name in Workspace(config()).machine_names():
             with suppress(ConfigError, StateError):
                 yield self._open(name, config)
 
@@ -127,7 +127,7 @@ class Project:
         snapshot = snapshot or CLEAN
         if self.root is None and snapshot == CLEAN:
             require_shipped_image(base)
-        with prune.naming(State(base).store, base.vm_dir):
+        with prune.naming(Workspace(base).store, base.vm_dir):
             record = msgspec.structs.replace(self._first_record(base, asked, snapshot, owner), binds=bound)
             return Machine(spec.config_for(base, record), self._claim(asked.name, base, record))
 
@@ -207,7 +207,7 @@ class Project:
         StateError if there is no such snapshot, or a machine uses it.
         """
         guest, tag = arguments.image(image)
-        state = State(self.config(guest))
+        state = Workspace(self.config(guest))
         if not tag or state.snapshot_record(tag) == state.clean_record:
             raise StateError(
                 f"{image!r} is the image that the phases end in, not a snapshot of a machine; nothing was removed",
@@ -243,7 +243,7 @@ class Project:
         """The folder of a machine, with the configuration of its guest. `config`: self.config, or a cache of it."""
         config = config or self.config
         base = config()
-        record = State(base).machine(name)
+        record = Workspace(base).machine(name)
         if record is not None and record.family and (record.family, record.version) != (base.guest.name, base.version):
             with suppress(ConfigError):  # the guest no longer exists: the machine can still be removed
                 base = config(record.family, record.version)

@@ -14,7 +14,7 @@ from vmtasks.host import files
 from vmtasks.host.progress import seconds
 from vmtasks.images import plan
 from vmtasks.images.private import Private
-from vmtasks.images.workspace import CLEAN, PhaseRecord, State
+from vmtasks.images.workspace import CLEAN, PhaseRecord, Workspace
 from vmtasks.store.records import read_record, write_record
 
 BUILD = "_build"
@@ -46,7 +46,7 @@ class Results:
     def __init__(self, config: Config, *, read_only: bool = False) -> None:
         """Reads nothing yet. `read_only`: digests of the tree's files are not saved."""
         self.config = config
-        self.state = State(config, read_only=read_only)
+        self.state = Workspace(config, read_only=read_only)
         self.read_only = read_only
         self.folder = config.vm_dir / "results"
         self.stale: set[str] = set()

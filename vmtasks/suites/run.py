@@ -147,7 +147,7 @@ class Suites:
 
     def _sync_hint(self, error: CommandError) -> str:
         if isinstance(error, NoRoomError) or FULL in error.stderr:
-            return "name in sync.exclude what is not needed there, or give it a larger disk_size (installs it anew)"
+            return "name in sync.exclude what is not needed there, or give it a larger disk_size, which installs again"
         if read_failed(error) or error.status == VANISHED:
             return "make it readable, or name it in sync.exclude"
         return f"doit ssh, and look at {self.config.sync.dest}"

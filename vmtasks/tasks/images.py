@@ -8,7 +8,7 @@ from typing import Any
 from vmtasks.errors import VmTasksError
 from vmtasks.images.plan import Node
 from vmtasks.images.reader import MODES, SHIPPED, Reader
-from vmtasks.images.workspace import State
+from vmtasks.images.workspace import Workspace
 from vmtasks.media.template import shipped_path
 from vmtasks.tasks.context import CONFIG, action
 
@@ -80,7 +80,7 @@ def task_fetch() -> Task:
     return {
         "actions": [action(STEP, "fetch")],
         "params": [UNVERIFIED_PARAM],
-        "targets": [str(State(CONFIG).installer_record)],
+        "targets": [str(Workspace(CONFIG).installer_record)],
         "uptodate": [step_up_to_date("fetch")],
         "meta": _reads(),
         "io": {"capture": False},
@@ -93,7 +93,7 @@ def task__key() -> Task:
     Exit status: 0 it exists; 1 it could not be made.
     Example: doit render
     """
-    state = State(CONFIG)
+    state = Workspace(CONFIG)
     return {
         "actions": [action(STEP, "make_key")],
         "targets": [str(state.key), str(state.public_key)],

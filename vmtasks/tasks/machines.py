@@ -3,7 +3,7 @@
 from functools import cache
 from typing import Any
 
-from vmtasks.images.workspace import State
+from vmtasks.images.workspace import Workspace
 from vmtasks.tasks.context import CONFIG, action, option_given
 from vmtasks.tasks.images import step_up_to_date, without_option
 from vmtasks.tasks.reporter import LazyText
@@ -23,7 +23,7 @@ def task_snapshot() -> Task:
     Exit status: 0 saved; 1 the machine runs or has no disk, or a phase failed; 2 not a valid name.
     Example: doit stop && doit snapshot --name before-upgrade
     """
-    state, last = State(CONFIG), len(CONFIG.guest.phases)
+    state, last = Workspace(CONFIG), len(CONFIG.guest.phases)
     # Saving a machine's disk must not build stale phases.
     needs = [] if option_given("snapshot", "--name") else [f"phase:{last}"]
     return {
@@ -56,7 +56,7 @@ def task_start() -> Task:
 @cache
 def images_needed() -> list[str]:
     """Tasks that must run before the machine can start: none if it was installed or its snapshot saved by hand."""
-    return ["snapshot"] if State(CONFIG).on_clean(CONFIG.name) else []
+    return ["snapshot"] if Workspace(CONFIG).on_clean(CONFIG.name) else []
 
 
 def task_stop() -> Task:

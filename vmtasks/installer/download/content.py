@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from vmtasks.installer.download.want import Algorithm, Digest, Of, Want
+from vmtasks.installer.download.want import Algorithm, Digest, Of, WantedFile
 
 BLOCK = 256 * 1024
 """Bytes handled at once."""
@@ -138,7 +138,7 @@ class Unpacker:
 class Pass:
     """The one pass over the bytes of one file from its first. A thread decompresses, hashes and writes the content."""
 
-    def __init__(self, want: Want, output: Path | None) -> None:
+    def __init__(self, want: WantedFile, output: Path | None) -> None:
         """`output` is None when the content is what the caller writes anyway."""
         self.received = 0
         self.size = 0

@@ -22,7 +22,7 @@ from vmtasks.host.locks import lock
 from vmtasks.host.progress import Say, is_terminal, seconds
 from vmtasks.installer.download.content import holds
 from vmtasks.installer.download.transfer import Progress, Transfer, megabytes
-from vmtasks.installer.download.want import HEX_DIGITS, Digest, Fetched, Limits, Record, Release, Want, parse_sums
+from vmtasks.installer.download.want import HEX_DIGITS, Digest, Fetched, Limits, Record, Release, WantedFile, parse_sums
 from vmtasks.store.records import read_json
 
 SUMS_LIMITS = Limits(total_s=120, attempts=2)
@@ -43,7 +43,7 @@ def obtain(wanted: Release, folder: Path, note: Say, *, allow_unverified: bool =
                 raise
             note(f"not verified: {error.message}")
     got = fetch(
-        Want(urls=wanted.urls(wanted.name), name=wanted.name, digests=digests, size=wanted.size),
+        WantedFile(urls=wanted.urls(wanted.name), name=wanted.name, digests=digests, size=wanted.size),
         folder,
         progress=Meter(note, every_s=1 if is_terminal() else 10),
         waiting=note,
@@ -57,7 +57,7 @@ def sums(wanted: Release) -> tuple[str, str]:
     if not wanted.sums:
         raise FetchError(f"guest.toml names no list of sums for {wanted.name}", hint="installer.sums in guest.toml")
     with tempfile.TemporaryDirectory() as place:
-        want = Want(urls=wanted.urls(wanted.sums), name=wanted.sums, compression="")
+        want = WantedFile(urls=wanted.urls(wanted.sums), name=wanted.sums, compression="")
         got = fetch(want, Path(place), progress=_limit_sums, limits=SUMS_LIMITS, allow_unverified=True)
         return got.path.read_text(errors="replace"), got.url
 
@@ -87,7 +87,7 @@ def _published(wanted: Release) -> tuple[Digest, str]:
 
 
 def fetch(
-    want: Want,
+    want: WantedFile,
     folder: Path,
     *,
     progress: Progress | None = None,
@@ -125,7 +125,7 @@ def fetch(
         ) from error
 
 
-def _reuse(want: Want, folder: Path) -> Fetched | None:
+def _reuse(want: WantedFile, folder: Path) -> Fetched | None:
     """What is already here, read again to be sure. The record knows digests of downloads that are gone."""
     strong = [d.hex for d in want.promises if d.algorithm == "sha256" and d.of == "content"]
     names = strong or [path.stem for path in sorted(folder.glob("*.json")) if re.fullmatch(r"[0-9a-f]{64}", path.stem)]

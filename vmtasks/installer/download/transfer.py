@@ -17,7 +17,7 @@ from vmtasks.errors import FetchError
 from vmtasks.host import files
 from vmtasks.host.progress import seconds
 from vmtasks.installer.download.content import BLOCK, NETWORK_HINT, Pass, Problem, holds, html_page, write_all
-from vmtasks.installer.download.want import Digest, Fetched, Limits, Record, Want, shown
+from vmtasks.installer.download.want import Digest, Fetched, Limits, Record, WantedFile, shown
 from vmtasks.store.records import read_json
 
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
@@ -38,7 +38,9 @@ class Origin(msgspec.Struct, frozen=True):
 class Transfer:
     """One fetch by the process that holds its lock."""
 
-    def __init__(self, want: Want, folder: Path, limits: Limits, progress: Progress | None, deadline: float) -> None:
+    def __init__(
+        self, want: WantedFile, folder: Path, limits: Limits, progress: Progress | None, deadline: float
+    ) -> None:
         self._want = want
         self._folder = folder
         self._limits = limits

@@ -55,7 +55,7 @@ def parse_sums(text: str, algorithm: str = "md5") -> dict[str, str]:
     return sums
 
 
-class Want(msgspec.Struct, frozen=True, kw_only=True):
+class WantedFile(msgspec.Struct, frozen=True, kw_only=True):
     """One file: its URLs, best first, and what is known of it. `size`: bytes of its content."""
 
     urls: tuple[str, ...]
