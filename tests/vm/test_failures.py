@@ -153,10 +153,8 @@ def test_a_disk_without_a_loader(project: Project) -> None:
 
 
 @pytest.mark.exhaustive
-def test_a_phase_cd_whose_script_may_not_be_executed(project: Project) -> None:
-    project.doit("phase_iso").good()
-    (project.tiny / "phase-1/run.sh").chmod(0o444)
-    (project.tiny / "phase-1.iso").unlink()
+def test_a_phase_cd_in_a_drive_where_pfi_does_not_look(project: Project) -> None:
+    project.edit(GUEST, 'cds = ["installer", "phase", "installer"]', 'cds = ["installer", "installer", "phase"]')
     seen = fail(project)
     assert "booted to its login prompt without running the phase script" in seen.sentence
     assert "login:" in seen.console

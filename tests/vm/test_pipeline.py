@@ -1,8 +1,9 @@
 """The whole way from an installer to results: what runs, and what does not run again."""
 
+import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -190,6 +191,48 @@ command = "echo 1..2; echo ok 1 - a; echo not ok 2 - b"
     assert "the suite was to write the JUnit file own.xml: there is nothing of this name in the guest" in said, (
         "an old one"
     )
+
+
+CHANGES: dict[str, tuple[Callable[[Project], object], str]] = {
+    "a file of the tree": (lambda made: made.append("examples/project/src/ringlog.c", "\n"), "tree"),
+    "its mode": (lambda made: (made.root / "examples/project/README.md").chmod(0o755), "tree"),
+    "what sync excludes": (lambda made: made.append("examples/project/build/left", "x"), ""),
+    "a suite's command": (lambda made: made.edit("config/vm.toml", '"make test"', '"make  test"'), "command"),
+    "the build's command": (
+        lambda made: made.edit("config/vm.toml", 'command = "make"  ', 'command = "make "  '),
+        "build",
+    ),
+    "a comment in vm.toml": (lambda made: made.append("config/vm.toml", "# a comment\n"), ""),
+    "a result": (lambda made: (made.state / "results/mount.xml").unlink(), "no result"),
+    "nothing": (lambda _: None, ""),
+}
+"""Each input of the suites, and a word of the cause that `doit why` must name. Phases: tests/unit/test_why.py."""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(900)
+def test_what_why_names_of_the_suites_is_what_then_runs(
+    project: Project, record_property: Callable[[str, object], None]
+) -> None:
+    project.doit("test:unit", "test:mount").good()
+    wrong, words = [], ("test:unit", "test:mount")
+    for name, (change, cause) in CHANGES.items():
+        kept = (project.root / "config/vm.toml").read_text()
+        change(project)
+        steps = json.loads(project.doit("why", "--json", *words).good())["steps"]
+        named = {step["name"] for step in steps if step["runs"] == "yes"}
+        causes = [cause for step in steps for cause in step["causes"]]
+        project.doit("-r", "json", "-o", "ran.json", *words).good()
+        tasks = json.loads((project.root / "ran.json").read_text())["tasks"]
+        ran = {task["name"] for task in tasks if task["started"]} & {step["name"] for step in steps}
+        as_told = any(cause in text for text in causes) if cause else not named
+        if named != ran or not as_told:
+            wrong.append((name, sorted(named), sorted(ran), causes))
+        (project.root / "config/vm.toml").write_text(kept)
+        project.doit(*words).good()
+    counts = f"changes tried {len(CHANGES)}, sets equal {len(CHANGES) - len(wrong)}"
+    record_property("counts", counts)
+    assert not wrong, counts
 
 
 @pytest.mark.parametrize("user", cases("root", more=[""]))

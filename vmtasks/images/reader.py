@@ -16,7 +16,7 @@ from vmtasks.errors import VmTasksError
 from vmtasks.host import files
 from vmtasks.images import plan
 from vmtasks.images.plan import Inputs, Installer, IsoFile, Node, Rendering
-from vmtasks.images.workspace import PhaseRecord, Workspace
+from vmtasks.images.workspace import BuiltRecord, IsoRecord, PhaseRecord, RenderRecord, Workspace
 from vmtasks.media import template
 from vmtasks.store.records import ImageRecord, MediaRecord, read_json, read_record
 
@@ -26,41 +26,6 @@ MODES = {"lib.sh": PLAIN, "pfi.conf": PLAIN, "phase.sh": PLAIN, "poweroff": PLAI
 """The files that a phase is rendered into."""
 REBUILT = "the image below it was rebuilt"
 SHIPPED = ("lib.sh", "run.sh")
-
-
-class RenderRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The sources of a rendered phase, as `parts` of the node `digest`, and its files.
-
-    `files`: the plan's digest of each file, rendered with the placeholder for the public key. `key`: the public key in
-    the written files. `left`: SHA-256 of each file as written.
-    """
-
-    digest: str
-    parts: dict[str, str]
-    files: dict[str, str]
-    key: str
-    left: dict[str, str]
-
-
-class IsoRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The parts of a phase's ISO, its public key, and the size and time of the file as written."""
-
-    digest: str
-    parts: dict[str, str]
-    key: str
-    size: int
-    mtime_ns: int
-
-
-class BuiltRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """The sources of the image `digest`: digests by part, and their texts, to name the changed line.
-
-    Lies beside the phase's record, and belongs to this project alone.
-    """
-
-    digest: str
-    sources: dict[str, str]
-    texts: dict[str, str]
 
 
 class Texts(msgspec.Struct, frozen=True, kw_only=True):
@@ -231,6 +196,22 @@ class Reader(Workspace):
                 return kept
         return self.key
 
+    def key_fault(self, number: int, digest: str) -> str:
+        """Why nobody could log in to the image `digest` of phase `number`, or ''.
+
+        An image is useless without the private key that it accepts, from the first phase whose files have the key in
+        them. A store may be copied without its keys.
+        """
+        if self.store.snapshot_key(digest).is_file() or not any(map(self._writes_key, range(1, number + 1))):
+            return ""
+        return "the private key that it accepts is not in the store"
+
+    def _writes_key(self, number: int) -> bool:
+        """Whether the rendered files of a phase hold the public key: with another key they are other files."""
+        texts = self.read(number)
+        one, other = (self.render_files(number, texts, plan.PUBLIC_KEY + end) for end in ("", "-other"))
+        return one != other
+
     def public_half(self, private: Path) -> str:
         """The `authorized_keys` line of a key in the store; '' if it is missing or unreadable."""
         try:
@@ -311,7 +292,8 @@ class Reader(Workspace):
             same = built is not None and built.digest == record.digest
             return self.named(record.parts, node, number, built.sources if built and same else None)
         found, fault = self.store.find(record.digest, record.sha256)
-        if found is None or number == 1:
+        fault = fault or self.key_fault(number, record.digest)
+        if found is None or fault or number == 1:
             return _some(fault)
         grown = below is not None and below.chain == found.backing_sha256
         return [] if grown else [REBUILT]

@@ -20,8 +20,8 @@ from vmtasks.host import files, progress
 from vmtasks.host.locks import lock
 from vmtasks.images import make, plan, prune
 from vmtasks.images.plan import IsoFile, Node
-from vmtasks.images.reader import MODES, PLAIN, BuiltRecord, IsoRecord, Reader, RenderRecord, Texts, text_digest
-from vmtasks.images.workspace import PhaseRecord
+from vmtasks.images.reader import MODES, PLAIN, Reader, Texts, text_digest
+from vmtasks.images.workspace import BuiltRecord, IsoRecord, PhaseRecord, RenderRecord
 from vmtasks.installer import installer
 from vmtasks.media.iso import write_iso
 from vmtasks.media.tree import Entry
@@ -232,7 +232,8 @@ class Builder(Reader):
         below = self.below(number)
         with self.naming():
             found, why = self.store.find(node.digest, chain=below.chain if below else "")
-            if found is not None:
+            why = why or self.key_fault(number, node.digest)
+            if found is not None and not why:
                 self._name(number, node, found, texts)
         return why
 

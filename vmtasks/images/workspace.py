@@ -36,6 +36,41 @@ class PhaseRecord(msgspec.Struct, frozen=True, kw_only=True):
     parts: dict[str, str] = {}
 
 
+class RenderRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The sources of a rendered phase, as `parts` of the node `digest`, and its files.
+
+    `files`: the plan's digest of each file, rendered with the placeholder for the public key. `key`: the public key in
+    the written files. `left`: SHA-256 of each file as written.
+    """
+
+    digest: str
+    parts: dict[str, str]
+    files: dict[str, str]
+    key: str
+    left: dict[str, str]
+
+
+class IsoRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The parts of a phase's ISO, its public key, and the size and time of the file as written."""
+
+    digest: str
+    parts: dict[str, str]
+    key: str
+    size: int
+    mtime_ns: int
+
+
+class BuiltRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """The sources of the image `digest`: digests by part, and their texts, to name the changed line.
+
+    Lies beside the phase's record, and belongs to this project alone.
+    """
+
+    digest: str
+    sources: dict[str, str]
+    texts: dict[str, str]
+
+
 class BindRecord(msgspec.Struct, frozen=True, kw_only=True):
     """A folder of this host bound into a machine. `how` is `9p` or `rsync`; empty before the guest was asked.
 
