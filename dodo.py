@@ -38,7 +38,7 @@ CHECKS = {
     "unit": ["pytest", "-q", *BY_FILE, "-n", "4", "tests/unit"],
     "vm": ["pytest", "-q", *GUESTS, "tests/vm"],
 }
-EXHAUSTIVE = ["pytest", "-q", *GUESTS, "tests/vm", "--exhaustive", "-m", "exhaustive"]
+EXHAUSTIVE = ["pytest", "-q", *GUESTS, "tests", "--exhaustive", "-m", "exhaustive or sampled"]
 
 
 STARTS = {

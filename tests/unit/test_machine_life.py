@@ -18,12 +18,13 @@ from pathlib import Path
 import msgspec
 import pytest
 import tomli_w  # noqa: F401 - loaded before a child becomes a user who may not read it
-from conftest import mounted_tmpfs
 from machines_ill import Home, until
 from phaserun import machine as spec
 from phaserun import needs_qemu
 
+from amount import cases
 from bootsector import hang, sector
+from conftest import mounted_tmpfs
 from vmtasks.errors import StateError
 from vmtasks.host import files, processes, progress
 from vmtasks.host.locks import lock
@@ -88,7 +89,7 @@ def damage(home: Home, how: str) -> None:
 
 
 @needs_qemu
-@pytest.mark.parametrize("how", ["cut", "binary", "gone", "forged"])
+@pytest.mark.parametrize("how", cases("cut", "forged", more=["binary", "gone"]))
 def test_a_machine_without_a_readable_record_is_shown_and_stopped_and_removed(home: Home, alone: int, how: str):
     damage(home, how)
     listed = home("ps", "--json")
@@ -259,7 +260,7 @@ def test_stop_reaches_its_ladder_also_when_binds_cannot_even_be_locked(home: Hom
     assert alone not in home.qemus()
 
 
-@pytest.mark.parametrize("noted", ["start", "command line", "file"])
+@pytest.mark.parametrize("noted", cases("start", more=["command line", "file"]))
 def test_a_holder_that_is_not_proven_is_never_signalled(home: Home, noted: str):
     """The note beside the lock names a process that is somebody else now, or that has not the lock."""
     machine = Machine(home.config, home.project.create(MachineSpec(name="a")).name)

@@ -107,6 +107,7 @@ def test_later_runs_start_nothing_but_doit(place):
     assert place.log.read_text() == "doit list\n"
 
 
+@pytest.mark.exhaustive
 def test_a_folder_with_a_quotation_mark_in_its_name(place: Place, tmp_path: Path) -> None:
     """Real pip, whose scripts there begin with lines that no shell can read."""
     root = tmp_path / 'a "quoted" folder'

@@ -29,19 +29,8 @@ OURS = re.compile(r"VM_.*|VMTASKS_.*|SSH_PORT|DFLY_VERSION|XDG_RUNTIME_DIR")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Switches of the VM tests; they are known where the command names tests/vm or a file in it."""
-    parser.addoption("--exhaustive", action="store_true", help="run also what takes many minutes")
     parser.addoption("--seed", type=int, help="which commands of the rehearsal fail; the day's number by default")
     parser.addoption("--remake-golden", action="store_true", help="write expected records anew; look at the difference")
-
-
-def cases(*always: object, more: Sequence[object]) -> list[object]:
-    """Values for `parametrize`: `always` in every run, `more` only in an exhaustive one."""
-    return [*always, *(pytest.param(value, marks=pytest.mark.exhaustive) for value in more)]
-
-
-def exhaustive(config: pytest.Config) -> bool:
-    """Whether every case is wanted, however long that takes."""
-    return bool(config.getoption("--exhaustive", default=False))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -64,18 +53,14 @@ LONGEST = ("rehearsal", "machines_use", "pipeline", "remote", "remote_jobs", "ma
 """The files that take longest begin first, so that they do not run alone at the end."""
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """All that is here boots guests. What takes long is left out, unless it is asked for."""
-    here, left = Path(__file__).parent, []
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """All that is here boots guests. The longest files come first."""
+    here = Path(__file__).parent
     for item in items:
         if item.path.is_relative_to(here):
             item.add_marker(pytest.mark.vm)
-            if item.get_closest_marker("exhaustive") and not exhaustive(config):
-                left.append(item)
-    if left:
-        config.hook.pytest_deselected(items=left)
     order = {f"test_{name}.py": number for number, name in enumerate(LONGEST)}
-    items[:] = sorted((i for i in items if i not in set(left)), key=lambda item: order.get(item.path.name, len(order)))
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Project, free_port, until
 from machines import RANGE, Cli, digest, held, here, login, make_key, range_alone, sockets
 
+from conftest import Project, free_port, until
 from vmtasks.errors import HostKeyError
 from vmtasks.guest.link import Link
 from vmtasks.images.workspace import PhaseRecord
@@ -165,8 +165,8 @@ def blank_image(cli: Cli) -> str:
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(7200)
-def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequest) -> None:
-    cycles = 50 if request.config.getoption("--exhaustive", default=False) else 2
+def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli) -> None:
+    cycles = 50
     fingerprints = set()
     before = files(cli)
     keys = set((cli.project.store / "keys").glob("*"))
@@ -187,8 +187,8 @@ def test_b1_b5_b9_b13_cycles_leave_nothing(cli: Cli, request: pytest.FixtureRequ
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
-def test_b4_several_at_once_share_nothing(cli: Cli, request: pytest.FixtureRequest) -> None:
-    many = 8 if request.config.getoption("--exhaustive", default=False) else 2
+def test_b4_several_at_once_share_nothing(cli: Cli) -> None:
+    many = 8
     with range_alone(), ThreadPoolExecutor(many) as threads:
         names = [text.strip() for text in threads.map(lambda _: cli.good("run", "-d", "--rm"), range(many))]
         assert len(set(names)) == many
@@ -316,15 +316,14 @@ def test_each_machine_has_a_name_an_address_and_host_keys_of_its_own(cli: Cli) -
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
-def test_killed_while_a_machine_gets_its_own_keys(cli: Cli, request: pytest.FixtureRequest) -> None:
+def test_killed_while_a_machine_gets_its_own_keys(cli: Cli) -> None:
     """Whatever stands in the guest by then, the next command gets in, and still by a host key that is on record.
 
     The first time it gets a login key of its own as well. Later it is told that its host keys are its image's.
     """
-    exhaustive = request.config.getoption("--exhaustive", default=False)
     path = cli.run_folder / "a" / "machine.toml"
     start = ["run", "-d", "--name", "a", "--ssh-port", str(free_port())]
-    for late_s in (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2) if exhaustive else (0, 0.3):
+    for late_s in (0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.2, 2):
         run = cli.start(*start)
         until(lambda: 'identity = "changing"' in read(path) or run.poll() is not None, 300, "the change")  # noqa: B023
         time.sleep(late_s)

@@ -8,9 +8,10 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
-from conftest import Ended, Project, cases, copy_store, listeners
 
 import vmtasks.machines
+from amount import cases
+from conftest import Ended, Project, copy_store, listeners
 from vmtasks.errors import StateError
 
 LOOPBACK = "0100007F"

@@ -14,8 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from conftest import Project, exhaustive, free_port
 
+from amount import exhaustive
+from conftest import Project, free_port
 from httpserver import serving
 from rehearsal import inject, media, transcript
 from rehearsal.inject import Order, Outcome
@@ -132,6 +133,7 @@ def test_the_commands_are_those_of_the_record(rehearsal: Rehearsal, number: int,
     assert transcript.differences(path.read_text(), seen, PHASES[number]) == []
 
 
+@pytest.mark.sampled
 @pytest.mark.timeout(7200)
 def test_every_failing_command_is_reported(
     rehearsal: Rehearsal, pytestconfig: pytest.Config, record_property: Callable[[str, object], None]

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import cases
 from remotes import LIMIT_S, Guest, until_true
 
+from amount import cases
 from vmtasks.errors import (
     AuthFailedError,
     BannerError,

@@ -12,9 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import cases
 from remotes import LIMIT_S, Guest, processes, until_true
 
+from amount import cases
 from vmtasks.errors import CommandTimeoutError, ConfigError, RebootedError, SshError, StateError
 from vmtasks.guest import job
 from vmtasks.guest.link import Link
