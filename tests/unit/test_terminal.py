@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,26 @@ def test_silence_is_a_timeout_and_ends_nothing(connection: Connection):
             terminal.read(timeout_s=0.2)
         terminal.send("second\r")
         assert terminal.read_until("second", timeout_s=LIMIT_S)
+
+
+def test_a_program_that_reads_nothing_is_a_timeout(connection: Connection):
+    with connection.open_terminal("stty raw -echo; echo ready; sleep 60") as terminal:
+        terminal.read_until("ready", timeout_s=LIMIT_S)
+        with pytest.raises(CommandTimeoutError, match="read nothing for 0"):
+            terminal.send(bytes(16 << 20), timeout_s=0.5)
+
+
+def test_one_thread_reads_while_another_types(connection: Connection):
+    with connection.open_terminal("stty -echo; echo ready; cat") as terminal, ThreadPoolExecutor(1) as other:
+        terminal.read_until("ready", timeout_s=LIMIT_S)
+        resized = other.submit(lambda: [terminal.resize(80, n + 10) for n in range(20)])
+        with pytest.raises(CommandTimeoutError, match="showed nothing"):
+            terminal.read(timeout_s=0.3)
+        resized.result()
+        reading = other.submit(terminal.read_until, "line 99", timeout_s=LIMIT_S)
+        for number in range(100):
+            terminal.send(f"line {number}\r")
+        assert reading.result().split() == [word for n in range(100) for word in ("line", str(n))]
 
 
 def test_a_program_that_ends_too_soon_is_told_with_what_it_said(connection: Connection):

@@ -3,6 +3,7 @@
 Our own terminal, at which a person sits, goes through OpenSSH; see machines/login.py.
 """
 
+import select
 import time
 from typing import Any, Self
 
@@ -10,6 +11,7 @@ from vmtasks.errors import CommandTimeoutError, ConnectionLostError
 from vmtasks.guest.channels import BROKEN, exit_status
 
 BLOCK = 32768
+SEND_S = 30.0
 LOGIN_SHELL = 'exec "${SHELL:-/bin/sh}" -l'
 
 
@@ -32,11 +34,17 @@ class Terminal:
         """Close it."""
         self.close()
 
-    def send(self, data: str | bytes) -> None:
-        """Type; Enter is a carriage return. Blocks while the guest does not read."""
+    def send(self, data: str | bytes, *, timeout_s: float = SEND_S) -> None:
+        """Type; Enter is a carriage return.
+
+        CommandTimeoutError when nothing is read for `timeout_s`; a part may have been typed. ConnectionLostError.
+        """
         try:
-            self._channel.settimeout(None)
+            self._channel.settimeout(timeout_s)
             self._channel.sendall(data.encode() if isinstance(data, str) else data)
+        except TimeoutError:
+            what = f"the terminal in {self._name} read nothing for {timeout_s:g} s; a part may have been typed"
+            raise CommandTimeoutError(what, which="idle") from None
         except BROKEN as error:
             raise ConnectionLostError(f"the terminal in {self._name} is closed: nothing can be typed") from error
 
@@ -45,12 +53,21 @@ class Terminal:
 
         CommandTimeoutError after `timeout_s` without output; the program is not ended.
         """
-        self._channel.settimeout(timeout_s)
-        try:
-            return bytes(self._channel.recv(BLOCK))
-        except TimeoutError:
-            what = f"the terminal in {self._name} showed nothing for {timeout_s:g} s"
-            raise CommandTimeoutError(what, which="idle") from None
+        until = time.monotonic() + timeout_s
+        # Not by the channel's timeout: send() sets it, in another thread.
+        ready = select.poll()
+        ready.register(self._channel.fileno(), select.POLLIN)
+        while True:
+            over = self._channel.eof_received or self._channel.closed  # checked before its last output
+            if self._channel.recv_ready():
+                return bytes(self._channel.recv(BLOCK))
+            if over:
+                return b""
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                what = f"the terminal in {self._name} showed nothing for {timeout_s:g} s"
+                raise CommandTimeoutError(what, which="idle")
+            ready.poll(1 + left_s * 1000)
 
     def read_until(self, text: str, *, timeout_s: float) -> str:
         """Output up to the read that completes `text`. CommandTimeoutError, with what came, after `timeout_s`.
