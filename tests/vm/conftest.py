@@ -279,7 +279,8 @@ class Project:
 def copy_store(source: Path, target: Path, *, images: bool) -> Path:
     """A store with the same installer and keys, and with or without the same images; times of files are kept."""
     for part in ("downloads", "media", "packages", "keys", *(["images"] if images else [])):
-        shutil.copytree(source / part, target / part, symlinks=True, dirs_exist_ok=True)
+        if (source / part).exists():
+            shutil.copytree(source / part, target / part, symlinks=True, dirs_exist_ok=True)
     for name in ("accel.json", "history.json"):
         if (source / name).exists():
             shutil.copy2(source / name, target / name)
@@ -287,18 +288,25 @@ def copy_store(source: Path, target: Path, *, images: bool) -> Path:
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The store that tests share, with the installed guest in it; VMTASKS_TEST_STORE names one that outlives them.
+def installer_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store that tests share, with the guest's installer in it; VMTASKS_TEST_STORE names one that outlives them.
 
-    Parallel runs of pytest share it too: whoever comes second finds the guest installed, or waits until it is.
+    Parallel runs of pytest share it too: the second finds what it needs, or waits until it is there.
     """
     named = os.environ.get("VMTASKS_TEST_STORE", "")
     base = tmp_path_factory.getbasetemp()
     parallel = "PYTEST_XDIST_WORKER" in os.environ
     root = Path(named) if named else (base.parent if parallel else base) / "store"
-    project = Project(tmp_path_factory.mktemp("first") / "project", root)
+    Project(tmp_path_factory.mktemp("fetch") / "project", root).doit("fetch", timeout_s=480).good()
+    return root
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, installer_store: Path) -> Iterator[Path]:
+    """The store that tests share, with the installed guest in it."""
+    project = Project(tmp_path_factory.mktemp("first") / "project", installer_store)
     project.doit("auto_install", timeout_s=480).good()
-    yield root
+    yield installer_store
     project.clean_up()
 
 
@@ -331,9 +339,9 @@ def project(tmp_path: Path, store: Path) -> Iterator[Project]:
 
 
 @pytest.fixture
-def bare_store(tmp_path: Path, store: Path) -> Path:
+def bare_store(tmp_path: Path, installer_store: Path) -> Path:
     """A store of the test's own, with the installer in it and no image."""
-    return copy_store(store, tmp_path / "store", images=False)
+    return copy_store(installer_store, tmp_path / "store", images=False)
 
 
 @pytest.fixture

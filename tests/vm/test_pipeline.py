@@ -29,10 +29,10 @@ def seen() -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Project]:
+def built(tmp_path_factory: pytest.TempPathFactory, installer_store: Path) -> Iterator[Project]:
     """A project with a store of its own, in which there is only the installer."""
     folder = tmp_path_factory.mktemp("pipeline")
-    project = Project(folder / "project", copy_store(store, folder / "store", images=False))
+    project = Project(folder / "project", copy_store(installer_store, folder / "store", images=False))
     yield project
     project.clean_up()
 

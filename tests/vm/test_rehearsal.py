@@ -90,18 +90,15 @@ class DragonFly(Project):
 
 
 @pytest.fixture(scope="module")
-def rehearsal(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
+def rehearsal(installer_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rehearsal]:
     """Compose the CD, publish it on a mirror, and install from there with the project's own command."""
     work = tmp_path_factory.mktemp("rehearsal")
-    iso = media.compose_iso(store / "packages", work / "guest", work / "standin.iso")
+    iso = media.compose_iso(installer_store / "packages", work / "guest", work / "standin.iso")
     release = media.release(iso)
     own = work / "store"
     own.mkdir()
-    for name in ("accel.json", "keys"):
-        if (store / name).is_dir():
-            shutil.copytree(store / name, own / name)
-        elif (store / name).exists():
-            shutil.copy2(store / name, own / name)
+    if (installer_store / "accel.json").exists():
+        shutil.copy2(installer_store / "accel.json", own)
     project = DragonFly(work / "project", own, release)
     with serving({media.NAME: release.packed}) as site:
         project.mirror = f"{site.base}/"
