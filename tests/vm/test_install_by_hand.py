@@ -50,6 +50,7 @@ def power_off(terminal: Terminal) -> str:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(1200)
 def test_the_manual_way(hand: Project) -> None:
     """Installer, key from its CD, start, provision, snapshot; then the cycle of an updated provisioning."""
     with on_terminal(hand, "name=hand", "install") as terminal:

@@ -126,7 +126,7 @@ def test_a_second_signal_cuts_copying_back_short(cli: Cli, folder: Path) -> None
     _, said = run.communicate(timeout=60)
     assert run.returncode == -signal.SIGTERM, said
     assert (
-        b"work: interrupted before all that is newer in the guest was copied back; they are lost with the machine"
+        b"work: interrupted before all newer files in the guest were copied back; they are lost with the machine"
         in said
     )
     assert not (folder / "big").exists()
