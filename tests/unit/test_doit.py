@@ -12,8 +12,8 @@ from inspect import signature
 from pathlib import Path
 
 import pytest
-from conftest import mounted_tmpfs
 
+from conftest import mounted_tmpfs
 from vmtasks.config.scaffold import scaffold
 from vmtasks.images.steps import Builder
 from vmtasks.tasks import task_vmtasks

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import mounted_tmpfs
 from test_build import Guest
 
+from conftest import mounted_tmpfs
 from vmtasks.errors import (
     CommandError,
     ConnectionLostError,

@@ -16,7 +16,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from conftest import Project, free_port, until
-
 from vmtasks.host.locks import lock
 from vmtasks.qemu.vm import socket_base
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from conftest import Project, until
-
 from vmtasks.config.load import load
 from vmtasks.guest import client, ssh
 from vmtasks.guest.link import Link

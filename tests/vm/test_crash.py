@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Doit, Project, qemus, until
 
+from conftest import Doit, Project, qemus, until
 from vmtasks.store.store import Store
 
 pytestmark = pytest.mark.timeout(280)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from conftest import Ended, Project
 
 pytestmark = pytest.mark.timeout(240)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, copy_store
 from machines import Cli
 
+from conftest import Project, copy_store
 from vmtasks.store.store import Store
 
 pytestmark = [

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project
 from terminal import Terminal, on_terminal
+
+from conftest import Project
 
 pytestmark = pytest.mark.timeout(400)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from conftest import Project, copy_store, until
 
 pytestmark = pytest.mark.timeout(240)

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, free_port
 from machines import Cli
+
+from conftest import Project, free_port
 
 pytestmark = [pytest.mark.timeout(1800), pytest.mark.exhaustive]
 

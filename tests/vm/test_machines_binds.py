@@ -9,8 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, free_port, until
 from machines import Cli, Done
+
+from conftest import Project, free_port, until
 
 pytestmark = pytest.mark.timeout(400)
 

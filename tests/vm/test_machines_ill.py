@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Project, until
 from machines import Cli
+
+from conftest import Project, until
 
 pytestmark = pytest.mark.timeout(400)
 

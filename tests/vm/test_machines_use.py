@@ -12,9 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Project, free_port, listeners, until
 from machines import COMMAND, Cli, digest, get, here, login, make_key, open_port, socks
 from terminal import terminal
+
+from conftest import Project, free_port, listeners, until
 
 pytestmark = pytest.mark.timeout(300)
 

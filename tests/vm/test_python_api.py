@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY, Project
 from machines import Cli
+
+from conftest import REPOSITORY, Project
 
 EXAMPLE = re.compile(r"^```python\n(.*?)^```\n\n```text\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 DOCUMENT = (REPOSITORY / "docs/python.md").read_text()

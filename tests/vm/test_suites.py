@@ -10,8 +10,8 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
-from conftest import Doit, Project, until
 
+from conftest import Doit, Project, until
 from vmtasks.qemu import qmp
 
 pytestmark = pytest.mark.timeout(300)

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from conftest import Project
 
 pytestmark = pytest.mark.timeout(240)

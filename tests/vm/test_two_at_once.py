@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+
 from conftest import Project, until
 
 pytestmark = pytest.mark.timeout(280)

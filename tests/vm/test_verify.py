@@ -5,6 +5,7 @@ import tomllib
 
 import pytest
 import tomli_w
+
 from conftest import Project, qemus
 
 QUESTIONS = [
