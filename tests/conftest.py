@@ -2,6 +2,8 @@
 
 import pytest
 
+from amount import exhaustive
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The switch of `./doit check:exhaustive`."""
@@ -10,8 +12,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests that are marked `exhaustive`."""
-    if not config.getoption("--exhaustive"):
-        left = [item for item in items if item.get_closest_marker("exhaustive")]
-        if left:
-            config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if item not in set(left)]
+    if exhaustive(config):
+        return
+    left = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left:
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]

@@ -199,14 +199,20 @@ def test_a_process_that_is_not_ours_is_left_alone(stopped: Project, known: str) 
             other.kill()
 
 
-def test_a_snapshot_is_saved_and_restored_and_stands_alone(stopped: Project) -> None:
-    stopped.doit("snapshot", "--name", "early").good()
-    stopped.doit("restore").good()
-    assert backing(stopped) == stopped.image(3), "clean is clean"
-    stopped.doit("restore", "--name", "early").good()
-    saved = backing(stopped)
-    assert saved.parent == stopped.store / "images"
+def saved_and_restored(project: Project, name: str) -> Path:
+    """Save the disk, go back to clean and then to what was saved: its image, which needs no other."""
+    project.doit("snapshot", "--name", name).good()
+    project.doit("restore").good()
+    assert backing(project) == project.image(3), "clean is clean"
+    project.doit("restore", "--name", name).good()
+    saved = backing(project)
+    assert saved.parent == project.store / "images"
     assert "backing-filename" not in image_info(saved)
+    return saved
+
+
+def test_a_snapshot_is_saved_and_restored_and_stands_alone(stopped: Project) -> None:
+    saved_and_restored(stopped, "early")
     output = stopped.doit("restore", "--name", "none-such").bad()
     assert "there is no snapshot 'none-such' of tiny; there is: clean, early" in output
     stopped.doit("restore", "--name", "clean").good()
@@ -218,13 +224,7 @@ def test_snapshots_come_back_with_what_was_written(running: Project) -> None:
     assert "is running: its disk is in use" in output
     running.ssh("echo one >marker")
     running.doit("stop").good()
-    running.doit("snapshot", "--name", "one").good()
-    running.doit("restore").good()
-    assert backing(running) == running.image(3), "clean is clean"
-    running.doit("restore", "--name", "one").good()
-    saved = backing(running)
-    assert saved.parent == running.store / "images"
-    assert "backing-filename" not in image_info(saved)
+    saved = saved_and_restored(running, "one")
     # Saved once more from a machine that stands on the snapshot, under the same name.
     running.doit("start").good()
     assert running.ssh("cat marker").stdout == "one\n"

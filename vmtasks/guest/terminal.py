@@ -25,6 +25,9 @@ class Terminal:
         """Use Connection.open_terminal(). `name` is the machine's, for errors."""
         self._name = name
         self._channel = channel
+        # read() waits by poll, not by the channel's timeout: send() sets that, in another thread.
+        self._readable = select.poll()
+        self._readable.register(channel.fileno(), select.POLLIN)
 
     def __enter__(self) -> Self:
         """Close it at the end of the block."""
@@ -54,9 +57,6 @@ class Terminal:
         CommandTimeoutError after `timeout_s` without output; the program is not ended.
         """
         until = time.monotonic() + timeout_s
-        # Not by the channel's timeout: send() sets it, in another thread.
-        ready = select.poll()
-        ready.register(self._channel.fileno(), select.POLLIN)
         while True:
             over = self._channel.eof_received or self._channel.closed  # checked before its last output
             if self._channel.recv_ready():
@@ -67,7 +67,7 @@ class Terminal:
             if left_s <= 0:
                 what = f"the terminal in {self._name} showed nothing for {timeout_s:g} s"
                 raise CommandTimeoutError(what, which="idle")
-            ready.poll(1 + left_s * 1000)
+            self._readable.poll(1 + left_s * 1000)
 
     def read_until(self, text: str, *, timeout_s: float) -> str:
         """Output up to the read that completes `text`. CommandTimeoutError, with what came, after `timeout_s`.

@@ -196,15 +196,19 @@ class Reader(Workspace):
                 return kept
         return self.key
 
-    def key_fault(self, number: int, digest: str) -> str:
-        """Why nobody could log in to the image `digest` of phase `number`, or ''.
+    def find_image(
+        self, number: int, digest: str, sha256: str = "", *, chain: str | None = None
+    ) -> tuple[ImageRecord | None, str]:
+        """As Store.find(), for an image of phase `number`: without the private key that it accepts there is none.
 
-        An image is useless without the private key that it accepts, from the first phase whose files have the key in
-        them. A store may be copied without its keys.
+        The key is in an image from the first phase whose files have it. A store may be copied without its keys.
         """
-        if self.store.snapshot_key(digest).is_file() or not any(map(self._writes_key, range(1, number + 1))):
-            return ""
-        return "the private key that it accepts is not in the store"
+        found, why = self.store.find(digest, sha256, chain=chain)
+        if found is None or self.store.snapshot_key(digest).is_file():
+            return found, why
+        if any(map(self._writes_key, range(1, number + 1))):
+            return None, "the private key that it accepts is not in the store"
+        return found, why
 
     def _writes_key(self, number: int) -> bool:
         """Whether the rendered files of a phase hold the public key: with another key they are other files."""
@@ -291,9 +295,8 @@ class Reader(Workspace):
             built = self.built(number)
             same = built is not None and built.digest == record.digest
             return self.named(record.parts, node, number, built.sources if built and same else None)
-        found, fault = self.store.find(record.digest, record.sha256)
-        fault = fault or self.key_fault(number, record.digest)
-        if found is None or fault or number == 1:
+        found, fault = self.find_image(number, record.digest, record.sha256)
+        if found is None or number == 1:
             return _some(fault)
         grown = below is not None and below.chain == found.backing_sha256
         return [] if grown else [REBUILT]

@@ -231,9 +231,8 @@ class Builder(Reader):
         """
         below = self.below(number)
         with self.naming():
-            found, why = self.store.find(node.digest, chain=below.chain if below else "")
-            why = why or self.key_fault(number, node.digest)
-            if found is not None and not why:
+            found, why = self.find_image(number, node.digest, chain=below.chain if below else "")
+            if found is not None:
                 self._name(number, node, found, texts)
         return why
 

@@ -140,7 +140,7 @@ class Forecast:
         if another == "yes":
             causes.append(f"{before} makes another image")
         record = read_record(self.reader.record(number), PhaseRecord)
-        found = self._there(node, record if not causes else None, below) if another == "no" else None
+        found = self._there(number, node, record if not causes else None, below) if another == "no" else None
         there = bool(causes) and found is not None
         runs: Runs = "yes" if causes else "no"
         if another == "unknown" and not causes:
@@ -158,13 +158,14 @@ class Forecast:
             return step, found, "no"
         return step, None, "yes" if record is not None and record.digest != node.digest else "unknown"
 
-    def _there(self, node: Node, named: PhaseRecord | None, below: ImageRecord | None) -> ImageRecord | None:
+    def _there(
+        self, number: int, node: Node, named: PhaseRecord | None, below: ImageRecord | None
+    ) -> ImageRecord | None:
         """The image of this phase in the store: the one that `named` names, or the one that a run would take."""
-        store = self.reader.store
-        found = store.record(named.digest, named.sha256) if named else None
-        if found or not node.digest or self.reader.key_fault(int(node.name.partition(":")[2]), node.digest):
+        found = self.reader.store.record(named.digest, named.sha256) if named else None
+        if found or not node.digest:
             return found
-        return store.find(node.digest, chain=below.chain if below else "")[0]
+        return self.reader.find_image(number, node.digest, chain=below.chain if below else "")[0]
 
     def _suite_steps(self, asked: list[str], wanted: set[str], images: Images, nodes: dict[str, Node]) -> list[Step]:
         another: Runs = images.another if self.results.state.on_clean(self.config.name) else "no"
