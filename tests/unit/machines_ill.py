@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from bootsector import hang, sector
+from forked import run_command_line
 from vmtasks.images.workspace import PhaseRecord, Workspace
 from vmtasks.machines import Project
 from vmtasks.qemu import argv
@@ -69,10 +70,7 @@ class Home:
 
     def __call__(self, *words: str, timeout_s: float = WAIT_S) -> subprocess.CompletedProcess[str]:
         """Run a command to its end; it never shows a traceback."""
-        done = subprocess.run(
-            self.line(*words), cwd=self.root, env=self.env, capture_output=True, check=False,
-            stdin=subprocess.DEVNULL, text=True, timeout=timeout_s,
-        )  # fmt: skip
+        done = run_command_line(*words, cwd=self.root, env=self.env, timeout_s=timeout_s)
         assert "Traceback" not in done.stderr, done.stderr
         return done
 

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from forked import run_command_line
 from vmtasks import cli
 from vmtasks.cli import app
 from vmtasks.cli.files import parse_remote
@@ -34,11 +35,7 @@ def bare(home: Path) -> dict[str, str]:
 
 def vmtasks(*words: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
     """Run the command with nothing of ours in its environment."""
-    clean = {**bare(cwd), "VMTASKS_STORE": str(cwd / "store"), **env}
-    return subprocess.run(
-        [sys.executable, "-c", "from vmtasks.cli import main; main()", *words],
-        cwd=cwd, env=clean, capture_output=True, check=False, stdin=subprocess.DEVNULL, text=True, timeout=120,
-    )  # fmt: skip
+    return run_command_line(*words, cwd=cwd, env={**bare(cwd), "VMTASKS_STORE": str(cwd / "store"), **env})
 
 
 def every() -> list[list[str]]:

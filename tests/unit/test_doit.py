@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from amount import cases
 from conftest import mounted_tmpfs
 from vmtasks.config.scaffold import scaffold
 from vmtasks.images.steps import Builder
@@ -64,7 +65,7 @@ def test_a_state_folder_that_is_read_only(project: Path, tmp_path: Path) -> None
         )
 
 
-@pytest.mark.parametrize("place", ["file", "/dev/null", "x" * 300, "bad\udcff", "/proc"])
+@pytest.mark.parametrize("place", cases("file", "bad\udcff", more=["/dev/null", "x" * 300, "/proc"]))
 def test_a_store_that_cannot_be(project: Path, place: str) -> None:
     (project / "file").touch()
     done = doit(project, "start", VMTASKS_STORE=place)
@@ -107,7 +108,7 @@ def link(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("damage", [garbage, half, damaged_page, folder, link])
+@pytest.mark.parametrize("damage", cases(garbage, folder, more=[half, damaged_page, link]))
 def test_a_database_that_cannot_be_read_is_set_aside(project: Path, damage: Callable[[Path], object]) -> None:
     doit(project, "clean_phases", "help_vars").check_returncode()
     database = project / ".vm" / "doit.sqlite3"
@@ -139,7 +140,7 @@ def test_a_database_that_another_run_holds_stays(project: Path) -> None:
 # -- text
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", cases("<&- >&- 2>&-", more=[">&-", "2>&-"]))
 def test_streams_that_are_closed(project: Path, closed: str) -> None:
     for words in (["list"], ["help_vars"], ["info", "fetch"], ["status"]):
         script = f'"$@" {closed}'
@@ -149,7 +150,8 @@ def test_streams_that_are_closed(project: Path, closed: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "environ", [{"LC_ALL": "C"}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}]
+    "environ",
+    cases({"LC_ALL": "POSIX", "PYTHONUTF8": "0"}, more=[{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}]),
 )
 def test_any_encoding_will_do(project: Path, environ: dict[str, str]) -> None:
     odd = project.with_name("\udcff\u20ac")

@@ -203,7 +203,9 @@ def test_a_guest_where_nobody_can_be_become(tmp_path: Path, plain_path: str):
 
 
 @pytest.mark.parametrize("shell", LOGIN_SHELLS)
-@pytest.mark.parametrize("leads", [True, False], ids=["OpenSSH", "dropbear"])
+@pytest.mark.parametrize(
+    "leads", [pytest.param(True, id="OpenSSH"), pytest.param(False, id="dropbear", marks=pytest.mark.exhaustive)]
+)
 def test_a_session_is_ended_with_all_that_it_has_started_and_nothing_else(shell: str, tmp_path: Path, *, leads: bool):
     mark, other = (f"vmtasks-{secrets.token_hex(8)}" for _ in range(2))
     text = "sh -c 'trap \"\" TERM; echo $$ >it!; while :; do sleep 1; done' & wait; echo $?"

@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from test_store import all_of, damage, fill, make, publish, real
 
+from forked import run_command_line
 from vmtasks import cli
 from vmtasks.errors import ConfigError
 from vmtasks.host import process
@@ -330,10 +331,7 @@ def vmtasks(home: Home, *words: str) -> subprocess.CompletedProcess[str]:
         "PYTHONPATH": str(Path(cli.__file__).parents[2]),
         "VMTASKS_STORE": str(home.store.root), "VM_DIR": str(home.vm_dir),
     }  # fmt: skip
-    argv = [sys.executable, "-m", "vmtasks.cli", *words]
-    return subprocess.run(
-        argv, cwd=home.store.root.parent, env=env, capture_output=True, check=False, text=True, timeout=120
-    )
+    return run_command_line(*words, cwd=home.store.root.parent, env=env)
 
 
 def test_prune_on_the_command_line(store: Store, home: Home, tmp_path: Path):
