@@ -10,12 +10,14 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from vmtasks.host.locks import lock
 from vmtasks.store.store import Store
 
 if TYPE_CHECKING:
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = ("dodo.py", "config", "phases/tiny", "examples/project")
 RUN_S = 240.0
+INSTALL_S = 480.0
 OURS = re.compile(r"VM_.*|VMTASKS_.*|SSH_PORT|DFLY_VERSION|XDG_RUNTIME_DIR")
 
 
@@ -49,8 +52,9 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
-LONGEST = ("rehearsal", "machines_use", "pipeline", "remote", "remote_jobs", "machines", "failures", "machines_ill")
-"""The files that take longest begin first, so that they do not run alone at the end."""
+LONGEST = ("pipeline", "rehearsal", "machines_use", "remote", "remote_jobs", "machines", "failures", "python_api")
+"""The files that take longest begin first, so that they do not run alone at the end. What the first run of the pipeline
+installs, others use; the rehearsal needs nothing of it."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -301,11 +305,22 @@ def installer_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def installing(store: Path) -> AbstractContextManager[int]:
+    """Hold this while the guest is installed into the store that tests share: the others wait for it."""
+    return lock(store.parent / f".{store.name}.install.lock", "the first installation", timeout_s=INSTALL_S)
+
+
+def is_installed(store: Path) -> bool:
+    """Whether anything was installed in it. A store that outlives its tests has been filled by others."""
+    return any((store / "images").glob("[!.]*.toml"))
+
+
 @pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, installer_store: Path) -> Iterator[Path]:
     """The store that tests share, with the installed guest in it."""
     project = Project(tmp_path_factory.mktemp("first") / "project", installer_store)
-    project.doit("auto_install", timeout_s=480).good()
+    with installing(installer_store):
+        project.doit("auto_install", timeout_s=INSTALL_S).good()
     yield installer_store
     project.clean_up()
 

@@ -110,6 +110,7 @@ def test_a_second_start_finds_the_first(running: Project) -> None:
     assert running.qemus() == before
 
 
+@pytest.mark.exhaustive
 def test_stop_is_gentle_and_leaves_a_clean_disk(running: Project) -> None:
     running.ssh("echo kept >kept; sync")
     assert "stopped (power off in the guest)" in running.doit("stop").good()
@@ -152,6 +153,7 @@ def test_port_auto_takes_a_free_one(tmp_path: Path, store: Path) -> None:
         project.clean_up()
 
 
+@pytest.mark.exhaustive
 def test_another_host_key_is_refused(stopped: Project) -> None:
     right = stopped.machine()["host_keys"]
     wrong = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIIII"

@@ -59,6 +59,7 @@ def failed(cli: Cli) -> tuple[str, str]:
     return name, why
 
 
+@pytest.mark.exhaustive
 def test_b34_all_layers_pass(box: Cli) -> None:
     layers = box.json("doctor", "box")
     names = ["record", "process", "QMP", "console", "port", "banner", "authentication", "command"]

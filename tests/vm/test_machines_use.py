@@ -15,6 +15,7 @@ import pytest
 from machines import COMMAND, Cli, digest, get, here, login, make_key, open_port, socks
 from terminal import terminal
 
+from amount import cases
 from conftest import Project, free_port, listeners, until
 
 pytestmark = pytest.mark.timeout(300)
@@ -46,7 +47,7 @@ def root(cli: Cli) -> Path:
 # -- commands
 
 
-@pytest.mark.parametrize("verb", ["ssh", "exec"])
+@pytest.mark.parametrize("verb", cases("exec", more=["ssh"]))
 def test_b18_b39_exit_statuses_and_streams_come_back(cli: Cli, verb: str) -> None:
     for status in STATUSES:
         words = [f"exit {status}"] if verb == "ssh" else ["sh", "-c", f"exit {status}"]
@@ -87,6 +88,7 @@ def test_what_cannot_be_run_has_statuses_of_its_own(cli: Cli) -> None:
     assert cli("exec", "box", "no-such-program").returncode == 127
 
 
+@pytest.mark.exhaustive
 def test_a_command_that_takes_too_long_is_ended(cli: Cli) -> None:
     done = cli("exec", "--timeout", "4", "box", "sh", "-c", "echo a; sleep 4323")
     assert (done.returncode, done.stdout) == (124, b"a\n")
@@ -111,12 +113,14 @@ def test_exec_sets_user_folder_and_environment(cli: Cli) -> None:
     assert cli.good("exec", *words) == "root\n/etc\nit's $1\n"
 
 
+@pytest.mark.exhaustive
 def test_another_user_is_another_connection(cli: Cli) -> None:
     assert [cli.good("ssh", "box", *words, "id -un").strip() for words in ([], ["--", "-l", "root"], [])] == [
         "dev", "root", "dev",
     ]  # fmt: skip
 
 
+@pytest.mark.exhaustive
 def test_b32_a_user_that_is_refused_is_an_authentication_failure(cli: Cli) -> None:
     done = cli("ssh", "box", "--", "-l", "nobody", "-o", "ControlPath=none", "true")
     assert done.returncode == 255
@@ -417,6 +421,7 @@ def test_b12_forwards_of_every_kind(cli: Cli) -> None:
 # -- keys
 
 
+@pytest.mark.exhaustive
 def test_b2_b4_the_key_is_the_machines_own(cli: Cli) -> None:
     key = Path(str(cli.machine("box")["key"]))
     assert stat.S_IMODE(key.stat().st_mode) == 0o600

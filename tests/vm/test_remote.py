@@ -33,7 +33,7 @@ from vmtasks.guest.ssh import Target
 pytestmark = pytest.mark.timeout(300)
 
 ODD = ["it's", 'a "b"', "$HOME `id` $(id)", "back\\slash \\n", "!x", "a\nb\n\nc", "é€😀", "-n", "", "*", "%s", "#"]
-NAMES = cases('it\'s "quoted" $HOME', "a\nb", "é€😀", more=["two words", "-n", "100%", "*"])
+NAMES = cases('it\'s "quoted"\n$HOME é€😀', more=["two words", "a\nb", "-n", "100%", "*"])
 MIB = 1 << 20
 
 
@@ -193,6 +193,7 @@ def test_a_shell_waits_for_the_next_command_but_not_for_long(guest: Guest, monke
     until_true(lambda: waiting() == [], "all to be gone with the connection")
 
 
+@pytest.mark.exhaustive
 def test_commands_from_several_threads(ssh: client.Connection) -> None:
     with ThreadPoolExecutor(4) as pool:
         texts = [f"echo {number}; exit {number}" for number in range(24)]
@@ -217,6 +218,7 @@ def test_c6_ten_mebibytes_on_both_streams_at_once(ssh: client.Connection) -> Non
     assert digests["stderr"].digest() == hashlib.sha256(b"err\n" * (10 * MIB // 4)).digest()
 
 
+@pytest.mark.exhaustive
 def test_c6_waiting_costs_next_to_nothing(ssh: client.Connection) -> None:
     ssh.execute("true", timeout_s=LIMIT_S)
     before, began = time.process_time(), time.monotonic()

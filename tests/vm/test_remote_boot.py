@@ -112,6 +112,7 @@ def test_c5_a_reset_is_noticed_by_qemus_events(guest: Guest) -> None:
         assert link.execute("echo up", timeout_s=LIMIT_S).stdout == b"up\n"
 
 
+@pytest.mark.exhaustive
 def test_c12_the_window_ends_with_the_reason(guest: Guest) -> None:
     with guest.link(window_s=3, connect_s=2, keepalive_s=0.5) as link:
         try:

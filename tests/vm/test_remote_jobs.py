@@ -136,6 +136,7 @@ def test_c10_a_deadline_ends_the_job_and_all_that_it_started(link: Link) -> None
     assert link.execute(left, timeout_s=LIMIT_S).stdout == b""
 
 
+@pytest.mark.exhaustive
 def test_c10_a_job_whose_runner_was_killed_is_lost_and_says_so(link: Link) -> None:
     which = job.start(link, "echo begun; sleep 300")
     view = job.show(link, which)

@@ -61,6 +61,7 @@ def record(project: Project, name: str) -> dict[str, object]:
     return tomllib.loads((project.state / "results" / f"{name}.toml").read_text())
 
 
+@pytest.mark.exhaustive
 def test_what_a_hostile_guest_leaves_touches_no_file_of_this_host(project: Project) -> None:
     """Nothing but plain files and folders comes out, and the verdict is that of the output, not of an artifact."""
     outside = project.root / "outside"

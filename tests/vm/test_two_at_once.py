@@ -39,6 +39,7 @@ def test_two_machines_of_two_folders_and_two_starts_of_one(tmp_path: Path, store
         there.clean_up()
 
 
+@pytest.mark.exhaustive
 def test_whoever_waits_for_one_that_is_killed_goes_on(tmp_path: Path, bare_store: Path) -> None:
     first, second = Project(tmp_path / "first", bare_store), Project(tmp_path / "second", bare_store)
     one = first.start("phase:1")
