@@ -12,7 +12,7 @@ import pytest
 
 import vmtasks.machines
 from amount import cases, exhaustive
-from conftest import Ended, Project, copy_store, installing, is_installed, listeners
+from conftest import INSTALL_S, Ended, Project, copy_store, installing, is_installed, listeners
 from vmtasks.errors import StateError
 
 LOOPBACK = "0100007F"
@@ -20,7 +20,7 @@ THREE = ["1-install", "2-packages", "3-provision"]
 INSTALL, ALL = ("auto_install",), ("auto_install", "quick")
 PHASE_3 = "phases/tiny/3-provision.sh.j2"
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,10 @@ def first(
             own = copy_store(own, folder / "store", images=False)
         project, listened = Project(folder / "project", own), set()
         run = project.start(*ALL)
-        while run.process.poll() is None:
+        while run.process.poll() is None and time.monotonic() - run.began < INSTALL_S:
             listened |= listeners([run.process.pid, *project.qemus()])
             time.sleep(0.2)
-        made = FirstRun(project, run.wait(), project.published(), listened)
+        made = FirstRun(project, run.wait(INSTALL_S), project.published(), listened)
     yield made
     project.clean_up()
 
