@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PARTS = ("dodo.py", "config", "phases/tiny", "examples/project")
-RUN_S = 240.0
+RUN_S = 400.0
 INSTALL_S = 480.0
 OURS = re.compile(r"VM_.*|VMTASKS_.*|SSH_PORT|DFLY_VERSION|XDG_RUNTIME_DIR")
 

@@ -13,7 +13,7 @@ import pytest
 from conftest import Doit, Project, qemus, until
 from vmtasks.store.store import Store
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(600)
 
 SEED = int(os.environ.get("VMTASKS_TEST_SEED", "11"))
 KILLS = 5

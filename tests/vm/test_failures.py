@@ -16,7 +16,7 @@ import pytest
 
 from conftest import Ended, Project
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 NOTICED_S = 15.0
 SLACK_S = 15.0

@@ -12,7 +12,7 @@ from conftest import Project, copy_store
 from vmtasks.store.store import Store
 
 pytestmark = [
-    pytest.mark.timeout(280),
+    pytest.mark.timeout(600),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small file system"),
 ]
 

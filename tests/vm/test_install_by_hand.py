@@ -9,7 +9,7 @@ from terminal import Terminal, on_terminal
 
 from conftest import Project
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 CTRL_A_X = "\x01x"
 PHASE_3 = "phases/tiny/3-provision.sh.j2"

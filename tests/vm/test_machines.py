@@ -15,7 +15,7 @@ import pytest
 
 from conftest import Project, copy_store, until
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 RUNNING, BOOTING, STOPPED, STALE, ABSENT = 0, 11, 4, 5, 6
 """Exit statuses of `doit status`."""

@@ -13,7 +13,7 @@ from machines import Cli, Done
 
 from conftest import Project, free_port, until
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 SSHD_OFF = "doas sh -c 'kill $(pidof sshd)'"
 HIDE = "doas sh -c 'echo x >$0/secret; chmod 600 $0/secret; echo y >$0/open'"

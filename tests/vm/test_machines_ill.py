@@ -14,7 +14,7 @@ from machines import Cli
 
 from conftest import Project, until
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 SSHD_OFF = "doas sh -c 'kill $(pidof sshd)'"
 LONGEST_S = 180.0

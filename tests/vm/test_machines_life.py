@@ -30,7 +30,7 @@ from vmtasks.qemu import vm
 from vmtasks.store.records import ImageRecord, write_record
 from vmtasks.store.store import Store
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 
 @pytest.fixture

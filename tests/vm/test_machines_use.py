@@ -18,7 +18,7 @@ from terminal import terminal
 from amount import cases
 from conftest import Project, free_port, listeners, until
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 STATUSES = (0, 1, 42, 126, 127, 255)
 ODD = ["a b", "$HOME", "`id`", "it's", '"', "\\", "*", "-x", "--", "ü", "a\nb", "!", "%s", ";", ""]

@@ -27,7 +27,7 @@ from vmtasks.guest import job
 from vmtasks.guest.link import Link
 from vmtasks.machines import Machine
 
-pytestmark = pytest.mark.timeout(420)
+pytestmark = pytest.mark.timeout(900)
 
 GOLDEN = media.HERE / "golden"
 PHASES = {1: "1-install", 2: "2-packages", 3: "3-provision"}

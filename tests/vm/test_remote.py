@@ -30,7 +30,7 @@ from vmtasks.errors import (
 from vmtasks.guest import channels, client, files
 from vmtasks.guest.ssh import Target
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 ODD = ["it's", 'a "b"', "$HOME `id` $(id)", "back\\slash \\n", "!x", "a\nb\n\nc", "é€😀", "-n", "", "*", "%s", "#"]
 NAMES = cases('it\'s "quoted"\n$HOME é€😀', more=["two words", "a\nb", "-n", "100%", "*"])

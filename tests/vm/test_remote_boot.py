@@ -11,7 +11,7 @@ from vmtasks.guest import boot
 from vmtasks.guest.link import Link, resilient
 from vmtasks.qemu.events import Events
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 NO_PROC = "exec unshare -m /bin/sh -c 'umount -l /proc; eval \"$(cat)\"'"
 """Run what comes on stdin where /proc is not mounted."""

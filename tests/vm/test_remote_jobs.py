@@ -19,7 +19,7 @@ from vmtasks.errors import CommandTimeoutError, ConfigError, RebootedError, SshE
 from vmtasks.guest import job
 from vmtasks.guest.link import Link
 
-pytestmark = pytest.mark.timeout(400)
+pytestmark = pytest.mark.timeout(900)
 
 ODD = ["it's", 'a "b"', "$HOME `id` $(id)", "back\\slash \\n", "!x", "a\nb\n\nc", "é€😀", "-n", "", "*", "%s", "#"]
 COUNT = "echo once >>runs; n=0; while [ $n -lt {lines} ]; do n=$((n+1)); echo line $n é; sleep {pause}; done; exit 7"

@@ -10,7 +10,7 @@ from remotes import LIMIT_S, Guest, until_true
 from vmtasks.errors import ConnectionLostError
 from vmtasks.guest import alive, banner
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.mark.exhaustive

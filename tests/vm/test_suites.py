@@ -14,7 +14,7 @@ import pytest
 from conftest import Doit, Project, until
 from vmtasks.qemu import qmp
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(600)
 
 OUTSIDE = "secret of this host\n"
 HOSTILE = r"""

@@ -7,7 +7,7 @@ import pytest
 
 from conftest import Project
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 PROGRAMS = ("qemu-system-x86_64", "qemu-img", "rsync", "scp", "ssh", "ssh-keygen", "ssh-keyscan", "apt-get")
 

@@ -6,7 +6,7 @@ import pytest
 
 from conftest import Project, until
 
-pytestmark = pytest.mark.timeout(280)
+pytestmark = pytest.mark.timeout(600)
 
 THREE = ["1-install", "2-packages", "3-provision"]
 
