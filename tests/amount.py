@@ -6,8 +6,9 @@ import pytest
 
 
 def cases(*always: object, more: Sequence[object]) -> list[object]:
-    """Values for `parametrize`: `always` in every run, `more` only in an exhaustive one."""
-    return [*always, *(pytest.param(value, marks=pytest.mark.exhaustive) for value in more)]
+    """Values for `parametrize`: `always` in every run, `more` only in an exhaustive one. A tuple is one row."""
+    rows = (value if isinstance(value, tuple) else (value,) for value in more)
+    return [*always, *(pytest.param(*row, marks=pytest.mark.exhaustive) for row in rows)]
 
 
 def exhaustive(config: pytest.Config) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from amount import cases
 from vmtasks.errors import MachineError, MissingToolError
 from vmtasks.host import process
 from vmtasks.qemu import accel
@@ -139,15 +140,17 @@ def test_another_boot_or_qemu_races_again(
 @pytest.mark.usefixtures("no_kvm")
 @pytest.mark.parametrize(
     "damage",
-    [
-        lambda _: b"",
+    cases(
         lambda text: text[: len(text) // 2],
-        lambda text: b"\xff\xfe" + text,
-        lambda _: b"[]",
-        lambda text: text.replace(b'"tcg"', b'"xen"'),
-        lambda text: text.replace(b'"factor":', b'"speed":'),
         lambda text: text.replace(b'"factor": ', b'"factor": "x", "y": '),
-    ],
+        more=[
+            lambda _: b"",
+            lambda text: b"\xff\xfe" + text,
+            lambda _: b"[]",
+            lambda text: text.replace(b'"tcg"', b'"xen"'),
+            lambda text: text.replace(b'"factor":', b'"speed":'),
+        ],
+    ),
 )
 def test_a_damaged_cache_file_is_as_good_as_none(
     damage: Callable[[bytes], bytes], tmp_path: Path, starts: Callable[[], list[str]]

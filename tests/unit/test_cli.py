@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from amount import cases
 from forked import run_command_line
 from vmtasks import cli
 from vmtasks.cli import app
@@ -304,7 +305,7 @@ def test_any_free_port_may_be_asked_for_twice(tmp_path: Path) -> None:
     assert "does not have tiny as shipped with vmtasks" in done.stderr, "it comes after all that is checked"
 
 
-@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("closed", cases("<&- >&- 2>&-", more=["<&-", ">&-", "2>&-"]))
 @pytest.mark.parametrize(("words", "status"), [(["ps"], 0), (["ps", "--json"], 0), (["rm", "nosuch"], 1)])
 def test_a_closed_standard_stream_is_dev_null(words: list[str], status: int, closed: str, tmp_path: Path) -> None:
     entry = [sys.executable, "-c", "from vmtasks.cli import main; main()", *words]

@@ -204,7 +204,7 @@ def test_info_is_for_people(project: Path) -> None:
     assert doit(project, "info", "nosuch").stderr.startswith(b"ERROR: info: name one task")
 
 
-@pytest.mark.parametrize("words", [["info", "quick"], ["list", "--all"], ["help", "start"], ["help_vars"]])
+@pytest.mark.parametrize("words", cases(["info", "quick"], more=[["list", "--all"], ["help", "start"], ["help_vars"]]))
 def test_output_that_nobody_reads(project: Path, words: list[str]) -> None:
     doit(project, *words)
     reader, writer = os.pipe()

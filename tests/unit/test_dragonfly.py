@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from amount import cases
 from httpserver import Reply, serving
 from tools import SHELLCHECK
 from vmtasks.config.load import Config, load
@@ -223,13 +224,11 @@ HALF = len(PACKED) // 2
 
 @pytest.mark.parametrize(
     "replies",
-    [
-        [],
-        [Reply(cut_after=HALF)],
-        [Reply(cut_after=HALF), Reply(ranges=False)],
+    cases(
         [Reply(status=503), Reply(cut_after=9)],
-    ],
-    ids=["good", "cut", "cut, then Range refused", "overloaded, then cut"],
+        more=[[], [Reply(cut_after=HALF)], [Reply(cut_after=HALF), Reply(ranges=False)]],
+    ),
+    ids=["overloaded, then cut", "good", "cut", "cut, then Range refused"],
 )
 def test_fetch_gets_there(project: Path, replies: list[Reply]):
     with serving({FILE: PACKED}, *replies) as site:
@@ -244,12 +243,14 @@ def test_fetch_gets_there(project: Path, replies: list[Reply]):
 
 @pytest.mark.parametrize(
     ("body", "status", "says"),
-    [
+    cases(
         (bz2.compress(b"another"), 200, r"sha256|md5"),
-        (b"", 404, r"404"),
-        (b"<html>no such file</html>", 200, r"HTML|bz2"),
-        (PACKED[:HALF], 200, r"ends in the middle of its bz2 data"),
-    ],
+        more=[
+            (b"", 404, r"404"),
+            (b"<html>no such file</html>", 200, r"HTML|bz2"),
+            (PACKED[:HALF], 200, r"ends in the middle of its bz2 data"),
+        ],
+    ),
     ids=["wrong digest", "404", "a page instead of a file", "truncated on the mirror"],
 )
 def test_fetch_takes_nothing_else_for_the_installer(project: Path, body: bytes, status: int, says: str):

@@ -12,6 +12,7 @@ import pytest
 from test_build import Guest, both
 from test_store import damage
 
+from amount import cases
 from bootsector import ask, cd, phase, say, sector, write_disk
 from vmtasks.errors import ImageError, StateError
 from vmtasks.images.workspace import PhaseRecord
@@ -92,7 +93,7 @@ def other_packages(guest: Guest, word: str) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("number", cases(1, more=[2]))
 def test_what_a_disk_stands_on_stays_when_its_image_is_built_anew(guest: Guest, way: str, number: int):
     made = machine(guest, way)
     before = shown(made.place.disk)

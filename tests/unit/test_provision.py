@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from amount import cases
 from unit.shellserver import serving
 from vmtasks.byhand.provision import _judge, _remove, _run, _send
 from vmtasks.errors import PhaseError, SshError, VmTasksError
@@ -86,12 +87,14 @@ def test_lines_of_others_are_not_taken_for_ours() -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="the script is run as root")
 @pytest.mark.parametrize(
     ("script", "kind", "says"),
-    [
+    cases(
         ("step a\nls /no/such\n", PhaseError, "its script exited with 2 ("),
-        ("step a\nsleep 60\n", PhaseError, "did not end within 5.0 s; it was ended at step 'a'"),
-        ("step a\nkill -KILL $PPID $$\n", PhaseError, "and without a verdict at step 'a'"),
         ("step a\necho cut\nsleep 60\n", SshError, "the connection was lost at step 'a'; how the script ended"),
-    ],
+        more=[
+            ("step a\nsleep 60\n", PhaseError, "did not end within 5.0 s; it was ended at step 'a'"),
+            ("step a\nkill -KILL $PPID $$\n", PhaseError, "and without a verdict at step 'a'"),
+        ],
+    ),
 )
 def test_the_cause_of_each_failure(
     media: Path, script: str, kind: type[VmTasksError], says: str, tmp_path: Path

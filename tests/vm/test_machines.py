@@ -110,6 +110,40 @@ def test_a_second_start_finds_the_first(running: Project) -> None:
     assert running.qemus() == before
 
 
+def test_only_our_key_lets_in(running: Project, tmp_path: Path) -> None:
+    """The machine's own: neither another nor the one that its image lets in."""
+    key, image = tmp_path / "key", running.store / "keys/snapshots" / str(running.machine()["image"])
+    assert image.read_bytes() == (running.store / "keys/id_ed25519").read_bytes()
+    assert stat.S_IMODE(image.stat().st_mode) == 0o600
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    config = running.state / "run/tiny/ssh_config"
+    password = ["-o", "PubkeyAuthentication=no", "-o", "PasswordAuthentication=yes", "-o", "BatchMode=no"]
+    only = ["-o", "IdentitiesOnly=yes", "-i"]
+    for options in ([*only, key], [*only, image], password):
+        own = re.sub(r".*IdentityFile.*\n", "", config.read_text()).replace("PasswordAuthentication no", "")
+        (tmp_path / "config").write_text(own.replace("BatchMode yes", ""))
+        words = ["ssh", "-F", tmp_path / "config", "-o", "ControlPath=none", *options, "tiny", "true"]
+        done = subprocess.run(
+            words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60, env=NOBODY
+        )
+        assert done.returncode == 255
+        assert "Permission denied (publickey" in done.stderr
+
+
+def test_ssh_ends_as_the_command_does(running: Project) -> None:
+    assert running.ssh("exit 7").returncode == 7
+    login = subprocess.run(
+        [sys.executable, "-m", "doit", "ssh"],
+        input=b"exit 9\n",
+        cwd=running.root,
+        env=running.env(),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert login.returncode == 9, login.stdout + login.stderr
+
+
 @pytest.mark.exhaustive
 def test_stop_is_gentle_and_leaves_a_clean_disk(running: Project) -> None:
     running.ssh("echo kept >kept; sync")
@@ -241,26 +275,6 @@ def test_snapshots_come_back_with_what_was_written(running: Project) -> None:
     running.doit("restore", "--name", "clean").good()
 
 
-def test_only_our_key_lets_in(running: Project, tmp_path: Path) -> None:
-    """The machine's own: neither another nor the one that its image lets in."""
-    key, image = tmp_path / "key", running.store / "keys/snapshots" / str(running.machine()["image"])
-    assert image.read_bytes() == (running.store / "keys/id_ed25519").read_bytes()
-    assert stat.S_IMODE(image.stat().st_mode) == 0o600
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
-    config = running.state / "run/tiny/ssh_config"
-    password = ["-o", "PubkeyAuthentication=no", "-o", "PasswordAuthentication=yes", "-o", "BatchMode=no"]
-    only = ["-o", "IdentitiesOnly=yes", "-i"]
-    for options in ([*only, key], [*only, image], password):
-        own = re.sub(r".*IdentityFile.*\n", "", config.read_text()).replace("PasswordAuthentication no", "")
-        (tmp_path / "config").write_text(own.replace("BatchMode yes", ""))
-        words = ["ssh", "-F", tmp_path / "config", "-o", "ControlPath=none", *options, "tiny", "true"]
-        done = subprocess.run(
-            words, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60, env=NOBODY
-        )
-        assert done.returncode == 255
-        assert "Permission denied (publickey" in done.stderr
-
-
 @pytest.mark.exhaustive
 def test_a_guest_that_powers_itself_off_is_started_again(running: Project) -> None:
     (pid,) = running.qemus()
@@ -269,20 +283,6 @@ def test_a_guest_that_powers_itself_off_is_started_again(running: Project) -> No
     status(running, STALE)
     running.doit("start").good()
     assert running.qemus() != [pid]
-
-
-def test_ssh_ends_as_the_command_does(running: Project) -> None:
-    assert running.ssh("exit 7").returncode == 7
-    login = subprocess.run(
-        [sys.executable, "-m", "doit", "ssh"],
-        input=b"exit 9\n",
-        cwd=running.root,
-        env=running.env(),
-        capture_output=True,
-        timeout=60,
-        check=False,
-    )
-    assert login.returncode == 9, login.stdout + login.stderr
 
 
 def test_destroy_asks_first(running: Project) -> None:

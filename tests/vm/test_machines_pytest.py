@@ -152,6 +152,7 @@ def test_machines_all_that_a_test_can_do(here: Project) -> None:
     assert "4 passed" in done.stdout
 
 
+@pytest.mark.exhaustive
 def test_machines_a_failure_shows_console_and_journal(here: Project) -> None:
     done = run(here, FAILING)
     assert done.returncode == 1, done.stdout + done.stderr

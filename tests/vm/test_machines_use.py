@@ -62,6 +62,7 @@ def test_b18_b39_exit_statuses_and_streams_come_back(cli: Cli, verb: str) -> Non
     assert cli(*asked, "box", "cat", stdin=bytes(range(256))).stdout == bytes(range(256))
 
 
+@pytest.mark.exhaustive
 def test_a_loop_keeps_its_list(cli: Cli, tmp_path: Path) -> None:
     """Standard input is for the command only with -i, as podman has it."""
     (tmp_path / "list").write_text("box\nbox\n")
@@ -72,6 +73,7 @@ def test_a_loop_keeps_its_list(cli: Cli, tmp_path: Path) -> None:
     assert (done.stdout, done.stderr) == (b"did box\ndid box\n", b"")
 
 
+@pytest.mark.exhaustive
 def test_a_terminal_is_there_only_where_it_was_asked_for(cli: Cli) -> None:
     assert cli("exec", "box", "tty").stdout == b"not a tty\n"
     assert cli("exec", "-t", "box", "tty").stdout.startswith(b"/dev/pts/")
@@ -243,6 +245,7 @@ def test_ctrl_c_ends_the_loop_here_and_the_command_in_the_guest(cli: Cli, words:
     assert cli("exec", "box", "pgrep", "-f", "sleep 432[1]").stdout == b""
 
 
+@pytest.mark.exhaustive
 def test_output_that_nobody_reads_ends_the_command_in_the_guest(cli: Cli) -> None:
     line = f"{shlex.join([*COMMAND, 'exec', 'box', 'sh', '-c', 'while echo y; do :; done; sleep 4322'])} | head -1"
     done = subprocess.run(
@@ -363,6 +366,7 @@ def test_b23_cp_both_ways(cli: Cli, tmp_path: Path) -> None:
     cli.bad("cp", str(source), str(tmp_path), status=2)
 
 
+@pytest.mark.exhaustive
 def test_b24_b25_b26_b28_the_printed_configuration_serves_other_programs(cli: Cli, tmp_path: Path) -> None:
     config = tmp_path / "config"
     config.write_text(cli.good("ssh-config", "box"))

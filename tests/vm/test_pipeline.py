@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 import pytest
 
 import vmtasks.machines
-from amount import cases, exhaustive
+from amount import exhaustive
 from conftest import INSTALL_S, Ended, Project, copy_store, installing, is_installed, listeners
 from vmtasks.errors import StateError
 
@@ -245,7 +245,8 @@ def test_what_why_names_of_the_suites_is_what_then_runs(
     assert not wrong, counts
 
 
-@pytest.mark.parametrize("user", cases("", more=["root"]))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("user", ["", "root"])
 def test_a_deadline_ends_in_the_guest_what_the_suite_has_started(project: Project, user: str) -> None:
     suite(
         project,

@@ -127,6 +127,7 @@ def test_c6_streams_are_apart_and_exact(ssh: client.Connection) -> None:
     assert ssh.execute(["cat"], stdin=io.BytesIO(noise), timeout_s=LIMIT_S).stdout == noise
 
 
+@pytest.mark.exhaustive
 def test_c6_lines_come_as_they_are_written(ssh: client.Connection) -> None:
     seen: list[tuple[str, str, float]] = []
     text = "echo é1; sleep 1; echo 2 >&2; sleep 1; printf 'half'; sleep 1; printf ' and half'"
@@ -249,6 +250,7 @@ def test_c7_deadlines_end_all_that_a_command_has_started(ssh: client.Connection,
     assert ssh.execute("echo on", timeout_s=LIMIT_S).stdout == b"on\n"
 
 
+@pytest.mark.exhaustive
 def test_c7_a_deadline_holds_also_when_the_guest_hangs(guest: Guest) -> None:
     with guest.connect() as connection:
         connection.execute("true", timeout_s=LIMIT_S)

@@ -45,6 +45,7 @@ def test_everything_is_tried_and_the_project_is_left_alone(project: Project) -> 
         assert image["digest"] != before[number]
 
 
+@pytest.mark.exhaustive
 def test_a_phase_that_fails_is_in_the_report(project: Project) -> None:
     script = project.root / "phases/tiny/1-install.sh.j2"
     script.write_text('step "look around"\nobserve "shell used here" id\nfail "this machine will not do"\n')
