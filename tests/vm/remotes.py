@@ -55,7 +55,8 @@ class Guest:
         return Machine(load(self.project.root, {"store": str(self.project.store)}, {}))
 
     def link(self, **more: Any) -> Link:
-        return Link(self.target, **{"connect_s": 30.0, **more})
+        """A link with a long window: after a reset, an emulated guest on a busy host may boot for minutes."""
+        return Link(self.target, **{"connect_s": 30.0, "window_s": 400.0, **more})
 
     @property
     def control(self) -> Path:

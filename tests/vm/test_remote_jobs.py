@@ -285,7 +285,7 @@ def test_c13_a_reboot_ends_a_job_and_its_log_is_still_there(guest: Guest, link: 
     timer = threading.Timer(3, lambda: guest.qmp("system_reset"))
     timer.start()
     with guest.link(keepalive_s=1) as own, pytest.raises(RebootedError):
-        job.follow(own, which, timeout_s=240, on_line=lambda line, _: seen.append(line))
+        job.follow(own, which, timeout_s=600, on_line=lambda line, _: seen.append(line))
     timer.join()
     assert seen == ["line 1", "line 2", "line 3"]
     view = job.show(link, which)
