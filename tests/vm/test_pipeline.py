@@ -213,7 +213,7 @@ CHANGES: dict[str, tuple[Callable[[Project], object], str]] = {
         "build",
     ),
     "a comment in vm.toml": (lambda made: made.append("config/vm.toml", "# a comment\n"), ""),
-    "a result": (lambda made: (made.state / "results/mount.xml").unlink(), "no result"),
+    "a result": (lambda made: (made.state / "results/mount.xml").unlink(), "it has not run yet"),
     "nothing": (lambda _: None, ""),
 }
 """Each input of the suites, and a word of the cause that `doit why` must name. Phases: tests/unit/test_why.py."""
