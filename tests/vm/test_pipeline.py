@@ -206,7 +206,7 @@ command = "echo 1..2; echo ok 1 - a; echo not ok 2 - b"
 CHANGES: dict[str, tuple[Callable[[Project], object], str]] = {
     "a file of the tree": (lambda made: made.append("examples/project/src/ringlog.c", "\n"), "tree"),
     "its mode": (lambda made: (made.root / "examples/project/README.md").chmod(0o755), "tree"),
-    "what sync excludes": (lambda made: made.append("examples/project/build/left", "x"), ""),
+    "what sync excludes": (lambda made: made.append("examples/project/src/left.o", "x"), ""),
     "a suite's command": (lambda made: made.edit("config/vm.toml", '"make test"', '"make  test"'), "command"),
     "the build's command": (
         lambda made: made.edit("config/vm.toml", 'command = "make"  ', 'command = "make "  '),
