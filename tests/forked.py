@@ -19,7 +19,8 @@ def run_command_line(
     *words: str, cwd: Path, env: Mapping[str, str], timeout_s: float = 120
 ) -> subprocess.CompletedProcess[str]:
     """Run `vmtasks WORDS` with /dev/null as its stdin. TimeoutExpired after `timeout_s`; it is killed then."""
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    text = {"mode": "w+", "encoding": "utf-8", "errors": "surrogateescape"}
+    with tempfile.TemporaryFile(**text) as out, tempfile.TemporaryFile(**text) as err:
         paths = [f"/proc/{os.getpid()}/fd/{stream.fileno()}" for stream in (out, err)]
         child = SERVER.Process(target=_main, args=(words, str(cwd), dict(env), paths))
         child.start()
@@ -28,14 +29,7 @@ def run_command_line(
             child.kill()
             child.join()
             raise subprocess.TimeoutExpired(words, timeout_s)
-        texts = [_whole(stream.fileno()) for stream in (out, err)]
-        return subprocess.CompletedProcess(words, child.exitcode, *texts)
-
-
-def _whole(number: int) -> str:
-    os.lseek(number, 0, os.SEEK_SET)
-    with open(number, encoding="utf-8", errors="surrogateescape", newline=None, closefd=False) as stream:
-        return stream.read()
+        return subprocess.CompletedProcess(words, child.exitcode, out.read(), err.read())
 
 
 def _main(words: tuple[str, ...], cwd: str, env: dict[str, str], paths: list[str]) -> None:
