@@ -314,9 +314,11 @@ def test_a_terminal_that_python_types_on(guest: Guest) -> None:
             shown = terminal.read_until("/dev/pts/", timeout_s=LIMIT_S).splitlines()
             assert [line for line in shown if line in ("43 132", "root")] == ["43 132", "root"]
             terminal.resize(90, 30)
-            terminal.send("stty size; sleep 4714\r")
+            # One foreground job from before the answer: between two commands of a line, ^C is the shell's own.
+            terminal.send("sh -c 'stty size; exec sleep 4714'\r")
             terminal.read_until("30 90", timeout_s=LIMIT_S)
             terminal.send("\x03")
+            terminal.read_until("^C", timeout_s=LIMIT_S)
             terminal.send("exit 7\r")
             assert terminal.wait(timeout_s=LIMIT_S) == 7
         with connection.open_terminal("echo ready; sleep 4715") as terminal:
