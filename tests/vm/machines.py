@@ -85,7 +85,7 @@ class Cli:
     def nothing_left(self) -> None:
         """No process, folder, lock, key or socket of a machine."""
         until(lambda: not self.project.qemus(), 10, "the last QEMU to go")
-        left = sorted(path.name for path in self.run_folder.iterdir())
+        left = sorted(path.name for path in self.run_folder.glob("*"))
         assert left == [], left
 
 

@@ -285,16 +285,19 @@ def test_a_guest_that_powers_itself_off_is_started_again(running: Project) -> No
     assert running.qemus() != [pid]
 
 
-def test_destroy_asks_first(running: Project) -> None:
-    output = running.doit("destroy").bad()
+@pytest.mark.parametrize("state", ["stopped", pytest.param("running", marks=pytest.mark.exhaustive)])
+def test_destroy_asks_first(request: pytest.FixtureRequest, state: str) -> None:
+    project: Project = request.getfixturevalue(state)
+    output = project.doit("destroy").bad()
     assert "nothing was removed" in output
     assert "--yes" in output
-    assert running.ssh("true").returncode == 0
-    output = running.doit("destroy", "--yes").good()
+    assert disk(project).exists()
+    assert state == "stopped" or project.ssh("true").returncode == 0
+    output = project.doit("destroy", "--yes").good()
     assert "disk.qcow2" in output
-    assert not (running.state / "run/tiny").exists()
-    assert running.qemus() == []
-    assert "nothing was removed" in running.doit("destroy", "--yes").good()
+    assert not (project.state / "run/tiny").exists()
+    assert project.qemus() == []
+    assert "nothing was removed" in project.doit("destroy", "--yes").good()
 
 
 @pytest.mark.exhaustive

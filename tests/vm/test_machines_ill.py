@@ -21,13 +21,19 @@ LONGEST_S = 180.0
 
 
 @pytest.fixture(scope="module")
-def cli(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Cli]:
-    """A project whose machines have but a second, times the factor of this host, to come up again."""
+def alone(tmp_path_factory: pytest.TempPathFactory, store: Path) -> Iterator[Cli]:
+    """A project without a machine."""
     made = Cli(Project(tmp_path_factory.mktemp("ill") / "project", store))
-    made.make("box")
     yield made
     made("rm", "--all", "--force")
     made.nothing_left()
+
+
+@pytest.fixture(scope="module")
+def cli(alone: Cli) -> Cli:
+    """With a machine."""
+    alone.make("box")
+    return alone
 
 
 @pytest.fixture
@@ -67,8 +73,8 @@ def test_b34_all_layers_pass(box: Cli) -> None:
     assert all(layer["passed"] for layer in layers)  # type: ignore[attr-defined]
 
 
-def test_b34_the_host(box: Cli) -> None:
-    done = box("doctor")
+def test_b34_the_host(alone: Cli) -> None:
+    done = alone("doctor")
     for what in ("qemu-system-x86_64", "rsync", "accelerator", "store", "state", "ports"):
         assert f" {what}: " in done.stdout.decode()
 
@@ -188,6 +194,7 @@ def cli_layers(cli: Cli) -> list[dict[str, object]]:
     return list(json.loads(cli("doctor", "box", "--json").stdout))
 
 
+@pytest.mark.exhaustive
 def test_b7_a_machine_that_is_stopped_says_so(cli: Cli) -> None:
     cli("stop", "--force", "box")
     began = time.monotonic()

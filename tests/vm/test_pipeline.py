@@ -87,6 +87,7 @@ def test_the_second_run_boots_nothing_and_runs_no_suite(project: Project) -> Non
     assert (project.boots(), project.results(), project.machine()["pid"]) == (boots, results, pid)
 
 
+@pytest.mark.exhaustive  # with boot sectors: tests/unit/test_inputs.py
 def test_one_byte_in_a_phase_boots_only_that_phase_and_back_nothing(project: Project) -> None:
     before, old = len(project.boots()), project.digest(3)
     project.append(PHASE_3, "#\n")
@@ -116,6 +117,7 @@ def test_a_changed_source_syncs_and_tests_only(project: Project) -> None:
     assert all(project.results()[name] > when for name, when in results.items())
 
 
+@pytest.mark.exhaustive  # without a guest: tests/unit/test_sync.py
 def test_what_is_gone_from_the_source_goes_from_the_guest(project: Project) -> None:
     extra = project.root / "examples/project/extra"
     extra.write_text("here\n")
