@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from amount import cases
 from conftest import Project, copy_store, until
 
 pytestmark = pytest.mark.timeout(600)
@@ -285,7 +286,7 @@ def test_a_guest_that_powers_itself_off_is_started_again(running: Project) -> No
     assert running.qemus() != [pid]
 
 
-@pytest.mark.parametrize("state", ["stopped", pytest.param("running", marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("state", cases("stopped", more=["running"]))
 def test_destroy_asks_first(request: pytest.FixtureRequest, state: str) -> None:
     project: Project = request.getfixturevalue(state)
     output = project.doit("destroy").bad()
